@@ -1,0 +1,67 @@
+// One device: its memory and the operations on it. The CPU is a device like any other.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/tensor.h"
+
+namespace fathom {
+
+class Ops;
+
+// Owns device memory, 64-byte aligned, zero-filled when new. Move-only.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(void* data, int64_t num_bytes, void (*release)(void*, int64_t))
+      : data_(data), num_bytes_(num_bytes), release_(release) {}
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(num_bytes_, other.num_bytes_);
+    std::swap(release_, other.release_);
+    return *this;
+  }
+  ~Buffer() {
+    if (data_ != nullptr) release_(data_, num_bytes_);
+  }
+
+  void* data() const { return data_; }
+  int64_t num_bytes() const { return num_bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t num_bytes_ = 0;
+  void (*release_)(void*, int64_t) = nullptr;
+};
+
+struct DeviceOptions {
+  int num_threads = 1;  // CPU: threads that share each operation
+};
+
+// Not thread-safe: one thread drives a device.
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual std::string name() const = 0;  // cpu, cuda
+  virtual Ops& ops() = 0;
+
+  // ResourceExhausted when there is no room; names the number of bytes.
+  virtual absl::StatusOr<Buffer> Allocate(int64_t num_bytes) = 0;
+  // Bytes that could be allocated now.
+  virtual int64_t AvailableBytes() const = 0;
+
+  virtual void CopyFromHost(const void* host, const Tensor& tensor) = 0;
+  virtual void CopyToHost(const Tensor& tensor, void* host) = 0;
+};
+
+absl::StatusOr<std::unique_ptr<Device>> OpenCpuDevice(const DeviceOptions& options);
+// Unavailable in a build without CUDA (cuda/unavailable.cc).
+absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(const DeviceOptions& options);
+
+}  // namespace fathom

@@ -1,0 +1,99 @@
+#include "proto/endpoint.h"
+
+#include <fstream>
+#include <sstream>
+
+#include "absl/status/status.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "grpcpp/create_channel.h"
+#include "grpcpp/security/credentials.h"
+
+namespace fathom {
+namespace {
+
+enum class Reach { kThisHost, kNetwork };
+
+absl::StatusOr<Reach> ReachOf(const std::string& address) {
+  if (absl::StartsWith(address, "unix:")) {
+    constexpr size_t kMaxSocketPath = 107;  // sockaddr_un
+    if (address.size() - 5 > kMaxSocketPath || address.size() == 5) {
+      return absl::InvalidArgumentError(absl::StrCat("the socket path of '", address, "' has ",
+                                                     address.size() - 5, " bytes, expected 1 to ",
+                                                     kMaxSocketPath));
+    }
+    return Reach::kThisHost;
+  }
+  const size_t colon = address.rfind(':');
+  if (colon == std::string::npos || colon == 0 || colon + 1 == address.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", address, "' is no address: expected unix:/path or host:port"));
+  }
+  const std::string host = address.substr(0, colon);
+  const bool loopback = host == "localhost" || host == "[::1]" || absl::StartsWith(host, "127.");
+  return loopback ? Reach::kThisHost : Reach::kNetwork;
+}
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file) return absl::NotFoundError(absl::StrCat("cannot read '", path, "'"));
+  return std::move(text).str();
+}
+
+bool HasTls(const TlsOptions& tls) {
+  return !tls.certificate_file.empty() && !tls.private_key_file.empty() &&
+         !tls.authority_file.empty();
+}
+
+// Whether this address is to be spoken to in the clear.
+absl::StatusOr<bool> IsPlain(const std::string& address, const TlsOptions& tls) {
+  ASSIGN_OR_RETURN(const Reach reach, ReachOf(address));
+  if (absl::StartsWith(address, "unix:")) return true;
+  if (HasTls(tls)) return false;
+  if (reach == Reach::kThisHost || tls.allow_insecure_tcp) return true;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "'", address,
+      "' is reachable from other hosts: give --tls-certificate, --tls-private-key and ",
+      "--tls-authority, listen on a unix socket, or say --insecure"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentialsFor(
+    const std::string& address, const TlsOptions& tls) {
+  ASSIGN_OR_RETURN(const bool plain, IsPlain(address, tls));
+  if (plain) return grpc::InsecureServerCredentials();
+  grpc::SslServerCredentialsOptions options(
+      GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls.authority_file));
+  ASSIGN_OR_RETURN(std::string key, ReadFile(tls.private_key_file));
+  ASSIGN_OR_RETURN(std::string certificate, ReadFile(tls.certificate_file));
+  options.pem_key_cert_pairs.push_back({std::move(key), std::move(certificate)});
+  return grpc::SslServerCredentials(options);
+}
+
+absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,
+                                                         const TlsOptions& tls) {
+  ASSIGN_OR_RETURN(const bool plain, IsPlain(address, tls));
+  std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
+  if (!plain) {
+    grpc::SslCredentialsOptions options;
+    ASSIGN_OR_RETURN(options.pem_root_certs, ReadFile(tls.authority_file));
+    ASSIGN_OR_RETURN(options.pem_private_key, ReadFile(tls.private_key_file));
+    ASSIGN_OR_RETURN(options.pem_cert_chain, ReadFile(tls.certificate_file));
+    credentials = grpc::SslCredentials(options);
+  }
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  arguments.SetMaxSendMessageSize(kMaxMessageBytes);
+  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
+  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  return grpc::CreateCustomChannel(address, credentials, arguments);
+}
+
+}  // namespace fathom

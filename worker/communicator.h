@@ -1,0 +1,44 @@
+// The other ranks of the group, as a few collectives.
+//
+// Every rank calls the same functions in the same order with the same shapes. Sums are made in rank
+// order, in F32, so that they are the same bits on every run and on every rank. A call fails with
+// Aborted after Abort(), and with DeadlineExceeded when a peer stays away longer than the group's
+// timeout; a failed communicator is of no further use: the group forms again under a new epoch with
+// new ones.
+//
+// Not thread-safe, but Abort may be called from any thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "kernels/tensor.h"
+
+namespace fathom {
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+
+  virtual int rank() const = 0;
+  virtual int world_size() const = 0;
+
+  // tensor = Σ over ranks, in place.   tensor: dense, f32 or bf16 (summed in f32, rounded once)
+  virtual absl::Status AllReduceSum(const Tensor& tensor) = 0;
+
+  // whole[r] = part of rank r, at rank 0 only; other ranks may pass an absent `whole`.
+  //   part: dense, n bytes   whole: dense, world_size * n bytes
+  virtual absl::Status GatherToRank0(const Tensor& part, const Tensor& whole) = 0;
+
+  // The bytes of rank 0 everywhere.
+  virtual absl::Status BroadcastFromRank0(void* bytes, int64_t num_bytes) = 0;
+
+  // Makes the blocked call and all later ones of this rank return Aborted, soon.
+  virtual void Abort() = 0;
+};
+
+// A group of one: nothing to do.
+std::unique_ptr<Communicator> MakeLonelyCommunicator();
+
+}  // namespace fathom
