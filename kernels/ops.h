@@ -24,7 +24,7 @@ namespace fathom {
 // and element (n, k) belongs to factor ((n + row_offset) / 128, (k + column_offset) / 128).
 struct Weight {
   Tensor values;
-  Tensor scale_inv;  // F8_E4M3 only: [blocks, blocks] or [E, blocks, blocks] f32
+  Tensor scale_inv = {};  // F8_E4M3 only: [blocks, blocks] or [E, blocks, blocks] f32
   int row_offset = 0;
   int column_offset = 0;
 };
@@ -122,7 +122,8 @@ class Ops {
                              const ExpertGroups& groups) = 0;
 
   // out[i] = x[row of i] · weight[expert of i]ᵀ for the sorted rows i.
-  //   x [T, K] act: row of i is groups.rows[i] / k, when x has T rows;   or [M, K]: row i itself
+  //   x [T, K] act: row of i is groups.rows[i] / k;   or [M, K]: row i itself. Which of the two its
+  //   number of rows says; with k = 1 it cannot, and num_experts_per_tok = 0 means the second.
   //   weight [E, N, K]   out [M, N] act; rows past offsets[E] are left alone
   virtual void GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
                              int num_experts_per_tok, const Tensor& out) = 0;

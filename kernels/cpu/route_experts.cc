@@ -1,0 +1,114 @@
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "kernels/cpu/cpu_ops.h"
+#include "kernels/shape_checks.h"
+
+namespace fathom {
+namespace {
+
+constexpr float kDropped = -std::numeric_limits<float>::infinity();
+
+// Scores of one token: sigmoid of each logit, or softmax over all.
+void Score(const float* logits, ScoringFunc scoring_func, std::vector<float>& scores) {
+  const size_t count = scores.size();
+  if (scoring_func == ScoringFunc::kSigmoid) {
+    for (size_t e = 0; e < count; ++e) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+    return;
+  }
+  const float largest = *std::max_element(logits, logits + count);
+  float sum = 0.0f;
+  for (size_t e = 0; e < count; ++e) {
+    scores[e] = std::exp(logits[e] - largest);
+    sum += scores[e];
+  }
+  for (size_t e = 0; e < count; ++e) scores[e] /= sum;
+}
+
+// The index of the largest element, ties to the lower one. NaN counts as dropped, so that a row
+// that is broken still yields ids that exist; its weights stay NaN and tell.
+size_t LargestOf(const float* values, size_t count, const std::vector<bool>& taken) {
+  size_t best = count;
+  for (size_t i = 0; i < count; ++i) {
+    if (taken[i]) continue;
+    if (best == count || values[i] > values[best] || std::isnan(values[best])) best = i;
+  }
+  return best;
+}
+
+// What a group counts: its best member, or the sum of its two best ones.
+float ScoreOfGroup(const float* choice, size_t size, TopkMethod method) {
+  float best = kDropped;
+  float second = kDropped;
+  for (size_t i = 0; i < size; ++i) {
+    if (choice[i] > best) {
+      second = best;
+      best = choice[i];
+    } else if (choice[i] > second) {
+      second = choice[i];
+    }
+  }
+  return method == TopkMethod::kNoauxTc && size > 1 ? best + second : best;
+}
+
+// Sets the choice of every expert outside the topk_group best groups to -inf.
+void DropGroups(const RoutingConfig& config, std::vector<float>& choice) {
+  const auto num_groups = static_cast<size_t>(config.n_group);
+  const size_t group_size = choice.size() / num_groups;
+  std::vector<float> group_scores(num_groups);
+  for (size_t g = 0; g < num_groups; ++g) {
+    group_scores[g] = ScoreOfGroup(&choice[g * group_size], group_size, config.topk_method);
+  }
+  std::vector<bool> kept(num_groups, false);
+  for (int i = 0; i < config.topk_group; ++i) {
+    kept[LargestOf(group_scores.data(), num_groups, kept)] = true;
+  }
+  for (size_t e = 0; e < choice.size(); ++e) {
+    if (!kept[e / group_size]) choice[e] = kDropped;
+  }
+}
+
+}  // namespace
+
+void CpuOps::RouteExperts(const Tensor& logits, const Tensor& bias, const RoutingConfig& config,
+                          const Tensor& experts, const Tensor& weights) {
+  CheckRouteExperts(logits, bias, config, experts, weights);
+  const auto num_experts = static_cast<size_t>(logits.dim(1));
+
+  threads_.ParallelFor(
+      logits.dim(0), SmallestRange(logits.dim(1) * 8), [&](int64_t begin, int64_t end) {
+        std::vector<float> scores(num_experts);
+        for (int64_t t = begin; t < end; ++t) {
+          Score(RowOf<float>(logits, t), config.scoring_func, scores);
+          std::vector<float> choice = scores;
+          if (config.topk_method == TopkMethod::kNoauxTc) {
+            const auto* shift = bias.data<float>();
+            for (size_t e = 0; e < num_experts; ++e) choice[e] += shift[e];
+          }
+          if (config.topk_method != TopkMethod::kGreedy && config.topk_group < config.n_group) {
+            DropGroups(config, choice);
+          }
+
+          auto* ids = RowOf<int32_t>(experts, t);
+          auto* shares = RowOf<float>(weights, t);
+          std::vector<bool> taken(num_experts, false);
+          float sum = 0.0f;
+          for (int j = 0; j < config.num_experts_per_tok; ++j) {
+            const size_t best = LargestOf(choice.data(), num_experts, taken);
+            taken[best] = true;
+            ids[j] = static_cast<int32_t>(best);
+            shares[j] = scores[best];
+            sum += scores[best];
+          }
+          const float divisor = config.norm_topk_prob ? sum + 1e-20f : 1.0f;  // never 0 / 0
+          for (int j = 0; j < config.num_experts_per_tok; ++j) {
+            shares[j] = shares[j] / divisor * config.routed_scaling_factor;
+          }
+        }
+      });
+}
+
+}  // namespace fathom
