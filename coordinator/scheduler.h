@@ -1,0 +1,126 @@
+// Chooses what the workers compute next, and takes in what came of it.
+//
+// There is no prefill and no decode: a sequence has tokens, some of them computed, and each step
+// gives it as many of the pending ones as a common token budget allows. When none are left the
+// step samples the next token, and so on. Prompts are thereby cut into chunks and mixed with
+// decoding. Running sequences come first, oldest first, then waiting ones in order of arrival.
+//
+// Compared with vLLM's V1 scheduler (vllm/v1/core/sched/scheduler.py), the same: no phases; running
+// before waiting; first come, first served, where the first that does not fit blocks those behind
+// it; preemption of the youngest by recomputation, and no admission in a step that preempted.
+// Different: a sequence is admitted only when all its tokens would fit beside what the running
+// ones are about to need (not just its first chunk), so that a prompt is not thrown out half
+// computed; rows of prompt logprobs have a budget of their own; there is no prefix sharing yet.
+//
+// Pure state: no clock, no threads, no wire, no metrics. Steps may be scheduled while earlier ones
+// are in flight, as long as they are sent and committed in order: a sequence whose next token is
+// still unknown just has nothing pending. Blocks freed meanwhile are safe to hand out, because the
+// workers make steps in order.
+//
+// Not thread-safe; only StepLoop calls it.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "coordinator/block_pool.h"
+#include "coordinator/sequence.h"
+#include "coordinator/step.h"
+
+namespace fathom {
+
+enum class EndReason { kStop, kLength, kFault };
+
+// What a committed step did to one sequence.
+struct SequenceUpdate {
+  SequenceId id = 0;
+  int batch_index = 0;                    // in the step
+  std::vector<uint32_t> token_ids;        // newly generated
+  int num_prompt_tokens_done = 0;         // prompt tokens computed for the first time
+  std::optional<EndReason> end;           // the sequence is gone
+  std::optional<uint32_t> stop_token_id;  // the client's, when that ended it
+  std::string fault;                      // with kFault
+  int num_prompt_tokens = 0;
+  int num_generated_tokens = 0;  // so far
+};
+
+class Scheduler {
+ public:
+  struct Options {
+    int max_tokens_per_step = 2048;
+    int max_sequences = 256;  // slots are numbered [0, max_sequences)
+    int max_prompt_logprob_rows_per_step = 256;
+    int block_size = 16;    // tokens per KV block
+    int num_kv_blocks = 0;  // of each domain
+    int num_kv_domains = 1;
+  };
+
+  explicit Scheduler(Options options);
+
+  // Queues a request. Ids must ascend. The request must be able to fit when it is alone.
+  void Add(SequenceId id, std::shared_ptr<const Request> request);
+
+  // Forgets a sequence and frees its blocks and slot now, even with a step in flight. False when
+  // there is none (it ended before).
+  bool Cancel(SequenceId id);
+
+  // The next step; empty when there is nothing to compute.
+  Step Schedule();
+
+  // Takes in the outcome of the oldest step in flight. One update per sequence of that step which
+  // is still there and was not preempted since, in batch order.
+  std::vector<SequenceUpdate> Commit(const StepOutcome& outcome);
+
+  int num_running() const { return static_cast<int>(running_.size()); }
+  int num_waiting() const { return static_cast<int>(waiting_.size()); }
+  int num_blocks() const { return options_.num_kv_blocks * options_.num_kv_domains; }
+  int num_free_blocks() const;
+  int64_t num_preemptions() const { return num_preemptions_; }
+
+ private:
+  // What is left of a step's allowances.
+  struct Budget {
+    int tokens;
+    int prompt_logprob_rows;
+  };
+  struct StepInFlight {
+    uint64_t number;
+    std::vector<ScheduledSequence> scheduled;
+  };
+
+  int BlocksFor(int num_tokens) const;
+  // Blocks a running sequence is going to want: for all its tokens, and one to grow into.
+  int BlocksAboutToBeWanted(const Sequence& sequence) const;
+  std::vector<int> RoomOfDomains() const;
+
+  void ScheduleRunning(Step& step, Budget& budget);
+  void AdmitWaiting(Step& step, Budget& budget);
+  void Admit(Sequence& sequence, int kv_domain, Step& step);
+  void Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget);
+  bool MakeRoomFor(Sequence& sequence, int num_tokens);
+  void Preempt(Sequence& sequence);
+  void FreeBlocksAndSlot(Sequence& sequence);
+  void Forget(SequenceId id);
+  SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome);
+
+  const Options options_;
+  std::vector<BlockPool> block_pools_;  // by domain
+  std::vector<int> free_slots_;         // a stack
+  std::vector<int> released_slots_;     // the workers do not know yet
+
+  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::deque<Sequence*> waiting_;   // by id
+  std::vector<Sequence*> running_;  // by id
+  std::deque<StepInFlight> in_flight_;
+
+  SequenceId last_id_ = 0;
+  uint64_t last_step_ = 0;
+  int64_t num_preemptions_ = 0;
+};
+
+}  // namespace fathom

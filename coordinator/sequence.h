@@ -1,0 +1,42 @@
+// A request being generated: its tokens so far, and which KV blocks hold what is computed of them.
+//
+// Plain state that Scheduler alone changes; it knows no wire and no time. Not thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "coordinator/request.h"
+
+namespace fathom {
+
+// Numbers sequences in order of arrival, from 1.
+using SequenceId = uint64_t;
+
+struct Sequence {
+  Sequence(SequenceId id, std::shared_ptr<const Request> request)
+      : id(id), request(std::move(request)), tokens(this->request->prompt_token_ids) {}
+
+  const SequenceId id;
+  const std::shared_ptr<const Request> request;
+
+  std::vector<uint32_t> tokens;  // prompt, then what was generated; survives preemption
+  // Tokens whose KV is in the blocks once the steps in flight have finished.
+  int num_computed = 0;
+  int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
+  int num_prompt_tokens_done = 0;    // computed at least once: preemption does not reset it
+
+  // Set while the sequence runs.
+  int slot = -1;
+  int kv_domain = -1;  // whose blocks block_table names
+  std::vector<int32_t> block_table;
+  int num_admissions = 0;  // tells results of an earlier stay in a slot apart
+
+  int num_tokens() const { return static_cast<int>(tokens.size()); }
+  int num_generated() const { return num_tokens() - request->num_prompt_tokens(); }
+  int num_pending() const { return num_tokens() - num_computed; }
+};
+
+}  // namespace fathom

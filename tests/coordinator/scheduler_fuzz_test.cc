@@ -1,0 +1,278 @@
+// Random requests, cancels, faults and stops against a model of the worker's books.
+//
+// After every step: no block belongs to two sequences, no slot either, blocks are conserved, the
+// budgets are kept, chunks follow each other without gap or overlap, the running are older than
+// the waiting. At the end: every request has ended the way it should, and all is free again.
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "coordinator/scheduler.h"
+#include "gtest/gtest.h"
+
+namespace fathom {
+namespace {
+
+constexpr uint32_t kEos = 0;
+constexpr uint32_t kVocabSize = 20;
+
+// What a request must generate: a hash of its number and the position.
+uint32_t TokenAt(SequenceId id, size_t position) {
+  uint64_t x = id * 0x9e3779b97f4a7c15u + position * 0xbf58476d1ce4e5b9u;
+  x ^= x >> 29;
+  return static_cast<uint32_t>(x % kVocabSize);
+}
+
+// The worker's view of one slot.
+struct Mirror {
+  SequenceId id;
+  std::vector<uint32_t> tokens;
+  int num_computed;
+  std::vector<int32_t> blocks;
+};
+
+class SchedulerFuzz {
+ public:
+  explicit SchedulerFuzz(uint64_t seed)
+      : random_(seed), options_(RandomOptions()), scheduler_(options_) {}
+
+  void Run() {
+    const int num_operations = Between(200, 600);
+    for (int i = 0; i < num_operations && !::testing::Test::HasFailure(); ++i) {
+      const int dice = Between(0, 9);
+      if (dice < 3)
+        AddRequest();
+      else if (dice == 3)
+        CancelSomething();
+      else
+        MakeStep();
+    }
+    // Every request ends in a bounded number of steps.
+    int64_t num_steps = 0;
+    while (!live_.empty() && !::testing::Test::HasFailure()) {
+      MakeStep();
+      ASSERT_LT(++num_steps, 200000) << live_.size() << " requests did not end";
+    }
+    while (!in_flight_.empty()) CommitOldest();
+    EXPECT_EQ(scheduler_.num_running(), 0);
+    EXPECT_EQ(scheduler_.num_waiting(), 0);
+    EXPECT_EQ(scheduler_.num_free_blocks(), scheduler_.num_blocks());
+  }
+
+ private:
+  struct Live {
+    std::shared_ptr<const Request> request;
+    size_t num_received = 0;
+    int num_prompt_logprobs = 0;
+    int num_prompt_tokens = 0;
+    bool started = false;
+  };
+  struct InFlight {
+    Step step;
+    StepOutcome outcome;
+  };
+
+  int Between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
+
+  Scheduler::Options RandomOptions() {
+    Scheduler::Options options;
+    options.max_tokens_per_step = Between(0, 3) == 0 ? Between(1, 4) : Between(5, 100);
+    options.max_sequences = Between(1, 12);
+    options.max_prompt_logprob_rows_per_step = Between(1, 20);
+    options.block_size = 1 << Between(0, 4);
+    options.num_kv_domains = Between(0, 3) == 0 ? Between(2, 3) : 1;
+    options.num_kv_blocks = Between(1, std::max(2, 150 / options.block_size));
+    max_steps_in_flight_ = Between(0, 2) == 0 ? 2 : 1;
+    return options;
+  }
+
+  void AddRequest() {
+    const int capacity = options_.num_kv_blocks * options_.block_size;
+    Request request;
+    const int total = Between(1, Between(1, capacity));
+    request.max_tokens = Between(0, total - 1);
+    const SequenceId id = ++last_id_;
+    for (int i = 0; i < total - request.max_tokens; ++i) {
+      request.prompt_token_ids.push_back(TokenAt(id, i));
+    }
+    request.min_tokens = Between(0, request.max_tokens);
+    request.wants_prompt_logprobs = Between(0, 3) == 0;
+    if (Between(0, 1) == 0) request.eos_token_ids = {kEos};
+    auto shared = std::make_shared<const Request>(std::move(request));
+    live_[id] = {.request = shared};
+    scheduler_.Add(id, shared);
+  }
+
+  void CancelSomething() {
+    if (live_.empty()) return;
+    auto victim = live_.begin();
+    std::advance(victim, Between(0, static_cast<int>(live_.size()) - 1));
+    EXPECT_TRUE(scheduler_.Cancel(victim->first));
+    EXPECT_FALSE(scheduler_.Cancel(victim->first));
+    live_.erase(victim);
+  }
+
+  void MakeStep() {
+    const bool had_work = !live_.empty();
+    Step step = scheduler_.Schedule();
+    if (step.empty()) {
+      EXPECT_TRUE(!had_work || !in_flight_.empty()) << "requests wait and nothing is done";
+    } else {
+      CheckBudgets(step);
+      StepOutcome outcome = Work(step);
+      in_flight_.push_back({std::move(step), std::move(outcome)});
+    }
+    const size_t wanted = in_flight_.empty() ? 0 : Between(0, max_steps_in_flight_ - 1);
+    while (in_flight_.size() > wanted) CommitOldest();
+  }
+
+  void CheckBudgets(const Step& step) {
+    int num_tokens = 0;
+    int num_rows = 0;
+    std::set<int> slots;
+    for (const ScheduledSequence& s : step.scheduled) {
+      EXPECT_GT(s.num_tokens, 0);
+      EXPECT_TRUE(slots.insert(s.slot).second) << "slot " << s.slot << " twice in a step";
+      num_tokens += s.num_tokens;
+      num_rows += s.num_prompt_logprobs;
+    }
+    EXPECT_EQ(num_tokens, step.num_tokens);
+    EXPECT_LE(num_tokens, options_.max_tokens_per_step);
+    EXPECT_LE(num_rows, options_.max_prompt_logprob_rows_per_step);
+    EXPECT_LE(scheduler_.num_running(), options_.max_sequences);
+    EXPECT_LE(slots.size(), static_cast<size_t>(options_.max_sequences));
+    // First come, first served: nobody starts before someone who came earlier.
+    for (const AdmittedSequence& a : step.admitted) {
+      live_.at(a.sequence->id).started = true;
+      for (const auto& [id, live] : live_) {
+        EXPECT_TRUE(id > a.sequence->id || live.started) << id << " was overtaken";
+      }
+    }
+  }
+
+  // Does to its mirrors what a worker does, and answers.
+  StepOutcome Work(const Step& step) {
+    for (const int slot : step.released_slots) {
+      EXPECT_EQ(mirrors_.erase(slot), 1u) << "slot " << slot << " was not in use";
+    }
+    for (const AdmittedSequence& a : step.admitted) {
+      const bool is_new = mirrors_
+                              .emplace(a.sequence->slot, Mirror{.id = a.sequence->id,
+                                                                .tokens = a.sequence->tokens,
+                                                                .num_computed = a.num_computed,
+                                                                .blocks = {}})
+                              .second;
+      EXPECT_TRUE(is_new) << "slot " << a.sequence->slot << " was in use";
+    }
+    StepOutcome outcome{.number = step.number, .sequences = {}};
+    size_t next_block = 0;
+    for (const ScheduledSequence& s : step.scheduled) {
+      Mirror& mirror = mirrors_.at(s.slot);
+      EXPECT_EQ(mirror.id, s.id);
+      EXPECT_EQ(mirror.num_computed, s.first_token) << "a gap or an overlap";
+      for (int i = 0; i < s.num_new_blocks; ++i) {
+        mirror.blocks.push_back(step.new_block_ids.at(next_block++));
+      }
+      mirror.num_computed += s.num_tokens;
+      EXPECT_LE(mirror.num_computed, static_cast<int>(mirror.tokens.size()));
+      EXPECT_GE(static_cast<int>(mirror.blocks.size()) * options_.block_size, mirror.num_computed);
+      EXPECT_EQ(s.samples, mirror.num_computed == static_cast<int>(mirror.tokens.size()));
+      SequenceOutcome& answer = outcome.sequences.emplace_back();
+      if (Between(0, 499) == 0) {
+        answer.fault = "fuzz";
+      } else if (s.samples) {
+        answer.sampled_token_id = TokenAt(s.id, mirror.tokens.size());
+        mirror.tokens.push_back(*answer.sampled_token_id);
+      }
+    }
+    EXPECT_EQ(next_block, step.new_block_ids.size());
+    if (options_.num_kv_domains == 1) CheckBlocks();
+    return outcome;
+  }
+
+  void CheckBlocks() {
+    std::set<int32_t> taken;
+    for (const auto& [slot, mirror] : mirrors_) {
+      for (const int32_t block : mirror.blocks) {
+        EXPECT_GE(block, 0);
+        EXPECT_LT(block, options_.num_kv_blocks);
+        EXPECT_TRUE(taken.insert(block).second) << "block " << block << " has two owners";
+      }
+    }
+    // Finished sequences are released with the next step only, so workers may hold more.
+    EXPECT_GE(static_cast<int>(taken.size()),
+              scheduler_.num_blocks() - scheduler_.num_free_blocks());
+  }
+
+  void CommitOldest() {
+    const InFlight oldest = std::move(in_flight_.front());
+    in_flight_.pop_front();
+    for (const SequenceUpdate& update : scheduler_.Commit(oldest.outcome)) {
+      const ScheduledSequence& s = oldest.step.scheduled.at(update.batch_index);
+      ASSERT_EQ(update.id, s.id);
+      ASSERT_TRUE(live_.count(update.id)) << update.id << " has ended before";
+      Live& live = live_.at(update.id);
+      live.num_prompt_logprobs += s.num_prompt_logprobs;
+      live.num_prompt_tokens += update.num_prompt_tokens_done;
+      bool saw_eos = false;
+      for (const uint32_t token : update.token_ids) {
+        EXPECT_EQ(token,
+                  TokenAt(update.id, live.request->prompt_token_ids.size() + live.num_received));
+        ++live.num_received;
+        saw_eos = !live.request->eos_token_ids.empty() && token == kEos &&
+                  static_cast<int>(live.num_received) >= live.request->min_tokens;
+      }
+      EXPECT_EQ(update.num_generated_tokens, static_cast<int>(live.num_received));
+      CheckEnd(update, live, saw_eos);
+      if (update.end.has_value()) live_.erase(update.id);
+    }
+  }
+
+  static void CheckEnd(const SequenceUpdate& update, const Live& live, bool saw_eos) {
+    const int received = static_cast<int>(live.num_received);
+    if (!update.end.has_value()) {
+      EXPECT_FALSE(saw_eos);
+      EXPECT_TRUE(received < live.request->max_tokens || live.request->max_tokens == 0);
+      return;
+    }
+    if (*update.end == EndReason::kFault) return;
+    EXPECT_EQ(*update.end == EndReason::kStop, saw_eos);
+    if (*update.end == EndReason::kLength) {
+      EXPECT_EQ(received, live.request->max_tokens);
+    }
+    EXPECT_EQ(live.num_prompt_tokens, live.request->num_prompt_tokens());
+    if (live.request->wants_prompt_logprobs) {
+      EXPECT_EQ(live.num_prompt_logprobs, live.request->num_prompt_tokens() - 1);
+    }
+  }
+
+  std::mt19937_64 random_;
+  int max_steps_in_flight_ = 1;
+  const Scheduler::Options options_;
+  Scheduler scheduler_;
+  std::map<SequenceId, Live> live_;
+  std::map<int, Mirror> mirrors_;
+  std::deque<InFlight> in_flight_;
+  SequenceId last_id_ = 0;
+};
+
+TEST(SchedulerFuzzTest, KeepsItsBooksUnderRandomRequestsCancelsAndFaults) {
+  const uint64_t base_seed = std::random_device()();
+  for (uint64_t seed = base_seed; seed < base_seed + 200; ++seed) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    SchedulerFuzz fuzz(seed);
+    fuzz.Run();
+    if (HasFailure()) FAIL() << "with seed " << seed;
+  }
+  RecordProperty("base_seed", std::to_string(base_seed));
+  std::cout << "seeds " << base_seed << " to " << base_seed + 199 << "\n";
+}
+
+}  // namespace
+}  // namespace fathom
