@@ -1,5 +1,12 @@
 #include "proto/endpoint.h"
 
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 
@@ -73,6 +80,32 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentialsFor(
   ASSIGN_OR_RETURN(std::string certificate, ReadFile(tls.certificate_file));
   options.pem_key_cert_pairs.push_back({std::move(key), std::move(certificate)});
   return grpc::SslServerCredentials(options);
+}
+
+absl::Status PrepareToListen(const std::string& address) {
+  RETURN_IF_ERROR(ReachOf(address).status());
+  if (!absl::StartsWith(address, "unix:")) return absl::OkStatus();
+  const std::string path = address.substr(5);
+  struct stat file;
+  if (lstat(path.c_str(), &file) != 0) return absl::OkStatus();  // binding says what is wrong
+  if (!S_ISSOCK(file.st_mode)) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("'", path, "' exists and is not a socket: remove it or listen elsewhere"));
+  }
+  sockaddr_un socket_address = {};
+  socket_address.sun_family = AF_UNIX;
+  std::memcpy(socket_address.sun_path, path.c_str(), path.size() + 1);
+  const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int refused =
+      connect(probe, reinterpret_cast<const sockaddr*>(&socket_address), sizeof(socket_address));
+  const bool is_stale = refused != 0 && errno == ECONNREFUSED;
+  close(probe);
+  if (!is_stale) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("another process listens on '", address, "': stop it or listen elsewhere"));
+  }
+  unlink(path.c_str());
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,

@@ -29,6 +29,12 @@ inline constexpr int kMaxMessageBytes = 64 << 20;
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentialsFor(
     const std::string& address, const TlsOptions& tls);
 
+// Clears the way for a server about to listen on `address`: removes the socket file that a dead
+// process left behind. AlreadyExists when something answers there, or when the path is not a
+// socket. Does nothing for TCP, where the server must set GRPC_ARG_ALLOW_REUSEPORT to 0, or two
+// servers could share a port unnoticed.
+absl::Status PrepareToListen(const std::string& address);
+
 // A channel that reconnects quickly (within 200 ms) when the peer comes back. Errors as above.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,
                                                          const TlsOptions& tls);
