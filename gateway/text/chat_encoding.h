@@ -2,14 +2,15 @@
 //
 // The layouts are those of DeepSeek's official chat templates, byte for byte:
 //
-//   BOS system "\n\n" system <｜User｜>user<｜Assistant｜>assistant EOS …
+//   BOS system "\n\n" system <｜User｜>user<｜Assistant｜>assistant EOS <｜User｜> …
 //
-// with tool calls and their outputs between; `tools` are not rendered (the templates do not).
-// Roles and reasoning are not second-guessed: what the template prints is printed.
+// with tool calls and their outputs between; descriptions of tools are not printed (the templates
+// do not). What a template prints is printed, oddities included, with one exception: DeepSeek-V3's
+// drops the tool calls of a message whose content is not null; here "" counts as null, and other
+// content is printed with its calls as V3-0324 does.
 // Source: chat_template in tokenizer_config.json of deepseek-ai/DeepSeek-V3 and -V3-0324.
 #pragma once
 
-#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,8 +46,9 @@ struct ChatOptions {
 // Immutable: Encode may be called from any thread.
 class ChatEncoder {
  public:
-  // Chooses the layout. FailedPrecondition when the tokenizer has no BOS, EOS, <｜User｜> or
-  // <｜Assistant｜>: such a model speaks another layout, and chat requests must be refused.
+  // Chooses the layout by the tokenizer's chat_template(): DeepSeek-V3's own, else V3-0324's.
+  // FailedPrecondition when the model speaks another one, and chat requests must be refused: the
+  // tokenizer has no BOS, EOS, <｜User｜> or <｜Assistant｜>, or the template handles <think>.
   static absl::StatusOr<ChatEncoder> Create(const Tokenizer& tokenizer);
 
   // The text of `messages`, beginning with BOS: tokenize it with BosPolicy::kNone.
@@ -56,12 +58,16 @@ class ChatEncoder {
                                      const ChatOptions& options) const;
 
  private:
-  // How a list of tool calls is printed.
   enum class Layout {
-    kV3,      // calls only when content is null; one call alone is left unclosed
-    kV3_0324  // content before the calls; the list is always closed
+    kV3,      // <｜Assistant｜> before an answer; one tool call alone is left unclosed
+    kV3_0324  // <｜Assistant｜> behind every question; tool calls are always closed
   };
   ChatEncoder() = default;
+
+  absl::Status Validate(absl::Span<const ChatMessage> messages, const ChatOptions& options) const;
+  std::string EncodeV3(absl::Span<const ChatMessage> messages, const ChatOptions& options) const;
+  std::string EncodeV3_0324(absl::Span<const ChatMessage> messages,
+                            const ChatOptions& options) const;
 
   Layout layout_ = Layout::kV3_0324;
   std::string bos_;

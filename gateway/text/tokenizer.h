@@ -32,9 +32,10 @@ class Tokenizer {
   // something we do not do, naming the file and the field.
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& model_dir);
 
-  // The same from the text of the files; an empty `tokenizer_config_json` means none.
+  // The same from the text of the files; an empty one is as good as none.
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Parse(std::string_view tokenizer_json,
-                                                          std::string_view tokenizer_config_json);
+                                                          std::string_view tokenizer_config_json,
+                                                          std::string chat_template);
 
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
@@ -52,7 +53,7 @@ class Tokenizer {
   bool IsSpecial(uint32_t id) const;
 
   // The id of the added token whose text is exactly `content`.
-  std::optional<uint32_t> AddedToken(std::string_view content) const;
+  std::optional<uint32_t> FindAddedToken(std::string_view content) const;
 
   // From tokenizer_config.json; nullopt where it names none.
   std::optional<uint32_t> bos() const;

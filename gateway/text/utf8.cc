@@ -47,4 +47,16 @@ Utf8Character ReadUtf8(std::string_view bytes) {
   return {Utf8Status::kValid, first.length, code_point};
 }
 
+std::string ReplaceInvalidUtf8(std::string_view text) {
+  std::string valid;
+  valid.reserve(text.size());
+  while (!text.empty()) {
+    const Utf8Character character = ReadUtf8(text);
+    valid.append(character.status == Utf8Status::kValid ? text.substr(0, character.bytes)
+                                                        : kReplacementCharacter);
+    text.remove_prefix(character.bytes);
+  }
+  return valid;
+}
+
 }  // namespace fathom

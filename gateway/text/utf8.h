@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <string_view>
 
 namespace fathom {
@@ -24,5 +25,8 @@ struct Utf8Character {
 
 // Reads the character that `bytes` (not empty) begins with.
 Utf8Character ReadUtf8(std::string_view bytes);
+
+// `text` with every invalid or incomplete sequence replaced by one U+FFFD.
+std::string ReplaceInvalidUtf8(std::string_view text);
 
 }  // namespace fathom
