@@ -136,6 +136,9 @@ class Ops {
   virtual void CombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
                               const Tensor& out) = 0;
 
+  // out = 0.   out [T, N] act
+  virtual void Clear(const Tensor& out) = 0;
+
   // x += y, in place.   x, y [T, N] act
   virtual void Add(const Tensor& x, const Tensor& y) = 0;
 

@@ -257,6 +257,12 @@ void CheckCombineExperts(const Tensor& y, const ExpertGroups& groups, const Tens
   CheckSameType("y", y, out);
 }
 
+void CheckClear(const Tensor& out) {
+  CheckRank("out", out, 2);
+  CheckAct("out", out);
+  CheckShape("out", out, {out.dim(0), out.dim(1)});
+}
+
 void CheckAdd(const Tensor& x, const Tensor& y) {
   CheckRank("x", x, 2);
   CheckAct("x", x);

@@ -52,6 +52,7 @@ LinearSizes CheckGroupedLinear(const Tensor& x, const ExpertGroups& groups, cons
 void CheckSwiGlu(const Tensor& gate_up, const Tensor& out);
 void CheckCombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
                          const Tensor& out);
+void CheckClear(const Tensor& out);
 void CheckAdd(const Tensor& x, const Tensor& y);
 void CheckGatherRows(const Tensor& x, const Tensor& rows, const Tensor& out);
 void CheckDequantize(const Weight& weight, const Tensor& out);

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 
 #include "absl/status/status.h"
@@ -18,10 +17,9 @@
 #include "worker/safetensors.h"
 #include "worker/shard_layout.h"
 #include "worker/step_batch.h"
+#include "worker/weight_loader.h"
 
 namespace fathom {
-
-enum class Quantization { kNone, kFp8 };
 
 struct ModelShardOptions {
   DType dtype = DType::kF32;  // of activations: kF32 or kBF16
@@ -29,24 +27,23 @@ struct ModelShardOptions {
       Quantization::kNone;  // kFp8: quantise a BF16 or F32 checkpoint on loading
   int max_tokens_per_step = 2048;
   int max_logit_rows = 2048;  // most rows of logits a step may want
-  int max_model_len = 0;      // positions that can occur
+  int max_model_len = 0;      // positions that can occur; 0: max_position_embeddings
 };
-
-// Bytes of the checkpoint read so far, of how many. Called from the loading thread, often.
-using LoadProgress = std::function<void(int64_t bytes_done, int64_t bytes_total)>;
 
 class ModelShard {
  public:
-  // What a shard will occupy; nothing is read but the checkpoint's headers.
+  // What a shard will occupy, exactly; nothing is read but the checkpoint's headers.
   struct Footprint {
     int64_t weight_bytes = 0;
-    int64_t activation_bytes = 0;
+    int64_t activation_bytes = 0;  // scratch, rotary table and logits
   };
+  // Errors are Load's, without reading and allocating.
   static absl::StatusOr<Footprint> Plan(const ModelShardOptions& options, const ModelConfig& config,
                                         const ShardLayout& layout, const Checkpoint& checkpoint);
 
-  // Reads this rank's slices. NotFound or InvalidArgument name file and tensor.
-  // `device` must outlive the shard.
+  // Reads this rank's slices. NotFound or InvalidArgument name file and tensor, or the option that
+  // is out of range; ResourceExhausted when the device is full.
+  // `device` must outlive the shard; `checkpoint` need not.
   static absl::StatusOr<std::unique_ptr<ModelShard>> Load(const ModelShardOptions& options,
                                                           const ModelConfig& config,
                                                           const ShardLayout& layout,
@@ -55,9 +52,10 @@ class ModelShard {
   virtual ~ModelShard() = default;
 
   // Runs the layers over a step's tokens, writes their latents into `kv_cache`, and gives the
-  // logits of batch.logit_rows. An error is the communicator's.
+  // logits of batch.logit_rows. An error is the communicator's. Every rank gets the same batch.
+  //   REQUIRES: 1 to max_tokens_per_step tokens, at most max_logit_rows logit rows
   //   logits [L, vocab_size] f32 in host memory, valid until the next call; absent on ranks other
-  //   than 0
+  //   than 0, and when no logits are wanted
   virtual absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
                                          Communicator& communicator) = 0;
 };

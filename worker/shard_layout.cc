@@ -14,7 +14,7 @@ absl::Status Split(const ShardLayoutOptions& options, const char* name, int coun
                                                    " does not divide ", name, " ", count,
                                                    "; choose one that does"));
   }
-  const int size = count / options.world_size;
+  const int64_t size = count / options.world_size;
   part = {.begin = options.rank * size, .end = (options.rank + 1) * size};
   return absl::OkStatus();
 }

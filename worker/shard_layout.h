@@ -7,6 +7,8 @@
 // A value; thread-compatible.
 #pragma once
 
+#include <cstdint>
+
 #include "absl/status/statusor.h"
 #include "worker/model_config.h"
 
@@ -22,9 +24,9 @@ struct ShardLayoutOptions {
 
 // [begin, end)
 struct Range {
-  int begin = 0;
-  int end = 0;
-  int size() const { return end - begin; }
+  int64_t begin = 0;
+  int64_t end = 0;
+  int64_t size() const { return end - begin; }
   bool operator==(const Range&) const = default;
 };
 

@@ -26,6 +26,15 @@ void CpuOps::SwiGlu(const Tensor& gate_up, const Tensor& out) {
   });
 }
 
+void CpuOps::Clear(const Tensor& out) {
+  CheckClear(out);
+  const auto row_bytes = static_cast<size_t>(out.dim(1) * SizeOf(out.dtype()));
+  for (int64_t t = 0; t < out.dim(0); ++t) {
+    std::memset(static_cast<char*>(out.raw()) + t * out.stride(0) * SizeOf(out.dtype()), 0,
+                row_bytes);
+  }
+}
+
 void CpuOps::Add(const Tensor& x, const Tensor& y) {
   CheckAdd(x, y);
   const int64_t size = x.dim(1);

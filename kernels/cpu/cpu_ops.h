@@ -34,6 +34,7 @@ class CpuOps final : public Ops {
   void SwiGlu(const Tensor& gate_up, const Tensor& out) override;
   void CombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
                       const Tensor& out) override;
+  void Clear(const Tensor& out) override;
   void Add(const Tensor& x, const Tensor& y) override;
   void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) override;
   void Dequantize(const Weight& weight, const Tensor& out) override;

@@ -1,0 +1,349 @@
+#include "worker/model_shard.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "worker/arena.h"
+#include "worker/feed_forward.h"
+#include "worker/mla_attention.h"
+#include "worker/rotary_table.h"
+
+namespace fathom {
+namespace {
+
+constexpr int kMostTokensPerStep = 1 << 20;
+
+// Everything a step writes to, for steps of up to T tokens and L rows of logits.
+struct Activations {
+  static Activations Plan(const ModelShardOptions& options, const ModelConfig& config,
+                          const ShardLayout& layout, Arena& arena);
+
+  Tensor cos_sin;  // [max_model_len, P / 2, 2] f32, written once
+
+  Tensor hidden;  // [T, H] act, the residual stream
+  Tensor normed;  // [T, H] act, what a branch reads
+  Tensor branch;  // [T, H] act, what a branch adds
+
+  // These three are never in use at once and share their memory.
+  MlaScratch attention;
+  FeedForwardScratch feed_forward;
+  struct Head {
+    Tensor rows;      // [L, H] act
+    Tensor part;      // [L, vocab_size / world_size] f32
+    Tensor gathered;  // [world_size * L * vocab_size / world_size] f32, rank 0 of several
+    Tensor logits;    // [L, vocab_size] f32, rank 0 of several
+  } head;
+};
+
+Activations Activations::Plan(const ModelShardOptions& options, const ModelConfig& config,
+                              const ShardLayout& layout, Arena& arena) {
+  const int64_t tokens = options.max_tokens_per_step;
+  const int64_t logit_rows = options.max_logit_rows;
+  const DType act = options.dtype;
+  Activations activations;
+  activations.cos_sin =
+      arena.Take(DType::kF32, {options.max_model_len, config.qk_rope_head_dim / 2, 2});
+  activations.hidden = arena.Take(act, {tokens, config.hidden_size});
+  activations.normed = arena.Take(act, {tokens, config.hidden_size});
+  activations.branch = arena.Take(act, {tokens, config.hidden_size});
+
+  const int64_t shared = arena.Mark();
+  activations.attention = MlaScratch::Plan(config, layout, act, tokens, arena);
+  arena.Rewind(shared);
+  activations.feed_forward = FeedForwardScratch::Plan(config, layout, act, tokens, arena);
+  arena.Rewind(shared);
+  Head& head = activations.head;
+  head.rows = arena.Take(act, {logit_rows, config.hidden_size});
+  head.part = arena.Take(DType::kF32, {logit_rows, layout.vocabulary().size()});
+  if (layout.rank() == 0 && layout.world_size() > 1) {
+    head.gathered = arena.Take(DType::kF32, {logit_rows * config.vocab_size});
+    head.logits = arena.Take(DType::kF32, {logit_rows, config.vocab_size});
+  }
+  return activations;
+}
+
+struct DecoderLayer {
+  DecoderLayer(int layer, const ModelConfig& config, const ShardLayout& layout)
+      : prefix(absl::StrCat("model.layers.", layer, ".")),
+        self_attn(absl::StrCat(prefix, "self_attn."), config, layout),
+        mlp(absl::StrCat(prefix, "mlp."), layer, config, layout) {}
+
+  void AddWeights(const ModelConfig& config, WeightLoader& loader) {
+    loader.AddVector(absl::StrCat(prefix, "input_layernorm.weight"), config.hidden_size,
+                     input_layernorm);
+    self_attn.AddWeights(loader);
+    loader.AddVector(absl::StrCat(prefix, "post_attention_layernorm.weight"), config.hidden_size,
+                     post_attention_layernorm);
+    mlp.AddWeights(loader);
+  }
+
+  const std::string prefix;
+  Tensor input_layernorm;
+  MlaAttention self_attn;
+  Tensor post_attention_layernorm;
+  FeedForward mlp;
+};
+
+// The weights of a shard, with the names that fill them.
+struct ModelWeights {
+  ModelWeights(const ModelConfig& config, const ShardLayout& layout) {
+    layers.reserve(config.num_hidden_layers);
+    for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+      layers.push_back(std::make_unique<DecoderLayer>(layer, config, layout));
+    }
+  }
+
+  void AddTo(WeightLoader& loader, const ModelConfig& config, const ShardLayout& layout) {
+    const MatrixPart vocabulary =
+        MatrixPart::Rows(config.vocab_size, config.hidden_size, layout.vocabulary());
+    loader.AddTable("model.embed_tokens.weight", vocabulary, embed_tokens);
+    for (const auto& layer : layers) layer->AddWeights(config, loader);
+    loader.AddVector("model.norm.weight", config.hidden_size, norm);
+    if (!config.tie_word_embeddings) loader.AddTable("lm_head.weight", vocabulary, lm_head);
+  }
+
+  Tensor embed_tokens;
+  std::vector<std::unique_ptr<DecoderLayer>> layers;
+  Tensor norm;
+  Tensor lm_head;  // absent when tied: embed_tokens serves
+};
+
+WeightLoaderOptions LoaderOptions(const ModelShardOptions& options, const ModelConfig& config) {
+  return {.dtype = options.dtype,
+          .quantization = options.quantization,
+          .accept_fp8 = config.fp8_weights};
+}
+
+// Options with defaults filled in, or what is wrong with them.
+absl::StatusOr<ModelShardOptions> Resolved(ModelShardOptions options, const ModelConfig& config) {
+  CHECK(options.dtype == DType::kF32 || options.dtype == DType::kBF16) << NameOf(options.dtype);
+  if (options.max_model_len == 0) options.max_model_len = config.max_position_embeddings;
+  if (options.max_model_len < 1 || options.max_model_len > config.max_position_embeddings) {
+    return absl::InvalidArgumentError(absl::StrCat("max_model_len is ", options.max_model_len,
+                                                   ", expected 1 to max_position_embeddings, ",
+                                                   config.max_position_embeddings));
+  }
+  if (options.max_tokens_per_step < 1 || options.max_tokens_per_step > kMostTokensPerStep) {
+    return absl::InvalidArgumentError(absl::StrCat("max_tokens_per_step is ",
+                                                   options.max_tokens_per_step, ", expected 1 to ",
+                                                   kMostTokensPerStep));
+  }
+  if (options.max_logit_rows < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_logit_rows is ", options.max_logit_rows, ", expected at least 1"));
+  }
+  options.max_logit_rows = std::min(options.max_logit_rows, options.max_tokens_per_step);
+  return options;
+}
+
+// The layer that a tensor belongs to; -1 for none.
+int LayerOf(std::string_view name) {
+  constexpr std::string_view kPrefix = "model.layers.";
+  if (!name.starts_with(kPrefix)) return -1;
+  name.remove_prefix(kPrefix.size());
+  int layer = 0;
+  return absl::SimpleAtoi(std::string(name.substr(0, name.find('.'))), &layer) ? layer : -1;
+}
+
+// Tensors that no rank wants. Those of layers past the last (multi-token prediction) and what a
+// tied head or an old exporter leaves are known and not counted.
+void WarnOfUnknownTensors(const ModelShardOptions& options, const ModelConfig& config,
+                          const Checkpoint& checkpoint) {
+  const absl::StatusOr<ShardLayout> whole = ShardLayout::Create({}, config);
+  CHECK(whole.ok()) << whole.status();
+  ModelWeights weights(config, *whole);
+  WeightLoader loader(LoaderOptions(options, config), checkpoint);
+  weights.AddTo(loader, config, *whole);
+  const std::vector<std::string> names = loader.Names();
+  const std::set<std::string_view> wanted(names.begin(), names.end());
+
+  int num_unknown = 0;
+  std::string example;
+  for (const auto& [name, entry] : checkpoint.tensors()) {
+    if (wanted.contains(name) || name == "lm_head.weight") continue;
+    if (name.ends_with("rotary_emb.inv_freq")) continue;
+    if (LayerOf(name) >= config.num_hidden_layers) continue;
+    if (num_unknown++ == 0) example = name.substr(0, 200);
+  }
+  if (num_unknown > 0) {
+    spdlog::warn("{}: {} tensors are not part of {} and stay unread, the first is \"{}\"",
+                 checkpoint.directory(), num_unknown, config.architecture, example);
+  }
+}
+
+// Host memory of the batch as a tensor: on the CPU device they are one. Only read.
+Tensor View(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape) {
+  const Tensor tensor(const_cast<int32_t*>(values.data()), DType::kI32, shape);
+  CHECK_EQ(tensor.num_elements(), static_cast<int64_t>(values.size()));
+  return tensor;
+}
+
+class LoadedModelShard final : public ModelShard {
+ public:
+  LoadedModelShard(const ModelShardOptions& options, const ModelConfig& config,
+                   const ShardLayout& layout, Device& device)
+      : options_(options),
+        config_(config),
+        layout_(layout),
+        device_(device),
+        ops_(device.ops()),
+        weights_(config, layout) {}
+
+  absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
+  absl::Status AllocateActivations();
+
+  absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
+                                 Communicator& communicator) override;
+
+ private:
+  void CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const;
+  absl::StatusOr<Tensor> Logits(const Tensor& hidden, const std::vector<int32_t>& logit_rows,
+                                Communicator& communicator);
+
+  const ModelShardOptions options_;
+  const ModelConfig config_;
+  const ShardLayout layout_;
+  Device& device_;
+  Ops& ops_;
+
+  ModelWeights weights_;
+  std::vector<Buffer> weight_buffers_;
+  Activations activations_;
+  Buffer activation_buffer_;
+};
+
+absl::Status LoadedModelShard::LoadWeights(const Checkpoint& checkpoint,
+                                           const LoadProgress& progress) {
+  WeightLoader loader(LoaderOptions(options_, config_), checkpoint);
+  weights_.AddTo(loader, config_, layout_);
+  ASSIGN_OR_RETURN(weight_buffers_, loader.Load(device_, progress));
+  if (config_.tie_word_embeddings) weights_.lm_head = weights_.embed_tokens;
+  return absl::OkStatus();
+}
+
+absl::Status LoadedModelShard::AllocateActivations() {
+  Arena counted;
+  Activations::Plan(options_, config_, layout_, counted);
+  ASSIGN_OR_RETURN(activation_buffer_, device_.Allocate(counted.peak_bytes()));
+  Arena placed(activation_buffer_.data());
+  activations_ = Activations::Plan(options_, config_, layout_, placed);
+  const std::vector<float> table = RotaryTable(config_, options_.max_model_len);
+  device_.CopyFromHost(table.data(), activations_.cos_sin);
+  return absl::OkStatus();
+}
+
+void LoadedModelShard::CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const {
+  CHECK(batch.num_tokens() >= 1 && batch.num_tokens() <= options_.max_tokens_per_step)
+      << batch.num_tokens() << " tokens";
+  CHECK_LE(static_cast<int>(batch.logit_rows.size()), options_.max_logit_rows);
+  CHECK_EQ(batch.block_size, kv_cache.options().block_size);
+  for (const int32_t position : batch.positions) {
+    CHECK(position >= 0 && position < options_.max_model_len) << "position " << position;
+  }
+}
+
+absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache& kv_cache,
+                                                 Communicator& communicator) {
+  CheckBatch(batch, kv_cache);
+  const int64_t tokens = batch.num_tokens(), sequences = batch.num_sequences();
+  const AttentionStep step = {
+      .positions = View(batch.positions, {tokens}),
+      .places = View(batch.places, {tokens}),
+      .cos_sin = activations_.cos_sin,
+      .batch = {.block_tables = View(batch.block_tables, {sequences, batch.max_blocks}),
+                .query_start = View(batch.query_start, {sequences + 1}),
+                .context_lens = View(batch.context_lens, {sequences}),
+                .block_size = batch.block_size}};
+  const Tensor hidden = activations_.hidden.Slice(0, 0, tokens);
+  const Tensor normed = activations_.normed.Slice(0, 0, tokens);
+  const Tensor branch = activations_.branch.Slice(0, 0, tokens);
+  const float eps = config_.rms_norm_eps;
+
+  // Each rank embeds the tokens of its vocabulary rows.
+  ops_.Embed(View(batch.token_ids, {tokens}), weights_.embed_tokens,
+             static_cast<int>(layout_.vocabulary().begin), hidden);
+  RETURN_IF_ERROR(communicator.AllReduceSum(hidden));
+
+  for (int i = 0; i < config_.num_hidden_layers; ++i) {
+    const DecoderLayer& layer = *weights_.layers[i];
+    ops_.RmsNorm(hidden, layer.input_layernorm, eps, normed);
+    layer.self_attn.Forward(normed, step, kv_cache.layer(i), activations_.attention, ops_, branch);
+    RETURN_IF_ERROR(communicator.AllReduceSum(branch));
+    ops_.Add(hidden, branch);
+
+    ops_.RmsNorm(hidden, layer.post_attention_layernorm, eps, normed);
+    layer.mlp.Forward(normed, activations_.feed_forward, ops_, branch);
+    RETURN_IF_ERROR(communicator.AllReduceSum(branch));
+    ops_.Add(hidden, branch);
+  }
+  return Logits(hidden, batch.logit_rows, communicator);
+}
+
+absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden,
+                                                const std::vector<int32_t>& logit_rows,
+                                                Communicator& communicator) {
+  const int64_t rows = static_cast<int64_t>(logit_rows.size());
+  if (rows == 0) return Tensor();
+  const Activations::Head& head = activations_.head;
+  const Tensor last = head.rows.Slice(0, 0, rows);
+  const Tensor part = head.part.Slice(0, 0, rows);
+  ops_.GatherRows(hidden, View(logit_rows, {rows}), last);
+  ops_.RmsNorm(last, weights_.norm, config_.rms_norm_eps, last);
+  ops_.Linear(last, {.values = weights_.lm_head}, part);
+  if (layout_.world_size() == 1) return part;
+
+  if (layout_.rank() != 0) {
+    RETURN_IF_ERROR(communicator.GatherToRank0(part, Tensor()));
+    return Tensor();
+  }
+  // [world, L, part of vocabulary] becomes [L, vocabulary].
+  const int64_t world = layout_.world_size(), part_size = layout_.vocabulary().size();
+  const Tensor gathered =
+      head.gathered.Slice(0, 0, world * rows * part_size).Reshape({world, rows, part_size});
+  const Tensor logits = head.logits.Slice(0, 0, rows);
+  RETURN_IF_ERROR(communicator.GatherToRank0(part, gathered));
+  for (int64_t rank = 0; rank < world; ++rank) {
+    device_.CopyFromHost(gathered[rank].raw(),
+                         logits.Slice(1, rank * part_size, (rank + 1) * part_size));
+  }
+  return logits;
+}
+
+}  // namespace
+
+absl::StatusOr<ModelShard::Footprint> ModelShard::Plan(const ModelShardOptions& options,
+                                                       const ModelConfig& config,
+                                                       const ShardLayout& layout,
+                                                       const Checkpoint& checkpoint) {
+  ASSIGN_OR_RETURN(const ModelShardOptions resolved, Resolved(options, config));
+  ModelWeights weights(config, layout);
+  WeightLoader loader(LoaderOptions(resolved, config), checkpoint);
+  weights.AddTo(loader, config, layout);
+  ASSIGN_OR_RETURN(const WeightLoader::Footprint planned, loader.Plan());
+  Arena counted;
+  Activations::Plan(resolved, config, layout, counted);
+  return Footprint{.weight_bytes = planned.weight_bytes, .activation_bytes = counted.peak_bytes()};
+}
+
+absl::StatusOr<std::unique_ptr<ModelShard>> ModelShard::Load(
+    const ModelShardOptions& options, const ModelConfig& config, const ShardLayout& layout,
+    const Checkpoint& checkpoint, Device& device, LoadProgress progress) {
+  ASSIGN_OR_RETURN(const ModelShardOptions resolved, Resolved(options, config));
+  if (layout.rank() == 0) WarnOfUnknownTensors(resolved, config, checkpoint);
+  auto shard = std::make_unique<LoadedModelShard>(resolved, config, layout, device);
+  RETURN_IF_ERROR(shard->LoadWeights(checkpoint, progress));
+  RETURN_IF_ERROR(shard->AllocateActivations());
+  return std::unique_ptr<ModelShard>(std::move(shard));
+}
+
+}  // namespace fathom
