@@ -1,0 +1,412 @@
+#include "deploy/launcher/command_line.h"
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <utility>
+
+#include "absl/algorithm/container.h"
+#include "absl/status/status.h"
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "base/status_macros.h"
+
+namespace fathom {
+namespace {
+
+using Validator = std::function<std::string(const std::string&)>;
+
+// One of `values`, or the reason why a value that others know is not among them.
+Validator OneOf(std::vector<std::string> values,
+                std::vector<std::pair<std::string, std::string>> refused = {}) {
+  return [values = std::move(values), refused = std::move(refused)](const std::string& value) {
+    if (absl::c_linear_search(values, value)) return std::string();
+    for (const auto& [name, reason] : refused) {
+      if (name == value) return absl::StrCat("'", value, "' is refused: ", reason);
+    }
+    return absl::StrCat("'", value, "' is not one of ", absl::StrJoin(values, ", "));
+  };
+}
+
+// Reads a count within [low, high] into *target. (The library's own conversions know no suffixes.)
+Validator CountInto(int64_t* target, int64_t low, int64_t high) {
+  return [=](const std::string& value) -> std::string {
+    const absl::StatusOr<int64_t> count = ParseCount(value);
+    if (!count.ok()) return std::string(count.status().message());
+    if (*count < low) return absl::StrCat(value, " is too small: expected at least ", low);
+    if (*count > high) return absl::StrCat(value, " is too large: expected at most ", high);
+    *target = *count;
+    return std::string();
+  };
+}
+
+Validator Between(int64_t low, int64_t high) {
+  return [=](const std::string& value) -> std::string {
+    int64_t number = 0;
+    if (absl::SimpleAtoi(value, &number) && number >= low && number <= high) return std::string();
+    return absl::StrCat("'", value, "' is out of range: expected ", low, " to ", high);
+  };
+}
+
+// A flag that vLLM has and that has nothing to set here.
+struct ForeignFlag {
+  enum class Answer { kAccept, kRefuse };
+  const char* name;
+  // The values with which it is accepted, though it changes nothing, as "a|b"; others are refused.
+  // None for a flag without a value.
+  std::optional<std::string> accepted_values;
+  Answer answer;  // to a flag without a value; kRefuse with accepted_values "": to any value
+  const char* reason;
+};
+
+constexpr auto kAccept = ForeignFlag::Answer::kAccept;
+constexpr auto kRefuse = ForeignFlag::Answer::kRefuse;
+
+const std::vector<ForeignFlag>& ForeignFlags() {
+  static const auto* const flags = new std::vector<ForeignFlag>{
+      {"--trust-remote-code", {}, kAccept, "the architecture is built in, no model's code is run"},
+      {"--enable-chunked-prefill", {}, kAccept, "prompts are always cut to the token budget"},
+      {"--no-enable-chunked-prefill", {}, kRefuse, "prompts are always cut to the token budget"},
+      {"--enable-prefix-caching", {}, kRefuse, "requests do not share KV blocks in this version"},
+      {"--no-enable-prefix-caching", {}, kAccept, "requests do not share KV blocks"},
+      {"--enforce-eager", {}, kAccept, "there are no graphs to capture on this device"},
+      {"--disable-log-requests", {}, kAccept, "requests are not logged"},
+      {"--enable-auto-tool-choice", {}, kRefuse, "tool calls come with a later version"},
+      {"--load-format", "auto|safetensors", kAccept, "checkpoints are read from safetensors only"},
+      {"--tokenizer-mode", "auto", kAccept, "the tokenizer is chosen by the model folder"},
+      {"--distributed-executor-backend", "mp", kAccept, "workers are processes of this host"},
+      {"--pipeline-parallel-size", "1", kAccept,
+       "layers are not split over workers, see --tensor-parallel-size"},
+      {"--data-parallel-size", "1", kAccept, "attention is not data parallel in this version"},
+      {"--nnodes", "1", kAccept, "this runs on one host; deploy/systemd has units for several"},
+      {"--cpu-offload-gb", "0", kAccept, "weights are held in the workers' own memory"},
+      {"--swap-space", "0", kAccept, "preempted requests are recomputed, not swapped"},
+      {"--tokenizer", "", kRefuse, "the tokenizer is the tokenizer.json of the model folder"},
+      {"--chat-template", "", kRefuse,
+       "DeepSeek's encodings are built in, no template is executed"},
+      {"--api-key", "", kRefuse,
+       "keys come with a later version; put a proxy in front that checks"},
+      {"--speculative-config", "", kRefuse, "speculative decoding comes with a later version"},
+      {"--tool-call-parser", "", kRefuse, "tool calls come with a later version"},
+      {"--reasoning-parser", "", kRefuse, "reasoning output comes with a later version"},
+  };
+  return *flags;
+}
+
+void AddForeignFlags(CLI::App& app) {
+  for (const ForeignFlag& flag : ForeignFlags()) {
+    CLI::Option* option =
+        flag.accepted_values.has_value() ? app.add_option(flag.name) : app.add_flag(flag.name);
+    option->group("");  // not in --help
+  }
+}
+
+absl::Status AnswerForeignFlags(const CLI::App& app, std::vector<std::string>& notes) {
+  for (const ForeignFlag& flag : ForeignFlags()) {
+    const CLI::Option* option = app.get_option(flag.name);
+    if (option->count() == 0) continue;
+    std::string given = flag.name;
+    bool is_accepted = flag.answer == kAccept;
+    if (flag.accepted_values.has_value()) {
+      const std::string& value = option->results().front();
+      absl::StrAppend(&given, " ", value);
+      const std::vector<std::string> accepted = absl::StrSplit(*flag.accepted_values, '|');
+      is_accepted = is_accepted && absl::c_linear_search(accepted, value);
+    }
+    if (!is_accepted) {
+      return absl::InvalidArgumentError(absl::StrCat(given, " is refused: ", flag.reason));
+    }
+    notes.push_back(absl::StrCat(given, " changes nothing: ", flag.reason));
+  }
+  return absl::OkStatus();
+}
+
+void AddModelFlags(CLI::App& app, ServeOptions& options) {
+  app.add_option("MODEL_DIR", options.model_dir,
+                 "Folder with config.json and *.safetensors, as on Hugging Face")
+      ->required();
+  app.add_option("--served-model-name", options.served_model_names,
+                 "Names the API answers to, the first is reported [MODEL_DIR]")
+      ->expected(1, -1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--device", options.device, "Where workers compute: cpu, cuda")
+      ->capture_default_str()
+      ->check(OneOf({"cpu", "cuda"}));
+  app.add_option("--dtype", options.dtype,
+                 "Type of activations: auto, float32, bfloat16; auto is float32 on a CPU")
+      ->capture_default_str()
+      ->check(OneOf({"auto", "float32", "float", "bfloat16"},
+                    {{"half",
+                      "the numbers of these models leave the range of float16; use "
+                      "bfloat16 or float32"},
+                     {"float16",
+                      "the numbers of these models leave the range of float16; use "
+                      "bfloat16 or float32"}}));
+  app.add_option("--quantization,-q", options.quantization,
+                 "none, or fp8: weights become FP8 in blocks of 128x128 while loading")
+      ->capture_default_str()
+      ->check(OneOf({"none", "fp8"}));
+  app.add_option("--tensor-parallel-size", options.tensor_parallel_size,
+                 "Workers that share each layer; must divide heads, experts' width and vocabulary")
+      ->capture_default_str()
+      ->check(Between(1, 1024));
+  app.add_flag("--enable-expert-parallel", options.enable_expert_parallel,
+               "Workers own whole experts instead of a slice of each");
+  app.add_option("--threads", options.threads,
+                 "Threads per worker [the host's cores divided by the workers]")
+      ->check(Between(1, 1024));
+  app.add_option("--collectives", options.collectives,
+                 "How workers add up: shm (shared memory), gloo (TCP)")
+      ->capture_default_str()
+      ->check(OneOf({"shm", "gloo"}));
+  app.add_option("--seed", options.seed, "Seeds requests that bring no seed of their own")
+      ->capture_default_str()
+      ->check([](const std::string& text) {
+        uint64_t seed = 0;  // the library would take -1 for 2^64 - 1
+        return absl::SimpleAtoi(text, &seed)
+                   ? ""
+                   : absl::StrCat("'", text, "' is no seed: expected 0 to 2^64 - 1");
+      });
+}
+
+void AddMemoryFlags(CLI::App& app, ServeOptions& options) {
+  app.add_option("--max-model-len",
+                 "Tokens of prompt and output together, e.g. 8192, 32k, 32K "
+                 "[the model's limit]")
+      ->type_name("COUNT")
+      ->check(CountInto(&options.max_model_len, 1, std::numeric_limits<int32_t>::max()));
+  app.add_option("--gpu-memory-utilization", options.gpu_memory_utilization,
+                 "Share of the device's memory to use; on a CPU of the host's, by all workers")
+      ->capture_default_str()
+      ->check([](const std::string& text) {
+        double value = 0;
+        const bool sane = absl::SimpleAtod(text, &value) && value > 0 && value <= 1;
+        return sane ? "" : absl::StrCat("'", text, "' is not a share: expected 0 < F <= 1");
+      });
+  app.add_option("--kv-cache-memory-bytes",
+                 "KV cache of each worker, e.g. 512M, 4G [what the utilization leaves]")
+      ->type_name("COUNT")
+      ->check(CountInto(&options.kv_cache_memory_bytes, 1, int64_t{1} << 50));
+  const std::string no_fp8_kv = "the KV cache holds float32 or bfloat16 in this version";
+  app.add_option("--kv-cache-dtype", options.kv_cache_dtype, "auto (as --dtype), float32, bfloat16")
+      ->capture_default_str()
+      ->check(OneOf({"auto", "float32", "bfloat16"},
+                    {{"fp8", no_fp8_kv}, {"fp8_e4m3", no_fp8_kv}, {"fp8_e5m2", no_fp8_kv}}));
+  app.add_option("--block-size", options.block_size,
+                 absl::StrCat("Tokens per KV block: 1, 16, 32, 64, 128 [", kDefaultBlockSize, "]"))
+      ->check(OneOf({"1", "16", "32", "64", "128"}));
+}
+
+void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
+  constexpr int64_t kMostAtOnce = 1 << 20;
+  app.add_option("--max-num-seqs", "Sequences in one step [256]")
+      ->type_name("COUNT")
+      ->check(CountInto(&options.max_num_seqs, 1, kMostAtOnce));
+  app.add_option("--max-num-batched-tokens", "Tokens in one step, e.g. 8k [2048]")
+      ->type_name("COUNT")
+      ->check(CountInto(&options.max_num_batched_tokens, 1, kMostAtOnce));
+  app.add_option("--max-queued-requests", "Requests that may wait; more are refused [1024]")
+      ->type_name("COUNT")
+      ->check(CountInto(&options.max_queued_requests, 1, kMostAtOnce));
+  app.add_option("--step-timeout-seconds", options.step_timeout_seconds,
+                 "A worker silent for so long in a step is lost")
+      ->capture_default_str()
+      ->check(Between(1, 86400));
+  app.add_option("--join-timeout-seconds", options.join_timeout_seconds,
+                 "Time for workers to connect to each other, after loading")
+      ->capture_default_str()
+      ->check(Between(1, 86400));
+  app.add_option("--drain-timeout,--drain-timeout-seconds", options.drain_timeout_seconds,
+                 "Seconds that running requests get to finish after SIGTERM")
+      ->capture_default_str()
+      ->check(Between(0, 86400));
+}
+
+void AddServerFlags(CLI::App& app, ServeOptions& options) {
+  app.add_option("--host", options.host, "Address the HTTP server listens on")
+      ->capture_default_str();
+  app.add_option("--port", options.port, "Its port; 0: any free one")
+      ->capture_default_str()
+      ->check(Between(0, 65535));
+  app.add_option("--grpc-listen", options.grpc_listen,
+                 "Let gRPC clients in at unix:/path or host:port [not]");
+  app.add_flag("--grpc-reflection", options.grpc_reflection, "Tell gRPC clients which calls exist");
+  app.add_option("--tls-certificate", options.tls_certificate,
+                 "PEM file, for --grpc-listen on a network");
+  app.add_option("--tls-private-key", options.tls_private_key, "PEM file");
+  app.add_option("--tls-authority", options.tls_authority, "PEM file: who signs the clients");
+  app.add_flag("--insecure", options.insecure, "Allow --grpc-listen on a network without TLS");
+  app.add_option("--log-level", options.log_level, "debug, info, warning, error")
+      ->capture_default_str()
+      ->check(OneOf({"trace", "debug", "info", "warning", "error"}));
+  app.add_option("--run-directory", options.run_directory,
+                 "For the sockets [a private one in XDG_RUNTIME_DIR or /tmp]");
+  app.add_option("--ready-file", options.ready_file,
+                 "Written when ready; holds the URL, is removed at the end");
+}
+
+// Rewrites what vLLM's parser accepts and ours would not: -tp, and underscores for dashes.
+std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
+  std::vector<std::string> normalized;
+  for (std::string argument : arguments) {
+    if (argument == "-tp") argument = "--tensor-parallel-size";
+    if (absl::StartsWith(argument, "--")) {
+      const size_t end = std::min(argument.find('='), argument.size());
+      std::replace(argument.begin(), argument.begin() + end, '_', '-');
+    }
+    normalized.push_back(std::move(argument));
+  }
+  return normalized;
+}
+
+// What no single flag can know.
+absl::Status CheckTogether(const ServeOptions& options) {
+  const int tls_files = !options.tls_certificate.empty() + !options.tls_private_key.empty() +
+                        !options.tls_authority.empty();
+  if (tls_files != 0 && tls_files != 3) {
+    return absl::InvalidArgumentError(
+        "--tls-certificate, --tls-private-key and --tls-authority go together: give all or none");
+  }
+  if (options.grpc_listen.empty() && (tls_files != 0 || options.insecure)) {
+    return absl::InvalidArgumentError(
+        "--tls-… and --insecure are about --grpc-listen, which is not given");
+  }
+  return absl::OkStatus();
+}
+
+// How many letters to change, add or drop to get from one word to the other.
+size_t EditDistance(const std::string& from, const std::string& to) {
+  std::vector<size_t> row(to.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 1; i <= from.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= to.size(); ++j) {
+      const size_t replaced = diagonal + (from[i - 1] == to[j - 1] ? 0 : 1);
+      diagonal = std::exchange(row[j], std::min({replaced, row[j] + 1, row[j - 1] + 1}));
+    }
+  }
+  return row.back();
+}
+
+// "unknown flag --prot: did you mean --port?"
+std::string DescribeUnknown(const CLI::App& command, const std::string& argument) {
+  if (!absl::StartsWith(argument, "-")) {
+    const bool is_command = command.get_parent() == nullptr;
+    return absl::StrCat("'", argument, "' is ",
+                        is_command ? "no command: expected serve, check or version"
+                                   : "one argument too many: expected MODEL_DIR and flags");
+  }
+  const std::string flag = argument.substr(0, argument.find('='));
+  std::string nearest;
+  size_t smallest = flag.size() / 3 + 1;
+  for (const CLI::Option* option : command.get_options()) {
+    const size_t distance = EditDistance(flag, option->get_name());
+    if (distance >= smallest) continue;
+    smallest = distance;
+    nearest = option->get_name();
+  }
+  return absl::StrCat("unknown flag ", flag,
+                      nearest.empty() ? "" : absl::StrCat(": did you mean ", nearest, "?"));
+}
+
+// The one place where the library's exceptions end.
+absl::Status Parse(CLI::App& app, std::vector<std::string> arguments, CommandLine& result) {
+  std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants them
+  std::string what;
+  try {
+    app.parse(std::move(arguments));
+    return absl::OkStatus();
+  } catch (const CLI::CallForHelp&) {
+    result.text = app.help();
+    return absl::OkStatus();
+  } catch (const CLI::CallForVersion& version) {
+    result.text = absl::StrCat(version.what(), "\n");
+    return absl::OkStatus();
+  } catch (const CLI::ParseError& error) {
+    what = error.what();
+  }
+  const std::vector<CLI::App*> commands = app.get_subcommands();
+  const CLI::App& command = commands.empty() ? app : *commands.front();
+  const std::vector<std::string> unknown = app.remaining(/*recurse=*/true);
+  if (!unknown.empty()) what = DescribeUnknown(command, unknown.front());
+  return absl::InvalidArgumentError(absl::StrCat(
+      what, " (fathom ", commands.empty() ? "" : command.get_name() + " ", "--help lists all)"));
+}
+
+}  // namespace
+
+absl::StatusOr<int64_t> ParseCount(absl::string_view text) {
+  constexpr absl::string_view kSuffixes = "kmgt";
+  absl::string_view digits = text;
+  double unit = 1;
+  if (!text.empty()) {
+    const char suffix = text.back();
+    const size_t power = kSuffixes.find(absl::ascii_tolower(suffix));
+    if (power != absl::string_view::npos) {
+      unit = std::pow(absl::ascii_islower(suffix) ? 1000.0 : 1024.0, power + 1);
+      digits.remove_suffix(1);
+    }
+  }
+  const bool plain = !digits.empty() && absl::ascii_isdigit(digits.front()) &&
+                     digits.find_first_not_of("0123456789.") == absl::string_view::npos;
+  double number = 0;
+  if (!plain || !absl::SimpleAtod(digits, &number)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is not a count: expected a number such as 4096, 32k or 4G"));
+  }
+  number *= unit;
+  if (number != std::floor(number)) {
+    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a whole number"));
+  }
+  if (number > 9e15) return absl::InvalidArgumentError(absl::StrCat("'", text, "' is too large"));
+  return static_cast<int64_t>(number);
+}
+
+absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arguments,
+                                             absl::string_view version) {
+  CommandLine result;
+  CLI::App app("Fathom serves models of the DeepSeek-V3 family over the OpenAI API.", "fathom");
+  app.get_formatter()->column_width(36);
+  app.set_version_flag("--version", absl::StrCat("fathom ", version));
+  app.require_subcommand(1);
+  const auto add_command = [&](const char* name, const char* description) {
+    CLI::App* command = app.add_subcommand(name, description);
+    command->option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    AddModelFlags(*command, result.serve);
+    AddMemoryFlags(*command, result.serve);
+    AddSchedulingFlags(*command, result.serve);
+    AddServerFlags(*command, result.serve);
+    AddForeignFlags(*command);
+    return command;
+  };
+  CLI::App* serve = add_command("serve", "Start coordinator, workers and gateway, and keep them");
+  CLI::App* check =
+      add_command("check", "Say whether serve would start, and print the memory plan");
+  const CLI::App* version_command = app.add_subcommand("version", "Print the version");
+
+  if (arguments.empty()) {
+    result.text = app.help();
+    return result;
+  }
+  RETURN_IF_ERROR(Parse(app, Normalized(arguments), result));
+  if (version_command->parsed()) result.text = absl::StrCat("fathom ", version, "\n");
+  if (!result.text.empty()) return result;
+
+  const CLI::App* chosen = serve->parsed() ? serve : check;
+  result.command = chosen == serve ? Command::kServe : Command::kCheck;
+  RETURN_IF_ERROR(AnswerForeignFlags(*chosen, result.notes));
+  if (result.serve.dtype == "float") result.serve.dtype = "float32";
+  if (result.serve.host == "localhost") result.serve.host = "127.0.0.1";
+  RETURN_IF_ERROR(CheckTogether(result.serve));
+  return result;
+}
+
+}  // namespace fathom

@@ -1,0 +1,153 @@
+#include "deploy/launcher/process_plan.h"
+
+#include <algorithm>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+namespace fathom {
+namespace {
+
+// An argument list that grows by flags and their values.
+class Arguments {
+ public:
+  explicit Arguments(std::string program) : list_{std::move(program)} {}
+  template <typename Value>
+  Arguments& Add(const char* flag, const Value& value) {
+    list_.push_back(flag);
+    list_.push_back(absl::StrCat(value));
+    return *this;
+  }
+  template <typename Value>
+  Arguments& AddUnless(const Value& absent, const char* flag, const Value& value) {
+    return value == absent ? *this : Add(flag, value);
+  }
+  Arguments& AddIf(bool wanted, const char* flag) {
+    if (wanted) list_.push_back(flag);
+    return *this;
+  }
+  std::vector<std::string> list() && { return std::move(list_); }
+
+ private:
+  std::vector<std::string> list_;
+};
+
+std::string WorkerSocket(const std::string& run_dir, int rank) {
+  return absl::StrCat(run_dir, "/worker-", rank, ".sock");
+}
+
+std::string CoordinatorSocket(const std::string& run_dir) {
+  return absl::StrCat(run_dir, "/coordinator.sock");
+}
+
+int ThreadsPerWorker(const ServeOptions& options) {
+  if (options.threads != 0) return options.threads;
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, cores / options.tensor_parallel_size);
+}
+
+// What a worker needs to know whether it serves or checks.
+Arguments WorkerArguments(const ServeOptions& options, const std::string& program_dir) {
+  Arguments arguments(program_dir + "/fathom-worker");
+  arguments.Add("--model", options.model_dir)
+      .Add("--device", options.device)
+      .Add("--dtype", options.dtype)
+      .Add("--quantization", options.quantization)
+      .Add("--kv-cache-dtype", options.kv_cache_dtype)
+      .AddUnless<int64_t>(0, "--kv-cache-memory-bytes", options.kv_cache_memory_bytes)
+      .Add("--gpu-memory-utilization", options.gpu_memory_utilization)
+      .Add("--threads", ThreadsPerWorker(options));
+  return arguments;
+}
+
+ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int rank) {
+  Arguments arguments = WorkerArguments(options, places.program_dir);
+  arguments.Add("--listen", "unix:" + WorkerSocket(places.run_dir, rank))
+      .Add("--log-level", options.log_level);
+  return {.name = absl::StrCat("worker ", rank),
+          .arguments = std::move(arguments).list(),
+          .stop_stage = 1};
+}
+
+ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places) {
+  std::vector<std::string> workers;
+  for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
+    workers.push_back("unix:" + WorkerSocket(places.run_dir, rank));
+  }
+  Arguments arguments(places.program_dir + "/fathom-coordinator");
+  arguments.Add("--listen", "unix:" + CoordinatorSocket(places.run_dir))
+      .AddUnless<std::string>("", "--listen", options.grpc_listen)
+      .Add("--workers", absl::StrJoin(workers, ","))
+      .Add("--served-model-name", ServedModelName(options))
+      .Add("--max-model-len", options.max_model_len)
+      .Add("--block-size", BlockSizeOf(options))
+      .Add("--max-num-seqs", options.max_num_seqs)
+      .Add("--max-num-batched-tokens", options.max_num_batched_tokens)
+      .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
+      .Add("--collectives", options.collectives)
+      .Add("--max-queued-requests", options.max_queued_requests)
+      .Add("--step-timeout-seconds", options.step_timeout_seconds)
+      .Add("--join-timeout-seconds", options.join_timeout_seconds)
+      .Add("--drain-timeout-seconds", options.drain_timeout_seconds)
+      .Add("--seed", options.seed)
+      .AddIf(options.grpc_reflection, "--grpc-reflection")
+      .AddUnless<std::string>("", "--tls-certificate", options.tls_certificate)
+      .AddUnless<std::string>("", "--tls-private-key", options.tls_private_key)
+      .AddUnless<std::string>("", "--tls-authority", options.tls_authority)
+      .AddIf(options.insecure, "--insecure")
+      .Add("--log-level", options.log_level);
+  return {.name = "coordinator", .arguments = std::move(arguments).list()};
+}
+
+ProcessSpec PlanGateway(const ServeOptions& options, const Places& places) {
+  Arguments arguments(places.program_dir + "/fathom-gateway");
+  arguments.Add("--coordinator", "unix:" + CoordinatorSocket(places.run_dir))
+      .Add("--model", options.model_dir)
+      .Add("--host", options.host)
+      .Add("--port", options.port)
+      .Add("--log-level", options.log_level);
+  std::vector<std::string> list = std::move(arguments).list();
+  list.push_back("--served-model-name");
+  if (options.served_model_names.empty()) list.push_back(ServedModelName(options));
+  list.insert(list.end(), options.served_model_names.begin(), options.served_model_names.end());
+  return {.name = "gateway", .arguments = std::move(list)};
+}
+
+}  // namespace
+
+std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places& places) {
+  std::vector<ProcessSpec> processes;
+  for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
+    processes.push_back(PlanWorker(options, places, rank));
+  }
+  processes.push_back(PlanCoordinator(options, places));
+  processes.push_back(PlanGateway(options, places));
+  return processes;
+}
+
+std::vector<std::string> CheckArguments(const ServeOptions& options,
+                                        const std::string& program_dir) {
+  Arguments arguments = WorkerArguments(options, program_dir);
+  arguments.AddIf(true, "--check")
+      .Add("--rank", 0)
+      .Add("--world-size", options.tensor_parallel_size)
+      .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
+      .Add("--block-size", BlockSizeOf(options))
+      .Add("--max-model-len", options.max_model_len)
+      .Add("--max-num-seqs", options.max_num_seqs)
+      .Add("--max-num-batched-tokens", options.max_num_batched_tokens);
+  return std::move(arguments).list();
+}
+
+size_t LongestSocketPath(const ServeOptions& options, const std::string& run_dir) {
+  return std::max(CoordinatorSocket(run_dir).size(),
+                  WorkerSocket(run_dir, options.tensor_parallel_size - 1).size());
+}
+
+std::string ServedModelName(const ServeOptions& options) {
+  return options.served_model_names.empty() ? options.model_dir
+                                            : options.served_model_names.front();
+}
+
+}  // namespace fathom

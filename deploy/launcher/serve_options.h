@@ -1,0 +1,65 @@
+// What `fathom serve` and `fathom check` are asked to do: the values of their flags.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fathom {
+
+struct ServeOptions {
+  std::string model_dir;
+  std::vector<std::string> served_model_names;  // empty: model_dir as given
+
+  // The HTTP server's address. Port 0: any free one.
+  std::string host = "0.0.0.0";
+  int port = 8000;
+  std::string grpc_listen;  // where gRPC clients reach the coordinator; empty: nowhere
+  bool grpc_reflection = false;
+
+  // How the model is cut and computed.
+  std::string device = "cpu";
+  int tensor_parallel_size = 1;
+  bool enable_expert_parallel = false;
+  std::string dtype = "auto";         // of activations: auto, float32, bfloat16
+  std::string quantization = "none";  // none, fp8
+  int threads = 0;                    // per worker; 0: the cores shared out among the workers
+  std::string collectives = "shm";    // shm, gloo
+  uint64_t seed = 0;
+
+  // Memory.
+  std::string kv_cache_dtype = "auto";  // auto, float32, bfloat16
+  int64_t kv_cache_memory_bytes = 0;    // per worker; 0: what the utilisation leaves
+  double gpu_memory_utilization = 0.9;  // share of the device's memory; on a CPU of the host's
+  int block_size = 0;                   // tokens per KV block; 0: the default, kDefaultBlockSize
+  int64_t max_model_len = 0;            // tokens; 0: the model's own limit
+
+  // How much is done at once.
+  int64_t max_num_seqs = 256;
+  int64_t max_num_batched_tokens = 2048;
+  int64_t max_queued_requests = 1024;
+
+  // Time limits in seconds.
+  int step_timeout_seconds = 30;
+  int join_timeout_seconds = 60;
+  int drain_timeout_seconds = 30;
+
+  // Passed to the coordinator, for --grpc-listen on a network.
+  std::string tls_certificate;
+  std::string tls_private_key;
+  std::string tls_authority;
+  bool insecure = false;
+
+  std::string log_level = "info";
+  std::string run_directory;  // empty: a new one under XDG_RUNTIME_DIR or /tmp
+  std::string ready_file;     // empty: none
+};
+
+inline constexpr int kDefaultBlockSize = 16;
+
+// The block size in force.
+inline int BlockSizeOf(const ServeOptions& options) {
+  return options.block_size == 0 ? kDefaultBlockSize : options.block_size;
+}
+
+}  // namespace fathom

@@ -1,0 +1,72 @@
+#!/usr/bin/python3
+"""Stands in for fathom-worker, fathom-coordinator and fathom-gateway in tests of the launcher.
+
+It is copied under those names into a folder. What it does is told by files there:
+  plan.json          what `fathom-worker --check` prints
+  refusal            if it is there: --check prints it on stderr and exits 78
+  NAME.exit          if it is there: NAME prints a line and exits with this code at once
+  NAME.stubborn      if it is there: NAME ignores SIGTERM
+and what it did is appended to `events`: lines `start NAME PID`, `term NAME`.
+"""
+
+import http.server
+import os
+import pathlib
+import signal
+import sys
+
+PROGRAM = pathlib.Path(sys.argv[0])
+FOLDER = PROGRAM.parent
+
+
+def flag(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+def name():
+    if PROGRAM.name == "fathom-worker":
+        return pathlib.Path(flag("--listen").removeprefix("unix:")).stem  # worker-3
+    return PROGRAM.name.removeprefix("fathom-")
+
+
+def record(event):
+    with open(FOLDER / "events", "a", encoding="utf-8") as events:
+        events.write(event + "\n")
+
+
+def check():
+    if (FOLDER / "refusal").exists():
+        print((FOLDER / "refusal").read_text(), file=sys.stderr)
+        sys.exit(78)
+    print((FOLDER / "plan.json").read_text())
+    sys.exit(0)
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *unused):
+        pass
+
+
+def on_term(*unused):
+    record(f"term {name()}")
+    if not (FOLDER / f"{name()}.stubborn").exists():
+        os._exit(0)
+
+
+if "--check" in sys.argv:
+    check()
+signal.signal(signal.SIGTERM, on_term)
+record(f"start {name()} {os.getpid()}")
+print(f"this is {name()}", flush=True)
+if (FOLDER / f"{name()}.exit").exists():
+    print(f"{name()} cannot go on", file=sys.stderr)
+    sys.exit(int((FOLDER / f"{name()}.exit").read_text()))
+if name() == "gateway":
+    http.server.HTTPServer((flag("--host"), int(flag("--port"))), Health).serve_forever()
+while True:
+    signal.pause()
