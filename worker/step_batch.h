@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "kernels/ops.h"
 #include "kernels/tensor.h"
 
@@ -27,5 +28,17 @@ struct StepBatch {
   int num_tokens() const { return static_cast<int>(token_ids.size()); }
   int num_sequences() const { return static_cast<int>(context_lens.size()); }
 };
+
+// The tokens [first, first + count) of a sequence, whose KV lies in `blocks`.
+struct SequenceSlice {
+  absl::Span<const int32_t> token_ids;  // all of the sequence
+  absl::Span<const int32_t> blocks;     // its block table; may hold more than is needed
+  int first = 0;
+  int count = 0;
+};
+
+// Packs slices in the order given; logit_rows is left empty. REQUIRES: every slice lies within its
+// tokens and its blocks.
+StepBatch BuildStepBatch(absl::Span<const SequenceSlice> slices, int block_size);
 
 }  // namespace fathom
