@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cpu/attention_task.h"
+#include "kernels/cpu/linear_task.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/number_formats.h"
 #include "kernels/ops.h"
@@ -14,7 +17,8 @@ namespace fathom {
 
 class CpuOps final : public Ops {
  public:
-  explicit CpuOps(int num_threads) : threads_(num_threads) {}
+  explicit CpuOps(int num_threads)
+      : threads_(num_threads), scratch_(static_cast<size_t>(num_threads)) {}
 
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override;
@@ -41,8 +45,16 @@ class CpuOps final : public Ops {
   void QuantizeFp8(const Tensor& x, const Weight& out) override;
 
  private:
+  // Computes tasks_, each of them for all its num_outputs outputs.
+  void MultiplyTasks(int64_t num_outputs);
+
   ThreadPool threads_;
-  std::vector<int32_t> sorted_index_;  // CombineExperts: row → its place in the sorted rows, or -1
+  std::vector<Scratch> scratch_;  // by range of ThreadPool::ParallelFor
+
+  // Lists that keep their memory between operations.
+  std::vector<LinearTask> tasks_;
+  std::vector<AttentionPiece> pieces_;
+  std::vector<int32_t> places_;  // CombineExperts: row → its place among the sorted rows, or -1
 };
 
 // Rows of a loop over elements that are worth a thread of their own.

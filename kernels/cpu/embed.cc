@@ -14,7 +14,7 @@ void CpuOps::Embed(const Tensor& token_ids, const Tensor& table, int first_row, 
 
   VisitAct(table.dtype(), [&](auto from) {
     VisitAct(out.dtype(), [&](auto to) {
-      const auto copy_rows = [&](int64_t begin, int64_t end) {
+      const auto copy_rows = [&](int, int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
           const int64_t row = int64_t{ids[t * token_ids.stride(0)]} - first_row;
           auto* target = RowOf<decltype(to)>(out, t);

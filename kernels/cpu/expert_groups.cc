@@ -1,11 +1,62 @@
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "kernels/cpu/cpu_ops.h"
 #include "kernels/shape_checks.h"
 
+// clang-format off
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/expert_groups.cc"
+#include "hwy/foreach_target.h"  // compiles this file once per target
+#include "kernels/cpu/vector-inl.h"
+// clang-format on
+
+HWY_BEFORE_NAMESPACE();
 namespace fathom {
+namespace HWY_NAMESPACE {
+
+// out += Σ shares[j] * y[places[j]]; a place of -1 is another rank's.
+template <typename Act>
+void CombineRow(const Tensor& y, const int32_t* places, const float* shares, int64_t num_choices,
+                Act* out) {
+  const FloatTag d;
+  const auto size = static_cast<size_t>(y.dim(1));
+  for (size_t i = 0; i < size; i += kLanes) {
+    FloatVec sum = hn::Zero(d);
+    for (int64_t j = 0; j < num_choices; ++j) {
+      if (places[j] < 0) continue;
+      const Act* row = RowOf<Act>(y, places[j]);
+      sum = hn::MulAdd(hn::Set(d, shares[j]), LoadUpTo(row + i, size - i), sum);
+    }
+    StoreUpTo(hn::Add(LoadUpTo(out + i, size - i), sum), out + i, size - i);
+  }
+}
+
+void CombineRows(const Tensor& y, const int32_t* places, const Tensor& weights, const Tensor& out,
+                 int64_t begin, int64_t end) {
+  const int64_t num_choices = weights.dim(1);
+  VisitAct(out.dtype(), [&](auto act) {
+    using Act = decltype(act);
+    for (int64_t t = begin; t < end; ++t) {
+      CombineRow(y, places + t * num_choices, RowOf<float>(weights, t), num_choices,
+                 RowOf<Act>(out, t));
+    }
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace fathom
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace fathom {
+namespace {
+
+HWY_EXPORT(CombineRows);
+
+}  // namespace
 
 void CpuOps::GroupByExpert(const Tensor& experts, int first_expert, const ExpertGroups& groups) {
   CheckGroupByExpert(experts, groups);
@@ -39,34 +90,15 @@ void CpuOps::CombineExperts(const Tensor& y, const ExpertGroups& groups, const T
                             const Tensor& out) {
   CheckCombineExperts(y, groups, weights, out);
   const auto* rows = groups.rows.data<int32_t>();
-  const int64_t num_choices = weights.dim(1);
   const int64_t num_sorted = groups.offsets.data<int32_t>()[groups.offsets.dim(0) - 1];
-  const int64_t hidden_size = out.dim(1);
+  places_.assign(static_cast<size_t>(weights.num_elements()), -1);
+  for (int64_t i = 0; i < num_sorted; ++i) places_[rows[i]] = static_cast<int32_t>(i);
 
-  sorted_index_.assign(static_cast<size_t>(weights.num_elements()), -1);
-  for (int64_t i = 0; i < num_sorted; ++i) sorted_index_[rows[i]] = static_cast<int32_t>(i);
-
-  VisitAct(out.dtype(), [&](auto act) {
-    using Act = decltype(act);
-    const auto combine = [&](int64_t begin, int64_t end) {
-      std::vector<float> sum(static_cast<size_t>(hidden_size));
-      for (int64_t t = begin; t < end; ++t) {
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int64_t j = 0; j < num_choices; ++j) {
-          const int32_t i = sorted_index_[t * num_choices + j];
-          if (i < 0) continue;
-          const float share = RowOf<float>(weights, t)[j];
-          const Act* row = RowOf<Act>(y, i);
-          for (int64_t h = 0; h < hidden_size; ++h) sum[h] += share * ToFloat(row[h]);
-        }
-        Act* target = RowOf<Act>(out, t);
-        for (int64_t h = 0; h < hidden_size; ++h) {
-          StoreFloat(ToFloat(target[h]) + sum[h], target + h);
-        }
-      }
-    };
-    threads_.ParallelFor(out.dim(0), SmallestRange(hidden_size * num_choices), combine);
+  const int64_t smallest_range = SmallestRange(out.dim(1) * weights.dim(1));
+  threads_.ParallelFor(out.dim(0), smallest_range, [&](int, int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(CombineRows)(y, places_.data(), weights, out, begin, end);
   });
 }
 
 }  // namespace fathom
+#endif  // HWY_ONCE

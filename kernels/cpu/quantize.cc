@@ -39,7 +39,7 @@ void CpuOps::Dequantize(const Weight& weight, const Tensor& out) {
   const int64_t columns = out.dim(1);
   VisitAct(out.dtype(), [&](auto to) {
     using To = decltype(to);
-    threads_.ParallelFor(out.dim(0), SmallestRange(columns), [&](int64_t begin, int64_t end) {
+    threads_.ParallelFor(out.dim(0), SmallestRange(columns), [&](int, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         To* target = RowOf<To>(out, n);
         if (weight.values.dtype() == DType::kF8E4M3) {
@@ -67,7 +67,7 @@ void CpuOps::QuantizeFp8(const Tensor& x, const Weight& out) {
   const int64_t columns = x.dim(1);
   const int64_t block_rows = (rows + kFp8Block - 1) / kFp8Block;
   VisitAct(x.dtype(), [&](auto from) {
-    threads_.ParallelFor(block_rows, 1, [&](int64_t begin, int64_t end) {
+    threads_.ParallelFor(block_rows, 1, [&](int, int64_t begin, int64_t end) {
       for (int64_t block_row = begin; block_row < end; ++block_row) {
         float* factors = RowOf<float>(out.scale_inv, block_row);
         const int64_t row_begin = block_row * kFp8Block;

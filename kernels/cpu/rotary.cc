@@ -12,7 +12,7 @@ void CpuOps::RotaryEmbed(const Tensor& x, const Tensor& positions, const Tensor&
 
   VisitAct(x.dtype(), [&](auto act) {
     using Act = decltype(act);
-    const auto rotate = [&](int64_t begin, int64_t end) {
+    const auto rotate = [&](int, int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t position = positions.data<int32_t>()[t * positions.stride(0)];
         CHECK(position >= 0 && position < cos_sin.dim(0)) << position;

@@ -79,7 +79,7 @@ void CpuOps::RouteExperts(const Tensor& logits, const Tensor& bias, const Routin
   const auto num_experts = static_cast<size_t>(logits.dim(1));
 
   threads_.ParallelFor(
-      logits.dim(0), SmallestRange(logits.dim(1) * 8), [&](int64_t begin, int64_t end) {
+      logits.dim(0), SmallestRange(logits.dim(1) * 8), [&](int, int64_t begin, int64_t end) {
         std::vector<float> scores(num_experts);
         for (int64_t t = begin; t < end; ++t) {
           Score(RowOf<float>(logits, t), config.scoring_func, scores);

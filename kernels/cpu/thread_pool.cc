@@ -20,13 +20,12 @@ ThreadPool::~ThreadPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void ThreadPool::ParallelFor(int64_t count, int64_t smallest_range,
-                             const std::function<void(int64_t begin, int64_t end)>& body) {
+void ThreadPool::ParallelFor(int64_t count, int64_t smallest_range, const Body& body) {
   if (count <= 0) return;
   const int64_t most_ranges = std::max<int64_t>(1, count / std::max<int64_t>(1, smallest_range));
   const int num_ranges = static_cast<int>(std::min<int64_t>(num_threads(), most_ranges));
   if (num_ranges == 1) {
-    body(0, count);
+    body(0, 0, count);
     return;
   }
 
@@ -39,7 +38,7 @@ void ThreadPool::ParallelFor(int64_t count, int64_t smallest_range,
     ++loop_index_;
   }
   started_.notify_all();
-  body(0, count / num_ranges);
+  body(0, 0, count / num_ranges);
 
   std::unique_lock<std::mutex> lock(mutex_);
   ended_.wait(lock, [this] { return num_running_ == 0; });
@@ -56,10 +55,10 @@ void ThreadPool::RunThread(int thread_index) {
     if (thread_index >= num_ranges_) continue;
     const int64_t begin = count_ * thread_index / num_ranges_;
     const int64_t end = count_ * (thread_index + 1) / num_ranges_;
-    const std::function<void(int64_t, int64_t)>& body = *body_;
+    const Body& body = *body_;
 
     lock.unlock();
-    body(begin, end);
+    body(thread_index, begin, end);
     lock.lock();
     if (--num_running_ == 0) ended_.notify_one();
   }

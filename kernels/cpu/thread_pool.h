@@ -23,11 +23,14 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
 
+  // body(range, begin, end): no two bodies that run at a time have the same range, which is less
+  // than num_threads().
+  using Body = std::function<void(int range, int64_t begin, int64_t end)>;
+
   // Cuts [0, count) into at most num_threads() ranges of nearly equal length, the same ones each
-  // time, and calls body(begin, end) once for each; returns when all have ended. Ranges are no
-  // shorter than `smallest_range`, so that little loops stay on the caller's thread.
-  void ParallelFor(int64_t count, int64_t smallest_range,
-                   const std::function<void(int64_t begin, int64_t end)>& body);
+  // time, and calls body once for each; returns when all have ended. Ranges are no shorter than
+  // `smallest_range`, so that little loops stay on the caller's thread.
+  void ParallelFor(int64_t count, int64_t smallest_range, const Body& body);
 
  private:
   void RunThread(int thread_index);
@@ -36,7 +39,7 @@ class ThreadPool {
   // Guarded by mutex_:
   std::condition_variable started_;
   std::condition_variable ended_;
-  const std::function<void(int64_t, int64_t)>* body_ = nullptr;
+  const Body* body_ = nullptr;
   int64_t count_ = 0;
   int num_ranges_ = 0;
   int num_running_ = 0;
