@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Compares the tokenizer with Hugging Face's library on random text, until --count strings agree.
+
+Usage: differential.py --program build/cpu/tests/tokenize_lines [--count N] [--seed S] [--time]
+
+Needs the package `tokenizers` (tests/requirements.txt). Three tokenizers are compared: DeepSeek's,
+the tiny one, and tiny ones whose added tokens overlap and take white space in random ways. Ids of
+text, and the text of random ids, must be equal. Exits with 77 (skipped) without the package.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+try:
+    import tokenizers
+except ImportError:
+    print("the package tokenizers is not installed")
+    sys.exit(77)
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
+BATCH = 2000
+
+WORDS = """the of and to in is that for it was on as with be by at from this have The I'm don't we've
+he'll you're They'D HELLO World naïve café Größe ñandú Ελλάδα Москва привет שלום مرحبا नमस्ते สวัสดี
+ภาษาไทย 안녕하세요 こんにちは カタカナ 東京 你好世界 中文，分词。 tokenization antidisestablishmentarianism
+HTTPServer snake_case_name camelCaseName kebab-case 3.14159 1,000,000 2024-01-31 0xDEADBEEF 1e-9
+½ Ⅷ ² ٣٤٥ 〇一二三 ①②③ e\u0301 n\u0303 \u0915\u094d\u0937 ﬁ ß İ ı ǅ""".split()
+CODE = """def f(x):\n    return x**2 + 1\n#include <vector>\nint main() { return 0; }\n\tfor (int i=0;i<n;++i)
+\t\ta[i] += b[i]; // comment\n<div class="x">&nbsp;</div>\nSELECT * FROM t WHERE a >= 'b';\n{"k": [1, 2.5, null]}
+fn main() -> Result<(), Box<dyn Error>> {\n\tlet x = &mut y;\n}\n#!/bin/sh\nset -euo pipefail\n$x = @{a="b"}
+~/.config/../x\n\\\\server\\share\n\\frac{a}{b}\\n\n==== ---- **** ____ //// ...... !!!??? <!-- --> =>""".split("\n")
+SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\r", "\n\n", " \n", "\n ", "\u00a0", "\u3000", "\u2028",
+          "\u0085", "\u200b", "\ufeff", "\v", "\f", "\u1680", "\u202f", "\u180e"]
+EMOJI = ["😀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇩🇪", "👍🏽", "❤️", "☃", "™", "∑", "€", "𝔘", "𠀀", "𐍈", "🫠"]
+MARKS = [chr(c) for c in (0x301, 0x308, 0x327, 0x5B0, 0x64B, 0x93F, 0xE31, 0x3099, 0x309A, 0x20DD, 0xFE0F)]
+EDGES = [chr(c) for c in (0x3040, 0x303F, 0x309F, 0x30A0, 0x30FB, 0x30FF, 0x3100, 0x4DFF, 0x4E00, 0x9FA5,
+                          0x9FA6, 0x3007, 0x0, 0x1F, 0x7F, 0x80, 0xA0, 0xFFFD, 0xFFFF, 0x10FFFF, 0xE000)]
+
+
+def any_character(rng):
+    while True:
+        c = rng.choice((rng.randrange(0x80), rng.randrange(0x3000), rng.randrange(0x10000),
+                        rng.randrange(0x20000), rng.randrange(0x110000)))
+        if not 0xD800 <= c < 0xE000:
+            return chr(c)
+
+
+def piece(rng, added):
+    kind = rng.randrange(13)
+    if kind < 3:
+        return rng.choice(("", " ", "  ", "\n")) + rng.choice(WORDS)
+    if kind == 3:
+        return rng.choice(CODE)
+    if kind == 4:
+        return "".join(rng.choices(SPACES, k=rng.randint(1, 5)))
+    if kind == 5:
+        return "".join(rng.choices("0123456789٣½", k=rng.randint(1, 9)))
+    if kind == 6:
+        return rng.choice(EMOJI) * rng.randint(1, 3)
+    if kind == 7:
+        return "".join(rng.choices(MARKS + list("ae कsが"), k=rng.randint(1, 6)))
+    if kind == 8:
+        token = rng.choice(added)
+        return token if rng.random() < 0.7 else token[: rng.randint(1, len(token))]
+    if kind == 9:
+        return "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(rng.randint(1, 8)))
+    if kind == 10:
+        return "".join(any_character(rng) for _ in range(rng.randint(1, 6)))
+    if kind == 11:
+        return "".join(rng.choices("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ aZ\r\n", k=rng.randint(1, 8)))
+    return rng.choice((*SPACES, *EDGES, *"aé中1.")) * rng.randint(1, 40)
+
+
+def random_text(rng, added):
+    return "".join(piece(rng, added) for _ in range(rng.randint(1, 12)))
+
+
+def random_ids(rng, num_ids):
+    return [rng.randrange(num_ids + 10) for _ in range(rng.randint(1, 20))]
+
+
+def with_random_added_tokens(rng, source, target):
+    """Copies the tiny tokenizer with added tokens that contain, overlap and strip."""
+    data = json.loads((source / "tokenizer.json").read_text())
+    next_id = 1 + max(t["id"] for t in data["added_tokens"])
+    next_id = max(next_id, 1 + max(data["model"]["vocab"].values()))
+    contents = {"".join(rng.choices("<>ab中é", k=rng.randint(1, 4))) for _ in range(12)}
+    known = set(data["model"]["vocab"])
+    for content in sorted(contents - known):
+        data["added_tokens"].append({
+            "id": next_id, "content": content, "single_word": False,
+            "lstrip": rng.random() < 0.4, "rstrip": rng.random() < 0.4,
+            "normalized": rng.random() < 0.5, "special": rng.random() < 0.5})
+        next_id += 1
+    (target / "tokenizer.json").write_text(json.dumps(data))
+
+
+def answers(program, model, questions):
+    lines = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
+    result = subprocess.run([program, str(model)], input=lines.encode(), stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in result.stdout.decode().split("\n")[:-1]]
+
+
+def compare(program, model, rng, count):
+    """Returns how many of `count` texts and as many id lists differ."""
+    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    added = [t.content for t in theirs.get_added_tokens_decoder().values()]
+    num_ids = theirs.get_vocab_size()
+    different = 0
+    for start in range(0, count, BATCH):
+        size = min(BATCH, count - start)
+        questions = [random_text(rng, added) for _ in range(size)]
+        questions += [random_ids(rng, num_ids) for _ in range(size)]
+        for question, ours in zip(questions, answers(program, model, questions), strict=True):
+            if isinstance(question, str):
+                expected = {"ids": theirs.encode(question, add_special_tokens=False).ids}
+            else:
+                expected = {"text": theirs.decode(question, skip_special_tokens=False),
+                            "skipping": theirs.decode(question, skip_special_tokens=True)}
+            if ours != expected:
+                different += 1
+                if different <= 5:
+                    print(f"{question!a}\n  ours   {ours}\n  theirs {expected}")
+    return different
+
+
+def compare_speed(program, model, rng):
+    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    tree = pathlib.Path(__file__).parents[3]
+    sources = [p.read_text() for p in sorted(tree.glob("*/**/*.h")) + sorted(tree.glob("*.md"))]
+    mixed = [random_text(rng, ["<｜User｜>"]) for _ in range(20000)]
+    vectors = [v["text"] for v in json.loads((model / "vectors.json").read_text())]
+    corpora = {
+        "this project's headers and documents": sources,
+        "random mixtures": mixed,
+        "the golden vectors": vectors,
+        "one run of 300 KB of letters": ["a" * 300000],
+    }
+    for name, texts in corpora.items():
+        num_bytes = sum(len(t.encode()) for t in texts)
+        lines = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts)
+        ours = float(subprocess.run([program, str(model), "--time", "3"], input=lines.encode(),
+                                    stdout=subprocess.PIPE, check=True).stdout)
+        best = 0
+        for _ in range(3):
+            start = time.perf_counter()
+            for text in texts:
+                theirs.encode(text, add_special_tokens=False)
+            best = max(best, num_bytes / 1e6 / (time.perf_counter() - start))
+        print(f"{name}: {ours:.1f} MB/s, tokenizers {tokenizers.__version__} {best:.1f} MB/s, one thread each")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--program", required=True)
+    parser.add_argument("--bin", help="unused: where the programs are")
+    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--time", action="store_true", help="also compare the speed")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    print(f"seed {options.seed}")
+
+    different = compare(options.program, GOLDEN / "tokenizer_v3", rng, options.count // 2)
+    different += compare(options.program, GOLDEN / "tokenizer_tiny", rng, options.count // 4)
+    for _ in range(8):
+        with tempfile.TemporaryDirectory() as folder:
+            with_random_added_tokens(rng, GOLDEN / "tokenizer_tiny", pathlib.Path(folder))
+            different += compare(options.program, pathlib.Path(folder), rng, options.count // 32)
+    print(f"{options.count} texts and as many lists of ids: {different} differ")
+    if options.time:
+        compare_speed(options.program, GOLDEN / "tokenizer_v3", rng)
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()
