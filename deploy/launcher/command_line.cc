@@ -244,9 +244,9 @@ void AddServerFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--tls-private-key", options.tls_private_key, "PEM file");
   app.add_option("--tls-authority", options.tls_authority, "PEM file: who signs the clients");
   app.add_flag("--insecure", options.insecure, "Allow --grpc-listen on a network without TLS");
-  app.add_option("--log-level", options.log_level, "debug, info, warning, error")
+  app.add_option("--log-level", options.log_level, "trace, debug, info, warn, error")
       ->capture_default_str()
-      ->check(OneOf({"trace", "debug", "info", "warning", "error"}));
+      ->check(OneOf({"trace", "debug", "info", "warn", "error"}));
   app.add_option("--run-directory", options.run_directory,
                  "For the sockets [a private one in XDG_RUNTIME_DIR or /tmp]");
   app.add_option("--ready-file", options.ready_file,

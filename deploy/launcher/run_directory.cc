@@ -40,8 +40,8 @@ absl::StatusOr<RunDirectory> RunDirectory::Use(const std::string& path, size_t l
                      "most ", kMaxSocketPath - longest_name, " bytes"));
   }
   const bool made = mkdir(path.c_str(), 0700) == 0;
-  struct stat info;
-  if (lstat(path.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+  struct stat info = {};
+  if (stat(path.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
     return absl::InvalidArgumentError(absl::StrCat("--run-directory ", path, " is no directory"));
   }
   if (info.st_uid != geteuid() || (info.st_mode & 0077) != 0) {
