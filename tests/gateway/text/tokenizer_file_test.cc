@@ -3,6 +3,7 @@
 
 #include "gateway/text/tokenizer_file.h"
 
+#include <random>
 #include <string>
 
 #include "absl/strings/str_replace.h"
@@ -144,6 +145,31 @@ TEST(TokenizerFileTest, RefusesLongTokens) {
 TEST(TokenizerFileTest, SurvivesEveryTruncation) {
   const std::string& json = TinyJson();
   for (size_t size = 0; size < json.size(); size += 97) Error(json.substr(0, size));
+}
+
+TEST(TokenizerFileTest, SurvivesRandomDamage) {
+  const auto seed = std::random_device()();
+  SCOPED_TRACE(testing::Message() << "seed " << seed);
+  std::mt19937 random(seed);
+  for (int trial = 0; trial < 500; ++trial) {
+    std::string json = TinyJson();
+    for (int changes = 1 + static_cast<int>(random() % 3); changes > 0; --changes) {
+      const size_t from = random() % json.size();
+      const size_t to = random() % json.size();
+      const size_t length = 1 + random() % 40;
+      if (random() % 2 == 0) {
+        json[from] = "0-\"{}[],:\\ n\xFF"[random() % 13];
+      } else {
+        json.replace(from, length, json.substr(to, length));
+      }
+    }
+    const auto tokenizer = Tokenizer::Parse(json, "", "");
+    if (tokenizer.ok()) {
+      (*tokenizer)->Encode("Hello, 世界! 1234 <think>", BosPolicy::kAsConfigured);
+    } else {
+      EXPECT_TRUE(absl::IsInvalidArgument(tokenizer.status())) << tokenizer.status();
+    }
+  }
 }
 
 TEST(TokenizerFileTest, TakesMergesAsPairsAndUnknownFields) {

@@ -1,6 +1,6 @@
 #include "gateway/text/tokenizer.h"
 
-#include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <string>
 #include <thread>
