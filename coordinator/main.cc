@@ -1,0 +1,195 @@
+// fathom-coordinator: serves fathom.v1.Generate with a group of workers.
+#include <pthread.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+#include <exception>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "absl/status/status.h"
+#include "absl/time/clock.h"
+#include "base/status_macros.h"
+#include "coordinator/generate_service.h"
+#include "coordinator/metrics.h"
+#include "coordinator/status_board.h"
+#include "coordinator/step_loop.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+
+namespace fathom {
+namespace {
+
+constexpr int kExitUsage = 64;   // EX_USAGE
+constexpr int kExitConfig = 78;  // EX_CONFIG
+
+struct Flags {
+  GenerateServer::Options server;
+  StepLoop::Options loop;
+  std::string collectives = "shm";
+  std::string model_name = "model";
+  std::string log_level = "info";
+  double step_timeout_seconds = 30;
+  double join_timeout_seconds = 60;
+  double drain_timeout_seconds = 30;
+  uint64_t seed = 0;
+};
+
+void Declare(CLI::App& app, Flags& flags) {
+  app.option_defaults()->always_capture_default();
+  WorkerGroup::Options& group = flags.loop.group;
+  app.add_option("--listen", flags.server.address, "unix:/path or host:port")->required();
+  app.add_option("--workers", group.addresses, "addresses of the workers, by rank")
+      ->required()
+      ->delimiter(',');
+  app.add_option("--max-model-len", group.max_model_len,
+                 "tokens of prompt and output together; 0: the model's limit, or what fits")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--block-size", group.block_size, "tokens per KV block")
+      ->check(CLI::IsMember({1, 16, 32, 64, 128}));
+  app.add_option("--max-num-seqs", group.max_sequences, "sequences per step")
+      ->check(CLI::Range(1, 65536));
+  app.add_option("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")
+      ->check(CLI::Range(1, 1 << 20));
+  app.add_flag("--enable-expert-parallel", group.enable_expert_parallel,
+               "ranks own whole experts instead of a slice of each");
+  app.add_option("--collectives", flags.collectives, "how workers reach each other")
+      ->check(CLI::IsMember({"shm", "gloo"}));
+  app.add_option("--max-queued-requests", flags.loop.max_queued_requests,
+                 "requests that may wait; more are refused")
+      ->check(CLI::Range(1, 1 << 20));
+  app.add_option("--step-timeout-seconds", flags.step_timeout_seconds,
+                 "a worker silent for longer is lost")
+      ->check(CLI::Range(0.1, 86400.0));
+  app.add_option("--join-timeout-seconds", flags.join_timeout_seconds,
+                 "for workers to find each other, after loading")
+      ->check(CLI::Range(0.1, 86400.0));
+  app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
+                 "for running requests to finish after SIGTERM")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--seed", flags.seed, "what the seeds of requests without one are drawn from");
+  app.add_option("--served-model-name", flags.model_name, "label model_name of the metrics");
+  app.add_flag("--grpc-reflection", flags.server.enable_reflection, "let grpcurl list the API");
+  TlsOptions& tls = flags.server.tls;
+  app.add_option("--tls-certificate", tls.certificate_file, "PEM, this process");
+  app.add_option("--tls-private-key", tls.private_key_file, "PEM");
+  app.add_option("--tls-authority", tls.authority_file, "PEM, who signs the peers");
+  app.add_flag("--insecure", tls.allow_insecure_tcp, "speak in the clear with other hosts");
+  app.add_option("--log-level", flags.log_level, "least severe messages to log")
+      ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
+  app.set_version_flag("--version", FATHOM_VERSION);
+}
+
+// What follows from the flags.
+void Complete(Flags& flags) {
+  WorkerGroup::Options& group = flags.loop.group;
+  group.tls = flags.server.tls;
+  group.version = FATHOM_VERSION;
+  group.collectives = flags.collectives == "gloo" ? v1::JoinRequest::COLLECTIVES_GLOO
+                                                  : v1::JoinRequest::COLLECTIVES_SHM;
+  group.max_logit_rows = group.max_sequences + flags.loop.max_prompt_logprob_rows_per_step;
+  group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
+  group.join_timeout = absl::Seconds(flags.join_timeout_seconds);
+  // Workers refuse epochs that are not newer than what they have seen, also from a coordinator that
+  // was restarted. The wall clock is ahead of any count of groups.
+  flags.loop.first_epoch = static_cast<uint64_t>(absl::ToUnixMillis(absl::Now()));
+}
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// First signal: drain. Second signal, or the end of patience: stop. Ends after the second, so the
+// caller sends one to it when the loop has ended by itself.
+void HandleSignals(StepLoop& loop, double drain_timeout_seconds) {
+  const sigset_t signals = StopSignals();
+  int signal;
+  sigwait(&signals, &signal);
+  spdlog::info("draining: new requests are refused, running ones have {} s", drain_timeout_seconds);
+  loop.Drain();
+  const auto whole_seconds = static_cast<time_t>(drain_timeout_seconds);
+  const timespec patience = {
+      .tv_sec = whole_seconds,
+      .tv_nsec = static_cast<long>((drain_timeout_seconds - whole_seconds) * 1e9)};
+  sigtimedwait(&signals, nullptr, &patience);
+  loop.Stop();
+}
+
+// The exit code that says whose fault it was.
+int ReportFailure(const absl::Status& status) {
+  spdlog::error("{}", std::string(status.message()));
+  if (absl::IsInvalidArgument(status)) return kExitUsage;
+  return absl::IsNotFound(status) ? kExitConfig : 1;
+}
+
+// A malformed address would never answer; better said now than after waiting.
+absl::Status CheckWorkerAddresses(const WorkerGroup::Options& group) {
+  for (const std::string& address : group.addresses) {
+    RETURN_IF_ERROR(ConnectTo(address, group.tls).status());
+  }
+  return absl::OkStatus();
+}
+
+int Serve(const Flags& flags) {
+  if (const absl::Status status = CheckWorkerAddresses(flags.loop.group); !status.ok()) {
+    return ReportFailure(status);
+  }
+  Metrics metrics(flags.model_name);
+  GenerateServer* server_for_health = nullptr;  // set before the loop starts
+  v1::ServerInfo initial;
+  initial.set_version(FATHOM_VERSION);
+  initial.set_state(v1::ServerInfo::STATE_STARTING);
+  initial.set_num_workers(static_cast<uint32_t>(flags.loop.group.addresses.size()));
+  StatusBoard board(initial, [&](bool serving) { server_for_health->SetServing(serving); });
+  StepLoop loop(flags.loop, board, metrics);
+  GenerateService service(flags.seed, loop, board, metrics);
+  absl::StatusOr<std::unique_ptr<GenerateServer>> server =
+      GenerateServer::Start(flags.server, service);
+  if (!server.ok()) return ReportFailure(server.status());
+  server_for_health = server->get();
+  spdlog::info("fathom-coordinator {} listens on {}", FATHOM_VERSION, flags.server.address);
+
+  loop.Start();
+  std::thread signal_thread([&] { HandleSignals(loop, flags.drain_timeout_seconds); });
+  loop.Join();
+  pthread_kill(signal_thread.native_handle(), SIGTERM);
+  signal_thread.join();
+  spdlog::info("stopped");
+  return 0;
+}
+
+int Main(int argc, char** argv) {
+  Flags flags;
+  CLI::App app("Schedules the steps of a group of workers and serves fathom.v1.Generate.",
+               "fathom-coordinator");
+  Declare(app, flags);
+  try {  // CLI11 throws; this is the one place where it is caught
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitUsage;
+  }
+  Complete(flags);
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("coordinator"));
+  spdlog::set_pattern("%L %H:%M:%S.%e %v");
+  spdlog::set_level(spdlog::level::from_str(flags.log_level));
+
+  // Before any thread exists, so that all of them leave these signals to the one that waits.
+  const sigset_t signals = StopSignals();
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  return Serve(flags);
+}
+
+}  // namespace
+}  // namespace fathom
+
+int main(int argc, char** argv) { return fathom::Main(argc, argv); }

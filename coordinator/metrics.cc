@@ -1,0 +1,128 @@
+#include "coordinator/metrics.h"
+
+#include <map>
+
+#include "prometheus/counter.h"
+#include "prometheus/gauge.h"
+#include "prometheus/histogram.h"
+#include "prometheus/registry.h"
+#include "prometheus/text_serializer.h"
+
+namespace fathom {
+namespace {
+
+using Labels = std::map<std::string, std::string>;
+
+}  // namespace
+
+struct Metrics::Families {
+  explicit Families(const std::string& model_name)
+      : labels{{"model_name", model_name}, {"engine", "0"}} {}
+
+  prometheus::Counter& Counter(const std::string& name, const std::string& help,
+                               const Labels& extra = {}) {
+    return prometheus::BuildCounter().Name(name).Help(help).Labels(labels).Register(registry).Add(
+        extra);
+  }
+  prometheus::Gauge& Gauge(const std::string& name, const std::string& help,
+                           const Labels& extra = {}) {
+    return prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add(
+        extra);
+  }
+  prometheus::Histogram& Histogram(const std::string& name, const std::string& help,
+                                   const prometheus::Histogram::BucketBoundaries& buckets) {
+    return prometheus::BuildHistogram().Name(name).Help(help).Labels(labels).Register(registry).Add(
+        {}, buckets);
+  }
+  prometheus::Counter& Refused(const std::string& reason) {
+    return Counter("fathom:requests_refused_total", "Requests refused before they were queued.",
+                   {{"reason", reason}});
+  }
+
+  const Labels labels;
+  prometheus::Registry registry{prometheus::Registry::InsertBehavior::Merge};
+
+  prometheus::Gauge& running =
+      Gauge("vllm:num_requests_running", "Number of requests in model execution batches.");
+  prometheus::Gauge& waiting =
+      Gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.");
+  prometheus::Gauge& kv_cache_usage =
+      Gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.");
+  prometheus::Counter& preemptions =
+      Counter("vllm:num_preemptions_total", "Cumulative number of preemptions.");
+  prometheus::Counter& prompt_tokens =
+      Counter("vllm:prompt_tokens_total", "Number of prefill tokens processed.");
+  prometheus::Counter& generation_tokens =
+      Counter("vllm:generation_tokens_total", "Number of generation tokens processed.");
+  prometheus::Histogram& iteration_tokens =
+      Histogram("vllm:iteration_tokens_total", "Histogram of number of tokens per engine step.",
+                {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384});
+
+  prometheus::Gauge& serving = Gauge("fathom:serving", "1 while the worker group can make steps.");
+  prometheus::Gauge& epoch = Gauge("fathom:epoch", "Incarnation of the worker group.");
+  prometheus::Gauge& block_size = Gauge("fathom:kv_block_tokens", "Tokens per KV block.");
+  prometheus::Gauge& kv_blocks = Gauge("fathom:kv_blocks", "KV blocks of the group.");
+  prometheus::Counter& steps = Counter("fathom:steps_total", "Steps made.");
+  prometheus::Histogram& step_seconds =
+      Histogram("fathom:step_seconds", "Time from sending a step to the last worker's answer.",
+                {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30});
+  prometheus::Counter& compute_seconds = Counter(
+      "fathom:compute_seconds_total", "Time of rank 0 in the forward pass and the sampler.");
+  prometheus::Counter& group_failures =
+      Counter("fathom:group_failures_total", "Times the worker group was dissolved by a fault.");
+  prometheus::Counter& cancelled =
+      Counter("fathom:requests_cancelled_total", "Requests that their client cancelled.");
+  prometheus::Counter& refused_invalid = Refused("invalid");
+  prometheus::Counter& refused_queue_full = Refused("queue_full");
+  prometheus::Counter& refused_unavailable = Refused("unavailable");
+};
+
+Metrics::Metrics(const std::string& model_name)
+    : families_(std::make_unique<Families>(model_name)) {}
+
+Metrics::~Metrics() = default;
+
+void Metrics::CountStep(const StepFigures& figures) {
+  families_->steps.Increment();
+  families_->iteration_tokens.Observe(figures.num_tokens);
+  families_->prompt_tokens.Increment(figures.num_prompt_tokens);
+  families_->generation_tokens.Increment(figures.num_generated_tokens);
+  families_->preemptions.Increment(figures.num_preemptions);
+  families_->step_seconds.Observe(figures.seconds);
+  families_->compute_seconds.Increment(figures.compute_seconds);
+}
+
+void Metrics::SetLoad(int num_running, int num_waiting, double kv_cache_usage) {
+  families_->running.Set(num_running);
+  families_->waiting.Set(num_waiting);
+  families_->kv_cache_usage.Set(kv_cache_usage);
+}
+
+void Metrics::SetGroup(uint64_t epoch, int block_size, int num_kv_blocks) {
+  families_->epoch.Set(static_cast<double>(epoch));
+  families_->block_size.Set(block_size);
+  families_->kv_blocks.Set(num_kv_blocks);
+}
+
+void Metrics::SetServing(bool serving) { families_->serving.Set(serving ? 1 : 0); }
+
+void Metrics::CountGroupFailure() { families_->group_failures.Increment(); }
+
+void Metrics::CountRefusedRequest(Refusal refusal) {
+  switch (refusal) {
+    case Refusal::kInvalid:
+      return families_->refused_invalid.Increment();
+    case Refusal::kQueueFull:
+      return families_->refused_queue_full.Increment();
+    case Refusal::kUnavailable:
+      return families_->refused_unavailable.Increment();
+  }
+}
+
+void Metrics::CountCancelledRequest() { families_->cancelled.Increment(); }
+
+std::string Metrics::Text() const {
+  return prometheus::TextSerializer().Serialize(families_->registry.Collect());
+}
+
+}  // namespace fathom

@@ -1,0 +1,46 @@
+// The coordinator's figures for Prometheus.
+//
+// Names that vLLM has are vLLM's, with its labels model_name and engine, so that its dashboards
+// work; our own begin with `fathom:`. Source: vllm/v1/metrics/loggers.py. Thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+namespace fathom {
+
+class Metrics {
+ public:
+  explicit Metrics(const std::string& model_name);
+  ~Metrics();
+
+  // After each step that was made.
+  struct StepFigures {
+    int num_tokens = 0;         // computed, recomputed ones included
+    int num_prompt_tokens = 0;  // computed for the first time
+    int num_generated_tokens = 0;
+    int num_preemptions = 0;     // since the last step
+    double seconds = 0;          // from sending the command to the last answer
+    double compute_seconds = 0;  // of it, in rank 0's forward pass and sampler
+  };
+  void CountStep(const StepFigures& figures);
+
+  void SetLoad(int num_running, int num_waiting, double kv_cache_usage);
+  void SetGroup(uint64_t epoch, int block_size, int num_kv_blocks);
+  void SetServing(bool serving);
+
+  void CountGroupFailure();
+  enum class Refusal { kInvalid, kQueueFull, kUnavailable };
+  void CountRefusedRequest(Refusal refusal);
+  void CountCancelledRequest();
+
+  // Prometheus text format 0.0.4.
+  std::string Text() const;
+
+ private:
+  struct Families;
+  const std::unique_ptr<Families> families_;
+};
+
+}  // namespace fathom

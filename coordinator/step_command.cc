@@ -1,0 +1,156 @@
+#include "coordinator/step_command.h"
+
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+
+namespace fathom {
+namespace {
+
+absl::Status Wrong(const Step& step, const std::string& what) {
+  return absl::InternalError(absl::StrCat("the result of step ", step.number, " ", what));
+}
+
+// Batch index by slot.
+class BatchIndex {
+ public:
+  explicit BatchIndex(const Step& step) : step_(step) {
+    for (size_t i = 0; i < step.scheduled.size(); ++i) {
+      index_of_slot_[step.scheduled[i].slot] = i;
+    }
+  }
+
+  absl::StatusOr<size_t> Of(uint32_t slot) const {
+    const auto found = index_of_slot_.find(static_cast<int>(slot));
+    if (found == index_of_slot_.end()) {
+      return Wrong(step_, absl::StrCat("names slot ", slot, ", which was not scheduled"));
+    }
+    return found->second;
+  }
+
+ private:
+  const Step& step_;
+  std::unordered_map<int, size_t> index_of_slot_;
+};
+
+absl::Status TakeFaults(const Step& step, const BatchIndex& batch, v1::StepResult& result,
+                        StepAnswer& answer) {
+  for (v1::SlotFault& fault : *result.mutable_faults()) {
+    ASSIGN_OR_RETURN(const size_t i, batch.Of(fault.slot()));
+    SequenceOutcome& outcome = answer.outcome.sequences[i];
+    if (outcome.fault.has_value()) {
+      return Wrong(step, absl::StrCat("has two faults of slot ", fault.slot()));
+    }
+    outcome.fault = std::move(*fault.mutable_reason());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TakeTokens(const Step& step, const BatchIndex& batch, uint32_t vocab_size,
+                        const v1::StepResult& result, StepAnswer& answer) {
+  if (result.sampled_slots_size() != result.sampled_token_ids_size()) {
+    return Wrong(step, absl::StrCat("has ", result.sampled_slots_size(), " slots and ",
+                                    result.sampled_token_ids_size(), " tokens"));
+  }
+  for (int k = 0; k < result.sampled_slots_size(); ++k) {
+    const uint32_t slot = result.sampled_slots(k);
+    const uint32_t token_id = result.sampled_token_ids(k);
+    ASSIGN_OR_RETURN(const size_t i, batch.Of(slot));
+    SequenceOutcome& outcome = answer.outcome.sequences[i];
+    if (!step.scheduled[i].samples || outcome.fault || outcome.sampled_token_id) {
+      return Wrong(step, absl::StrCat("has a token too many for slot ", slot));
+    }
+    if (token_id >= vocab_size) {
+      return Wrong(step, absl::StrCat("has token ", token_id, " for slot ", slot,
+                                      ", expected less than ", vocab_size));
+    }
+    outcome.sampled_token_id = token_id;
+  }
+  for (size_t i = 0; i < step.scheduled.size(); ++i) {
+    const SequenceOutcome& outcome = answer.outcome.sequences[i];
+    if (step.scheduled[i].samples && !outcome.fault && !outcome.sampled_token_id) {
+      return Wrong(step, absl::StrCat("lacks the token of slot ", step.scheduled[i].slot));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TakeLogprobs(const BatchIndex& batch,
+                          google::protobuf::RepeatedPtrField<v1::SlotLogprobs>& from,
+                          std::vector<v1::SlotLogprobs>& to) {
+  for (v1::SlotLogprobs& logprobs : from) {
+    ASSIGN_OR_RETURN(const size_t i, batch.Of(logprobs.slot()));
+    to[i].set_slot(logprobs.slot());
+    to[i].mutable_logprobs()->MergeFrom(logprobs.logprobs());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckLogprobs(const Step& step, const StepAnswer& answer) {
+  for (size_t i = 0; i < step.scheduled.size(); ++i) {
+    const ScheduledSequence& scheduled = step.scheduled[i];
+    if (answer.outcome.sequences[i].fault) continue;
+    const int wanted = scheduled.samples && scheduled.wants_logprobs ? 1 : 0;
+    const int got = answer.logprobs[i].logprobs_size();
+    const int got_of_prompt = answer.prompt_logprobs[i].logprobs_size();
+    if (got != wanted || got_of_prompt != scheduled.num_prompt_logprobs) {
+      return Wrong(step, absl::StrCat("has ", got, " logprobs and ", got_of_prompt,
+                                      " prompt logprobs for slot ", scheduled.slot, ", expected ",
+                                      wanted, " and ", scheduled.num_prompt_logprobs));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+v1::StepCommand EncodeStep(const Step& step, uint64_t epoch) {
+  v1::StepCommand command;
+  command.set_epoch(epoch);
+  command.set_step(step.number);
+  for (const int slot : step.released_slots) command.add_released_slots(slot);
+  for (const AdmittedSequence& admitted : step.admitted) {
+    const Sequence& sequence = *admitted.sequence;
+    v1::SequenceAdmission& admission = *command.add_admitted();
+    admission.set_slot(sequence.slot);
+    admission.mutable_token_ids()->Add(sequence.tokens.begin(), sequence.tokens.end());
+    admission.set_num_prompt_tokens(sequence.request->num_prompt_tokens());
+    admission.set_num_computed(admitted.num_computed);
+    *admission.mutable_sampling() = sequence.request->sampling;
+    admission.set_num_prompt_logprobs_done(sequence.num_prompt_logprobs_done);
+  }
+  for (const ScheduledSequence& scheduled : step.scheduled) {
+    command.add_slots(scheduled.slot);
+    command.add_num_tokens(scheduled.num_tokens);
+    command.add_num_new_blocks(scheduled.num_new_blocks);
+  }
+  for (const int32_t block : step.new_block_ids) command.add_new_block_ids(block);
+  return command;
+}
+
+absl::StatusOr<StepAnswer> DecodeResult(const Step& step, uint32_t vocab_size,
+                                        v1::StepResult result) {
+  if (result.step() != step.number) {
+    return Wrong(step, absl::StrCat("is of step ", result.step()));
+  }
+  const size_t num_sequences = step.scheduled.size();
+  StepAnswer answer;
+  answer.outcome.number = step.number;
+  answer.outcome.sequences.resize(num_sequences);
+  answer.prompt_logprobs.resize(num_sequences);
+  answer.logprobs.resize(num_sequences);
+
+  const BatchIndex batch(step);
+  RETURN_IF_ERROR(TakeFaults(step, batch, result, answer));
+  RETURN_IF_ERROR(TakeTokens(step, batch, vocab_size, result, answer));
+  RETURN_IF_ERROR(TakeLogprobs(batch, *result.mutable_prompt_logprobs(), answer.prompt_logprobs));
+  RETURN_IF_ERROR(TakeLogprobs(batch, *result.mutable_logprobs(), answer.logprobs));
+  RETURN_IF_ERROR(CheckLogprobs(step, answer));
+  return answer;
+}
+
+}  // namespace fathom

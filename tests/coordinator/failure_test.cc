@@ -1,0 +1,172 @@
+// What clients see when workers break, hang, die or do not fit together.
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/coordinator/serving_fixture.h"
+
+namespace fathom {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+class FailureTest : public ServingTest {
+ protected:
+  // Runs eight clients, does `harm` while they are being served, and expects each to be told.
+  void ExpectAllAreTold(const std::function<void()>& harm, const std::string& cause) {
+    for (auto& worker : workers_) worker->SetStepDelay(2);
+    std::vector<Answer> answers(8);
+    std::vector<std::thread> clients;
+    for (size_t i = 0; i < answers.size(); ++i) {
+      clients.emplace_back([this, i, &answers] {
+        v1::GenerateRequest request = Asking(10, 480, i + 1);
+        request.set_ignore_eos(true);
+        answers[i] = Generate(request);
+        std::vector<uint32_t> expected = ExpectedTokens(request);
+        expected.resize(answers[i].token_ids.size());
+        EXPECT_EQ(answers[i].token_ids, expected) << "what came before is right";
+      });
+    }
+    WaitUntil("all run", [&] { return ServerInfo().num_running() == answers.size(); });
+    const uint64_t epoch = ServerInfo().epoch();
+    harm();
+    for (std::thread& client : clients) client.join();
+    for (const Answer& answer : answers) {
+      EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+      EXPECT_THAT(answer.status.error_message(), HasSubstr(cause));
+    }
+    for (auto& worker : workers_) worker->SetStepDelay(0);
+    WaitUntil("a new group serves", [&] {
+      return ServerInfo().epoch() > epoch && ServerInfo().state() == v1::ServerInfo::STATE_SERVING;
+    });
+    ExpectServed(Asking(20, 20));
+    WaitUntilAllIsFree();
+    ExpectNoViolations();
+  }
+};
+
+TEST_F(FailureTest, TellsAllClientsWhenAWorkerBreaksItsStream) {
+  StartAndWait();
+  ExpectAllAreTold(
+      [this] {
+        workers_[1]->BreakAtNextStep(grpc::Status(grpc::StatusCode::INTERNAL, "out of luck"));
+      },
+      "worker 1 (" + workers_[1]->address() + ") failed: out of luck");
+}
+
+TEST_F(FailureTest, TellsAllClientsWhenRank0LeavesQuietly) {
+  StartAndWait();
+  ExpectAllAreTold(
+      [this] {
+        workers_[0]->BreakAtNextStep(grpc::Status(grpc::StatusCode::UNAVAILABLE, "going down"));
+      },
+      "worker 0 (" + workers_[0]->address() + ") was lost: going down");
+}
+
+TEST_F(FailureTest, TellsAllClientsWhenAWorkerDiesAndServesAgainWhenItIsBack) {
+  StartAndWait();
+  ExpectAllAreTold(
+      [this] {
+        workers_[2]->Die();
+        WaitUntil("it is noticed",
+                  [this] { return ServerInfo().state() == v1::ServerInfo::STATE_STARTING; });
+        EXPECT_EQ(Health("fathom.v1.Generate"), "NOT_SERVING");
+        const Answer refused = Generate(Asking(3, 3));
+        EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
+        EXPECT_THAT(refused.status.error_message(), HasSubstr("until the workers are back"));
+        workers_[2]->ComeBack();
+      },
+      "worker 2 (" + workers_[2]->address() + ") was lost");
+}
+
+TEST_F(FailureTest, TellsAllClientsWhenAWorkerHangs) {
+  options_.group.step_timeout = absl::Milliseconds(500);
+  options_.group.abort_timeout = absl::Milliseconds(200);
+  StartAndWait();
+  ExpectAllAreTold([this] { workers_[1]->HangAtNextStep(); },
+                   "worker 1 (" + workers_[1]->address() + ") did not finish step");
+}
+
+TEST_F(FailureTest, DoesNotTrustAWorkerWhoseResultCannotBe) {
+  StartAndWait();
+  ExpectAllAreTold(
+      [this] {
+        workers_[0]->SpoilNextResult([](v1::StepResult& result) {
+          result.set_sampled_token_ids(0, FakeWorker::kVocabSize);
+        });
+      },
+      "has token 1000 for slot");
+  ExpectAllAreTold(
+      [this] { workers_[2]->SpoilNextResult([](v1::StepResult& result) { result.set_step(1); }); },
+      "worker 2 (" + workers_[2]->address() + ") answered step 1");
+}
+
+TEST_F(FailureTest, NoticesALostWorkerWhileNothingRuns) {
+  StartAndWait();
+  ExpectServed(Asking(5, 5));
+  workers_[1]->Die();
+  WaitUntil("it is noticed",
+            [this] { return ServerInfo().state() == v1::ServerInfo::STATE_STARTING; });
+  WaitUntil("the operator is told whom it waits for",
+            [this] { return ServerInfo().state_detail().find("worker 1") != std::string::npos; });
+  workers_[1]->ComeBack();
+  WaitUntilServing();
+  ExpectServed(Asking(5, 5));
+}
+
+TEST_F(FailureTest, SurvivesTheSameFailureManyTimes) {
+  StartAndWait();
+  for (int i = 0; i < 10; ++i) {
+    workers_[i % kNumWorkers]->BreakAtNextStep(grpc::Status(grpc::StatusCode::ABORTED, "again"));
+    EXPECT_EQ(Generate(Asking(5, 50)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
+    WaitUntilServing();
+    ExpectServed(Asking(5, 5));
+  }
+  ExpectNoViolations();
+}
+
+TEST_F(FailureTest, WaitsForWorkersThatAreNotThereYet) {
+  workers_[1]->Die();
+  Start();
+  grpc::ClientContext context;
+  v1::ModelInfo model;
+  const grpc::Status status = stub_->GetModelInfo(&context, {}, &model);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(status.error_message(), HasSubstr("not known yet"));
+  EXPECT_EQ(Generate(Asking(3, 3)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
+  workers_[1]->ComeBack();
+  WaitUntilServing();
+  ExpectServed(Asking(3, 3));
+}
+
+TEST_F(FailureTest, NamesTheWorkerWhoseModelIsAnother) {
+  workers_[2]->ChangeDescription(
+      [](v1::DescribeResponse& d) { d.set_model_fingerprint("another model"); });
+  Start();
+  WaitUntil("the operator is told", [this] { return !ServerInfo().state_detail().empty(); });
+  EXPECT_THAT(ServerInfo().state_detail(),
+              AllOf(HasSubstr("worker 2"), HasSubstr("'another model'"), HasSubstr("'a model'")));
+  EXPECT_EQ(workers_[0]->num_joins(), 0);
+  workers_[2]->ChangeDescription(
+      [](v1::DescribeResponse& d) { d.set_model_fingerprint("a model"); });
+  WaitUntilServing();
+}
+
+TEST_F(FailureTest, TriesAgainWhenAWorkerCannotJoin) {
+  workers_[1]->FailNextJoin(grpc::Status(grpc::StatusCode::NOT_FOUND, "no such tensor"));
+  options_.min_backoff = absl::Milliseconds(500);
+  Start();
+  WaitUntil("the operator is told", [this] {
+    return ServerInfo().state_detail().find("no such tensor") != std::string::npos;
+  });
+  WaitUntilServing();
+  EXPECT_EQ(workers_[1]->num_joins(), 2);
+  ExpectServed(Asking(3, 3));
+  ExpectNoViolations();
+}
+
+}  // namespace
+}  // namespace fathom
