@@ -23,11 +23,12 @@ ARROWS = {
     "gateway": ["base", "proto"],
     "deploy": ["base"],
 }
-# The same within the gateway; its own files may include all three.
+# The same within the gateway; its own files may include them all.
 GATEWAY_ARROWS = {
     "gateway/text": [],
     "gateway/http": [],
-    "gateway/openai": ["gateway/text", "gateway/http"],
+    "gateway/rpc": ["gateway/http"],
+    "gateway/openai": ["gateway/text", "gateway/http", "gateway/rpc"],
 }
 
 # Headers that cost a lot or tie code to a library, and the files that may include them.
@@ -37,7 +38,7 @@ HOMES = {
     r"gloo/.*": ["worker/gloo_communicator.cc"],
     r"nccl.*|cuda.*": ["kernels/cuda/*", "worker/nccl_communicator.cc"],
     r"hwy/.*": ["kernels/cpu/*"],
-    r"boost/.*": ["gateway/http/*", "gateway/main.cc"],
+    r"boost/.*": ["gateway/http/*"],
     r"CLI/.*": ["*/main.cc", "deploy/launcher/command_line.cc"],
     r"prometheus/.*": ["*/metrics.*"],
     r"simdjson.*": ["worker/model_config.cc", "worker/safetensors.cc", "gateway/*/*json*",

@@ -1,0 +1,101 @@
+#include "gateway/gateway.h"
+
+#include <utility>
+
+#include "base/status_macros.h"
+#include "gateway/http/io_thread.h"
+#include "gateway/http/router.h"
+#include "gateway/openai/api.h"
+#include "gateway/openai/errors.h"
+#include "gateway/request_log.h"
+#include "spdlog/spdlog.h"
+
+namespace fathom {
+namespace {
+
+// For handlers to notice that their clients were closed.
+constexpr std::chrono::milliseconds kCloseTimeout{10'000};
+
+}  // namespace
+
+// Destroyed from the bottom up: the I/O thread last, since everything refers to it.
+struct Gateway::Parts {
+  Parts(GatewayOptions options, ModelText text, SamplingDefaults defaults)
+      : options(std::move(options)), text(std::move(text)), defaults(defaults) {}
+
+  void Stop();  // I/O thread
+  Task<> Drain();
+
+  const GatewayOptions options;
+  const ModelText text;
+  const SamplingDefaults defaults;
+  IoThread io_thread;
+  std::unique_ptr<CoordinatorClient> coordinator;
+  std::unique_ptr<ServedModel> model;
+  std::unique_ptr<BackgroundThreads> text_threads;
+  std::unique_ptr<GatewayMetrics> metrics;
+  std::unique_ptr<RequestLog> request_log;
+  Router router;
+  std::unique_ptr<Server> server;
+  int num_stops = 0;
+};
+
+absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options) {
+  ASSIGN_OR_RETURN(ModelText text, ModelText::Load(options.model_dir));
+  ASSIGN_OR_RETURN(const SamplingDefaults defaults, LoadSamplingDefaults(options.model_dir));
+  if (text.tokenizer() == nullptr) {
+    spdlog::info("{} has no tokenizer.json: serving token ids only", options.model_dir);
+  } else if (const absl::Status chat = text.CheckHasChat(); !chat.ok()) {
+    spdlog::info("serving without chat: {}", std::string(chat.message()));
+  }
+  auto parts = std::make_unique<Parts>(std::move(options), std::move(text), defaults);
+  Parts& p = *parts;
+  ASSIGN_OR_RETURN(p.coordinator, CoordinatorClient::Create(p.options.coordinator, p.io_thread));
+  p.model = std::make_unique<ServedModel>(p.options.model, *p.coordinator);
+  p.text_threads = std::make_unique<BackgroundThreads>(p.options.text_threads, p.io_thread);
+  p.metrics = std::make_unique<GatewayMetrics>(p.model->name());
+  p.request_log = std::make_unique<RequestLog>(*p.metrics);
+  AddRoutes({*p.coordinator, *p.model, p.text, p.defaults, p.options.limits, *p.text_threads,
+             *p.metrics, p.options.version},
+            p.router);
+  p.server = std::make_unique<Server>(p.options.server, p.io_thread, p.router, *p.request_log,
+                                      HttpErrorResponse);
+  RETURN_IF_ERROR(p.server->Start());
+  return std::unique_ptr<Gateway>(new Gateway(std::move(parts)));
+}
+
+Gateway::Gateway(std::unique_ptr<Parts> parts) : parts_(std::move(parts)) {}
+
+Gateway::~Gateway() = default;
+
+uint16_t Gateway::port() const { return parts_->server->port(); }
+
+void Gateway::Run() { parts_->io_thread.Run(); }
+
+Task<> Gateway::Parts::Drain() {
+  spdlog::info("draining: {} connections, at most {} s", server->num_connections(),
+               options.drain_timeout.count() / 1000);
+  server->Drain();
+  co_await server->WaitUntilIdle(options.drain_timeout);
+  server->CloseAll();
+  co_await server->WaitUntilIdle(kCloseTimeout);
+  spdlog::info("stopped");
+}
+
+void Gateway::Parts::Stop() {
+  if (num_stops++ == 0) {
+    io_thread.Spawn(Drain(), [this] { io_thread.Stop(); });
+  } else {
+    server->CloseAll();
+  }
+}
+
+void Gateway::StopOnSignals() {
+  parts_->io_thread.HandleSignals([parts = parts_.get()] { parts->Stop(); });
+}
+
+void Gateway::Stop() {
+  parts_->io_thread.Post([parts = parts_.get()] { parts->Stop(); });
+}
+
+}  // namespace fathom

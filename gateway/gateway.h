@@ -1,0 +1,54 @@
+// The gateway as one object: everything between the listening socket and the coordinator.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "gateway/http/server.h"
+#include "gateway/openai/api_limits.h"
+#include "gateway/openai/served_model.h"
+#include "gateway/rpc/coordinator_client.h"
+
+namespace fathom {
+
+struct GatewayOptions {
+  std::string model_dir;  // tokenizer.json, tokenizer_config.json, generation_config.json
+  CoordinatorClientOptions coordinator;
+  ServedModelOptions model;
+  ServerOptions server;
+  ApiLimits limits;
+  int text_threads = 2;
+  std::chrono::milliseconds drain_timeout{30'000};  // for running requests, after Stop
+  std::string version;
+};
+
+class Gateway {
+ public:
+  // Reads the model's text files and listens. InvalidArgument: a file or an option is unusable;
+  // AlreadyExists: the port is in use.
+  static absl::StatusOr<std::unique_ptr<Gateway>> Create(GatewayOptions options);
+  ~Gateway();
+
+  uint16_t port() const;
+
+  // Serves on the calling thread, which becomes the I/O thread, until stopped.
+  void Run();
+
+  // SIGTERM and SIGINT call Stop.
+  void StopOnSignals();
+
+  // Accepts no more, lets running requests finish until the drain timeout, then Run returns. The
+  // second call closes what still runs. Thread-safe.
+  void Stop();
+
+ private:
+  struct Parts;
+  explicit Gateway(std::unique_ptr<Parts> parts);
+
+  const std::unique_ptr<Parts> parts_;
+};
+
+}  // namespace fathom

@@ -1,0 +1,273 @@
+#include "gateway/http/connection.h"
+
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "gateway/http/client_socket.h"
+
+namespace fathom {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How much of the following requests is read while one is being answered.
+constexpr size_t kReadAheadBytes = 64 << 10;
+
+// How long a client that we hang up on may go on sending before it is reset, so that it can read
+// why.
+constexpr std::chrono::milliseconds kLingerTimeout{1'000};
+constexpr size_t kMaxLingerBytes = 16 << 20;
+
+// The response to one request.
+class Exchange : public ResponseWriter {
+ public:
+  struct Terms {
+    std::chrono::milliseconds write_timeout{0};
+    bool head_only = false;   // HEAD: the body is left out
+    bool chunked = true;      // not understood by HTTP/1.0
+    bool keep_alive = false;  // what the client would like
+  };
+
+  Exchange(ClientSocket& socket, Terms terms) : socket_(socket), terms_(terms) {}
+
+  Task<> Send(Response response) override {
+    if (gone_ || started_) co_return;
+    started_ = ended_ = true;
+    status_ = response.status;
+    const Framing framing{Framing::Kind::kContentLength, response.body.size()};
+    std::string bytes = HeadOf(response, framing, persistence());
+    if (!terms_.head_only) bytes += response.body;
+    co_await Write(bytes);
+  }
+
+  Task<> SendEvent(std::string_view payload) override {
+    if (gone_) co_return;
+    std::string bytes = StartEvents();
+    AppendChunk({"data: ", payload, "\n\n"}, bytes);
+    co_await Write(bytes);
+  }
+
+  Task<> EndEvents() override {
+    if (gone_) co_return;
+    std::string bytes = StartEvents();
+    AppendChunk({"data: ", "[DONE]", "\n\n"}, bytes);
+    if (terms_.chunked) bytes += "0\r\n\r\n";
+    ended_ = true;
+    co_await Write(bytes);
+  }
+
+  bool gone() const override { return gone_; }
+  bool started() const override { return started_; }
+  RequestNotes& notes() override { return notes_; }
+
+  void SetOnGone(std::function<void()> on_gone) override {
+    on_gone_ = std::move(on_gone);
+    if (gone_ && on_gone_) std::exchange(on_gone_, nullptr)();
+  }
+
+  void MarkGone() {
+    gone_ = true;
+    if (on_gone_) std::exchange(on_gone_, nullptr)();
+  }
+
+  void HandlerReturned() { on_gone_ = nullptr; }
+  void CloseAfterwards() { terms_.keep_alive = false; }
+
+  bool ended() const { return ended_; }
+  int status() const { return status_; }
+  bool keeps_alive() const { return terms_.keep_alive && ended_ && !gone_; }
+
+ private:
+  Persistence persistence() const {
+    return terms_.keep_alive ? Persistence::kKeepAlive : Persistence::kClose;
+  }
+
+  // The head, if it is not out yet.
+  std::string StartEvents() {
+    if (started_) return {};
+    started_ = true;
+    status_ = 200;
+    Response response;
+    response.content_type = "text/event-stream; charset=utf-8";
+    response.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
+    if (!terms_.chunked) terms_.keep_alive = false;
+    Framing framing;
+    framing.kind = terms_.chunked ? Framing::Kind::kChunked : Framing::Kind::kUntilClose;
+    return HeadOf(response, framing, persistence());
+  }
+
+  void AppendChunk(std::initializer_list<std::string_view> parts, std::string& bytes) const {
+    size_t size = 0;
+    for (const std::string_view part : parts) size += part.size();
+    if (terms_.chunked) absl::StrAppend(&bytes, absl::Hex(size), "\r\n");
+    for (const std::string_view part : parts) bytes += part;
+    if (terms_.chunked) bytes += "\r\n";
+  }
+
+  Task<> Write(std::string_view bytes) {
+    const ClientSocket::Outcome outcome = co_await socket_.Write(bytes, terms_.write_timeout);
+    if (outcome != ClientSocket::Outcome::kOk && !gone_) MarkGone();
+  }
+
+  ClientSocket& socket_;
+  Terms terms_;
+  RequestNotes notes_;
+  std::function<void()> on_gone_;
+  int status_ = 0;
+  bool started_ = false;
+  bool ended_ = false;
+  bool gone_ = false;
+};
+
+class HttpConnection : public Connection {
+ public:
+  HttpConnection(boost::asio::ip::tcp::socket socket, const ConnectionEnvironment& environment)
+      : environment_(environment), socket_(std::move(socket)), peer_(socket_.PeerAddress()) {}
+
+  Task<> Run() override {
+    while (!closing_) {
+      const bool again = co_await ServeRequest();
+      if (!again) break;
+    }
+    co_await Linger();
+    socket_.Close();
+  }
+
+  void CloseWhenIdle() override {
+    closing_ = true;
+    if (exchange_ != nullptr) exchange_->CloseAfterwards();
+    if (idle_) socket_.Close();
+  }
+
+  void Close() override {
+    closing_ = true;
+    socket_.Close();
+    if (exchange_ != nullptr) exchange_->MarkGone();
+  }
+
+ private:
+  // Whether another request may follow.
+  Task<bool> ServeRequest() {
+    RequestParser parser(environment_.options.request_limits);
+    const bool readable = co_await ReadRequest(parser);
+    if (!readable) co_return false;
+
+    Exchange::Terms terms;
+    terms.write_timeout = environment_.options.write_timeout;
+    terms.head_only = parser.request().method == "HEAD";
+    terms.chunked = !parser.is_http_1_0();
+    terms.keep_alive = parser.keep_alive() && !parser.problem() && !closing_;
+    Exchange exchange(socket_, terms);
+    exchange_ = &exchange;
+    const Clock::time_point start = Clock::now();
+    const Router::Match match =
+        environment_.router.Find(parser.request().method, parser.request().path);
+    if (parser.problem()) {
+      co_await exchange.Send(
+          environment_.error_formatter(parser.problem()->status, parser.problem()->message));
+    } else {
+      co_await Dispatch(parser.request(), match, exchange);
+    }
+    exchange_ = nullptr;
+    Report(parser.request(), match, exchange, Clock::now() - start);
+    lingers_ = !exchange.gone();
+    co_return exchange.keeps_alive() && !closing_;
+  }
+
+  // False when the client closed or there is nothing to answer; a request that must be refused is
+  // in parser.problem().
+  Task<bool> ReadRequest(RequestParser& parser) {
+    const ServerOptions& options = environment_.options;
+    enum class Phase { kIdle, kHead, kBody } phase = Phase::kIdle;
+    Clock::time_point deadline = Clock::now() + options.keep_alive_timeout;
+    idle_ = true;
+    while (true) {
+      if (!buffer_.empty()) {
+        if (phase == Phase::kIdle) {
+          phase = Phase::kHead;
+          deadline = Clock::now() + options.head_timeout;
+          idle_ = false;
+        }
+        buffer_.erase(0, parser.Parse(buffer_));
+        if (parser.problem() || parser.done()) co_return true;
+        if (phase == Phase::kHead && parser.head_done()) {
+          phase = Phase::kBody;
+          deadline = Clock::now() + options.body_timeout;
+          if (parser.expects_continue() && buffer_.empty()) {
+            co_await socket_.Write("HTTP/1.1 100 Continue\r\n\r\n", options.write_timeout);
+          }
+        }
+      }
+      const ClientSocket::Outcome outcome = co_await socket_.Read(buffer_, deadline);
+      if (outcome == ClientSocket::Outcome::kOk) continue;
+      if (outcome == ClientSocket::Outcome::kTimedOut && phase != Phase::kIdle) {
+        parser.RefuseAsTimedOut();
+        co_return true;
+      }
+      co_return false;
+    }
+  }
+
+  Task<> Dispatch(const HttpRequest& request, const Router::Match& match, Exchange& exchange) {
+    if (match.handler == nullptr) {
+      const int status = match.allowed_methods.empty() ? 404 : 405;
+      Response response = environment_.error_formatter(status, PhraseOf(status));
+      if (status == 405) response.headers.emplace_back("Allow", match.allowed_methods);
+      co_await exchange.Send(std::move(response));
+      co_return;
+    }
+    socket_.Watch(buffer_, kReadAheadBytes, [&exchange] { exchange.MarkGone(); });
+    co_await match.handler->Handle(request, exchange);
+    exchange.HandlerReturned();
+    socket_.StopWatching();
+    if (!exchange.started()) {
+      co_await exchange.Send(environment_.error_formatter(500, "the request was not answered"));
+    }
+  }
+
+  void Report(const HttpRequest& request, const Router::Match& match, Exchange& exchange,
+              Clock::duration duration) {
+    RequestRecord record;
+    record.client = peer_;
+    record.method = request.method;
+    record.path = request.path;
+    record.pattern = match.pattern;
+    record.status = exchange.status();
+    record.complete = exchange.ended() && !exchange.gone();
+    record.duration = duration;
+    record.notes = &exchange.notes();
+    environment_.observer.OnRequestEnd(record);
+  }
+
+  // A close with unread bytes would reset the connection and may take the response with it.
+  Task<> Linger() {
+    if (!lingers_) co_return;
+    socket_.ShutdownSend();
+    const Clock::time_point deadline = Clock::now() + kLingerTimeout;
+    for (size_t bytes = 0; bytes < kMaxLingerBytes;) {
+      buffer_.clear();
+      const ClientSocket::Outcome outcome = co_await socket_.Read(buffer_, deadline);
+      if (outcome != ClientSocket::Outcome::kOk) co_return;
+      bytes += buffer_.size();
+    }
+  }
+
+  const ConnectionEnvironment environment_;
+  ClientSocket socket_;
+  const std::string peer_;
+  std::string buffer_;            // received and not yet parsed
+  Exchange* exchange_ = nullptr;  // while a request is being answered
+  bool idle_ = true;              // no byte of the next request is here
+  bool closing_ = false;
+  bool lingers_ = false;
+};
+
+}  // namespace
+
+std::shared_ptr<Connection> Connection::Create(boost::asio::ip::tcp::socket socket,
+                                               const ConnectionEnvironment& environment) {
+  return std::make_shared<HttpConnection>(std::move(socket), environment);
+}
+
+}  // namespace fathom

@@ -1,0 +1,42 @@
+// One client's connection: its requests, one after the other.
+//
+// While a handler works the socket is watched, so that a client that goes away is noticed at once,
+// also while nothing is being written. Requests that arrive meanwhile (pipelining) wait in the
+// buffer, up to a limit. I/O thread only.
+#pragma once
+
+#include <memory>
+#include <utility>  // Boost 1.74 forgets it (std::exchange)
+
+#include "boost/asio/ip/tcp.hpp"
+#include "gateway/http/server.h"
+#include "gateway/http/task.h"
+
+namespace fathom {
+
+// What all connections of a server share. Outlives them.
+struct ConnectionEnvironment {
+  const ServerOptions& options;
+  const Router& router;
+  RequestObserver& observer;
+  const ErrorFormatter& error_formatter;
+};
+
+class Connection {
+ public:
+  virtual ~Connection() = default;
+
+  static std::shared_ptr<Connection> Create(boost::asio::ip::tcp::socket socket,
+                                            const ConnectionEnvironment& environment);
+
+  // Serves until either side closes. The connection lives at least as long as this runs.
+  virtual Task<> Run() = 0;
+
+  // Closes now if no request is being handled, else after the current response.
+  virtual void CloseWhenIdle() = 0;
+
+  // Closes now.
+  virtual void Close() = 0;
+};
+
+}  // namespace fathom

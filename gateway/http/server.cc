@@ -1,0 +1,157 @@
+#include "gateway/http/server.h"
+
+#include <utility>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "boost/asio/io_context.hpp"
+#include "boost/asio/ip/tcp.hpp"
+#include "boost/asio/redirect_error.hpp"
+#include "boost/asio/use_awaitable.hpp"
+#include "gateway/http/connection.h"
+#include "spdlog/spdlog.h"
+
+namespace fathom {
+namespace {
+
+namespace asio = boost::asio;
+using boost::system::error_code;
+using tcp = asio::ip::tcp;
+
+constexpr int kListenBacklog = 4096;
+constexpr std::chrono::milliseconds kAcceptRetryDelay{100};
+constexpr std::chrono::milliseconds kIdlePollInterval{10};
+
+}  // namespace
+
+struct Server::State {
+  State(ServerOptions options, IoThread& io_thread, const Router& router, RequestObserver& observer,
+        ErrorFormatter error_formatter)
+      : options(std::move(options)),
+        io_thread(io_thread),
+        error_formatter(std::move(error_formatter)),
+        environment{this->options, router, observer, this->error_formatter},
+        acceptor(io_thread.context()) {}
+
+  const ServerOptions options;
+  IoThread& io_thread;
+  const ErrorFormatter error_formatter;
+  const ConnectionEnvironment environment;
+  tcp::acceptor acceptor;
+  absl::flat_hash_set<std::shared_ptr<Connection>> connections;
+  bool draining = false;
+
+  static Task<> AcceptAll(std::shared_ptr<State> state);
+  static void Serve(std::shared_ptr<State> state, tcp::socket socket);
+  void TurnAway(tcp::socket socket) const;
+};
+
+Task<> Server::State::AcceptAll(std::shared_ptr<State> state) {
+  while (state->acceptor.is_open()) {
+    tcp::socket socket(state->io_thread.context());
+    error_code error;
+    co_await state->acceptor.async_accept(socket, asio::redirect_error(asio::use_awaitable, error));
+    if (error == asio::error::operation_aborted || !state->acceptor.is_open()) break;
+    if (error) {  // out of file descriptors, usually: wait for some to be closed
+      spdlog::warn("cannot accept a connection: {}", error.message());
+      co_await state->io_thread.Sleep(kAcceptRetryDelay);
+    } else if (state->connections.size() >= state->options.max_connections) {
+      state->TurnAway(std::move(socket));
+    } else {
+      Serve(state, std::move(socket));
+    }
+  }
+}
+
+void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
+  std::shared_ptr<Connection> connection =
+      Connection::Create(std::move(socket), state->environment);
+  state->connections.insert(connection);
+  IoThread& io_thread = state->io_thread;
+  // What is called at the end keeps the connection alive until its coroutine is gone.
+  io_thread.Spawn(connection->Run(), [state = std::move(state), connection] {
+    connection->Close();
+    state->connections.erase(connection);
+  });
+}
+
+void Server::State::TurnAway(tcp::socket socket) const {
+  Response response = error_formatter(
+      503, absl::StrCat("the server has ", options.max_connections, " connections, its limit"));
+  response.headers.emplace_back("Retry-After", "1");
+  const Framing framing{Framing::Kind::kContentLength, response.body.size()};
+  const std::string bytes = HeadOf(response, framing, Persistence::kClose) + response.body;
+  error_code ignored;  // it fits an empty socket buffer; if not, the client sees a plain close
+  socket.non_blocking(true, ignored);
+  socket.write_some(asio::buffer(bytes), ignored);
+  socket.shutdown(tcp::socket::shutdown_send, ignored);
+}
+
+Server::Server(ServerOptions options, IoThread& io_thread, const Router& router,
+               RequestObserver& observer, ErrorFormatter error_formatter)
+    : state_(std::make_shared<State>(std::move(options), io_thread, router, observer,
+                                     std::move(error_formatter))) {}
+
+Server::~Server() { CloseAll(); }
+
+absl::Status Server::Start() {
+  const ServerOptions& options = state_->options;
+  error_code error;
+  tcp::resolver resolver(state_->io_thread.context());
+  const auto endpoints =
+      resolver.resolve(options.host, absl::StrCat(options.port), tcp::resolver::passive, error);
+  if (error || endpoints.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--host '", options.host, "' is no address of this machine: ", error.message()));
+  }
+  const tcp::endpoint endpoint = endpoints.begin()->endpoint();
+  tcp::acceptor& acceptor = state_->acceptor;
+  if (!error) acceptor.open(endpoint.protocol(), error);
+  if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);
+  if (!error) acceptor.bind(endpoint, error);
+  if (!error) acceptor.listen(kListenBacklog, error);
+  if (error == asio::error::address_in_use) {
+    return absl::AlreadyExistsError(absl::StrCat("port ", options.port, " of ", options.host,
+                                                 " is in use: stop what listens there or choose "
+                                                 "another with --port"));
+  }
+  if (error) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on port ", options.port, " of ",
+                                               options.host, ": ", error.message()));
+  }
+  state_->io_thread.Spawn(State::AcceptAll(state_), [] {});
+  return absl::OkStatus();
+}
+
+uint16_t Server::port() const {
+  error_code error;
+  const tcp::endpoint endpoint = state_->acceptor.local_endpoint(error);
+  return error ? state_->options.port : endpoint.port();
+}
+
+void Server::Drain() {
+  state_->draining = true;
+  error_code ignored;
+  state_->acceptor.close(ignored);
+  for (const std::shared_ptr<Connection>& connection : state_->connections) {
+    connection->CloseWhenIdle();
+  }
+}
+
+bool Server::draining() const { return state_->draining; }
+
+Task<> Server::WaitUntilIdle(std::chrono::milliseconds timeout) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  while (!state_->connections.empty() && std::chrono::steady_clock::now() < deadline) {
+    co_await state_->io_thread.Sleep(kIdlePollInterval);
+  }
+}
+
+void Server::CloseAll() {
+  Drain();
+  for (const std::shared_ptr<Connection>& connection : state_->connections) connection->Close();
+}
+
+size_t Server::num_connections() const { return state_->connections.size(); }
+
+}  // namespace fathom

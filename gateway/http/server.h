@@ -1,0 +1,81 @@
+// An HTTP/1.1 server on one I/O thread: accepts connections, reads requests strictly and within
+// limits, hands them to the router's handlers, and notices when clients go away.
+//
+// All functions are called on the I/O thread, except before it runs.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "gateway/http/handler.h"
+#include "gateway/http/io_thread.h"
+#include "gateway/http/request_parser.h"
+#include "gateway/http/router.h"
+#include "gateway/http/task.h"
+
+namespace fathom {
+
+struct ServerOptions {
+  std::string host = "0.0.0.0";
+  uint16_t port = 8000;  // 0: any free one
+  RequestLimits request_limits;
+  size_t max_connections = 20'000;                       // further ones get a 503
+  std::chrono::milliseconds head_timeout{10'000};        // from the first byte of a request
+  std::chrono::milliseconds body_timeout{30'000};        // from the end of its head
+  std::chrono::milliseconds keep_alive_timeout{60'000};  // between requests
+  std::chrono::milliseconds write_timeout{30'000};       // a reader that takes nothing is gone
+};
+
+// One request, when its response is out or the client is gone.
+struct RequestRecord {
+  std::string_view client;  // address
+  std::string_view method;
+  std::string_view path;     // decoded: may hold any byte but NUL
+  std::string_view pattern;  // the route's path; "" when there is none
+  int status = 0;            // 0: the client went away before there was one
+  bool complete = false;     // the whole response was handed to the kernel
+  std::chrono::nanoseconds duration{0};
+  const RequestNotes* notes = nullptr;
+};
+
+class RequestObserver {
+ public:
+  virtual ~RequestObserver() = default;
+  virtual void OnRequestEnd(const RequestRecord& record) = 0;
+};
+
+class Server {
+ public:
+  // All references must outlive the server.
+  Server(ServerOptions options, IoThread& io_thread, const Router& router,
+         RequestObserver& observer, ErrorFormatter error_formatter);
+  ~Server();
+
+  // Binds and listens; AlreadyExists when the port is in use. Accepting begins when the I/O thread
+  // runs.
+  absl::Status Start();
+
+  // The port it listens on.
+  uint16_t port() const;
+
+  // Accepts no more, closes idle connections, and lets the requests that run finish.
+  void Drain();
+  bool draining() const;
+
+  // Returns when no connection is left, or when the timeout is over.
+  Task<> WaitUntilIdle(std::chrono::milliseconds timeout);
+
+  // Closes every connection; the handlers see their clients gone.
+  void CloseAll();
+
+  size_t num_connections() const;
+
+ private:
+  struct State;  // shared with the connections
+  std::shared_ptr<State> state_;
+};
+
+}  // namespace fathom

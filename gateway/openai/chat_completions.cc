@@ -1,0 +1,109 @@
+#include "gateway/openai/chat_completions.h"
+
+#include <utility>
+
+#include "base/status_macros.h"
+#include "gateway/openai/answer.h"
+#include "gateway/openai/chat_format.h"
+#include "gateway/openai/errors.h"
+#include "gateway/openai/generate_calls.h"
+
+namespace fathom {
+namespace {
+
+ChatFormatOptions FormatOptionsOf(const ChatRequest& request, ResponseHeader header,
+                                  std::vector<uint32_t> prompt) {
+  const GenerationParameters& parameters = request.parameters;
+  ChatFormatOptions options;
+  options.header = std::move(header);
+  options.prompt = std::move(prompt);
+  options.n = parameters.n;
+  options.has_logprobs = request.num_logprobs.has_value();
+  options.has_prompt_logprobs = parameters.num_prompt_logprobs.has_value();
+  options.return_token_ids = parameters.return_token_ids;
+  const ChatMessage& last = request.prompt.messages.back();
+  if (request.echo && last.role == ChatMessage::Role::kAssistant) {
+    options.echo_text = last.content.value_or("");
+  }
+  return options;
+}
+
+}  // namespace
+
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
+                                                       const ModelText& text,
+                                                       BackgroundThreads& text_threads) {
+  absl::StatusOr<std::vector<uint32_t>> token_ids = std::vector<uint32_t>();
+  const auto encode = [&] {
+    const absl::StatusOr<std::string> encoded =
+        text.chat_encoder().Encode(prompt.messages, prompt.options);
+    if (!encoded.ok()) {
+      token_ids = InvalidParameter("messages", std::string(encoded.status().message()));
+      return;
+    }
+    *token_ids = text.tokenizer()->Encode(
+        *encoded, prompt.add_special_tokens ? BosPolicy::kAsConfigured : BosPolicy::kNone);
+  };
+  co_await text_threads.Run(encode);
+  co_return token_ids;
+}
+
+Task<absl::StatusOr<std::vector<uint32_t>>> ChatCompletionsHandler::EncodePrompt(
+    const ChatRequest& request) {
+  absl::StatusOr<std::vector<uint32_t>> prompt =
+      co_await EncodeChat(request.prompt, api_.text, api_.text_threads);
+  if (!prompt.ok()) co_return prompt.status();
+  const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
+  if (!info.ok()) co_return info.status();
+  absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
+  if (status.ok()) {
+    status = CheckPrompt(*prompt, request.max_tokens, info->vocab_size(), info->max_model_len());
+  }
+  if (!status.ok()) co_return status;
+  co_return prompt;
+}
+
+absl::StatusOr<ChatRequest> ChatCompletionsHandler::Parse(const HttpRequest& request) const {
+  RETURN_IF_ERROR(CheckJsonContent(request));
+  ASSIGN_OR_RETURN(ChatRequest parsed, ParseChatRequest(request.body, api_.defaults, api_.limits));
+  RETURN_IF_ERROR(api_.model.CheckName(parsed.model));
+  RETURN_IF_ERROR(api_.text.CheckHasChat());
+  return parsed;
+}
+
+Task<> ChatCompletionsHandler::Answer(const ChatRequest& request, std::vector<uint32_t> prompt,
+                                      ResponseHeader header, ResponseWriter& writer) {
+  const GenerationParameters& parameters = request.parameters;
+  CallOptions call_options;
+  call_options.id = header.id;
+  call_options.max_tokens = request.max_tokens;
+  call_options.num_logprobs = request.num_logprobs;
+  call_options.num_prompt_logprobs = parameters.num_prompt_logprobs;
+  AnswerPlan plan;
+  plan.calls = MakeCalls({prompt}, parameters, call_options);
+  plan.choice_options = ChoiceOptionsOf(parameters);
+  plan.delivery = DeliveryOf(parameters);
+  ChatFormat format(FormatOptionsOf(request, std::move(header), std::move(prompt)),
+                    TokenNames(api_.text.tokenizer(), parameters.token_names));
+  api_.metrics.OnRequestAdmitted(parameters.n);
+  co_await fathom::Answer(std::move(plan), api_.coordinator, api_.text.tokenizer(), format,
+                          api_.metrics, writer);
+}
+
+Task<> ChatCompletionsHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
+  ResponseHeader header = MakeResponseHeader("chatcmpl-", http_request, api_.model.name());
+  writer.notes().id = header.id;
+  const absl::StatusOr<ChatRequest> request = Parse(http_request);
+  if (!request.ok()) {
+    co_await writer.Send(ErrorResponse(request.status()));
+    co_return;
+  }
+  absl::StatusOr<std::vector<uint32_t>> prompt = co_await EncodePrompt(*request);
+  if (!prompt.ok()) {
+    co_await writer.Send(ErrorResponse(prompt.status()));
+    co_return;
+  }
+  co_await Answer(*request, *std::move(prompt), std::move(header), writer);
+}
+
+}  // namespace fathom

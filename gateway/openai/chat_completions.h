@@ -1,0 +1,36 @@
+// POST /v1/chat/completions.
+#pragma once
+
+#include "gateway/http/background_threads.h"
+#include "gateway/http/handler.h"
+#include "gateway/openai/api.h"
+#include "gateway/openai/chat_request.h"
+#include "gateway/openai/response_header.h"
+
+namespace fathom {
+
+class ChatCompletionsHandler : public Handler {
+ public:
+  explicit ChatCompletionsHandler(const Api& api) : api_(api) {}
+
+  Task<> Handle(const HttpRequest& request, ResponseWriter& writer) override;
+
+ private:
+  // What can be known without the coordinator.
+  absl::StatusOr<ChatRequest> Parse(const HttpRequest& request) const;
+
+  // The prompt's token ids, checked against the model's vocabulary and length.
+  Task<absl::StatusOr<std::vector<uint32_t>>> EncodePrompt(const ChatRequest& request);
+
+  Task<> Answer(const ChatRequest& request, std::vector<uint32_t> prompt, ResponseHeader header,
+                ResponseWriter& writer);
+
+  Api api_;
+};
+
+// The token ids of a chat, on the text threads. CheckHasChat must be ok.
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
+                                                       const ModelText& text,
+                                                       BackgroundThreads& text_threads);
+
+}  // namespace fathom

@@ -1,0 +1,141 @@
+#include "gateway/openai/chat_format.h"
+
+#include <utility>
+
+#include "gateway/openai/answer_json.h"
+#include "gateway/openai/logprobs.h"
+
+namespace fathom {
+namespace {
+
+constexpr std::string_view kChunk = "chat.completion.chunk";
+
+// The end of a chunk's choice and of its choices; the usage if the client wants it all along.
+void EndChoice(const std::optional<TokenUsage>& usage, JsonWriter& json) {
+  json.EndObject().EndArray();
+  if (!usage) return;
+  json.Key("usage");
+  WriteUsage(*usage, json);
+}
+
+}  // namespace
+
+ChatFormat::ChatFormat(ChatFormatOptions options, TokenNames names)
+    : options_(std::move(options)), names_(names) {}
+
+void ChatFormat::WriteHeader(std::string_view object, JsonWriter& json) const {
+  json.Key("id").String(options_.header.id);
+  json.Key("object").String(object);
+  json.Key("created").Int(options_.header.created);
+  json.Key("model").String(options_.header.model);
+}
+
+void ChatFormat::WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const {
+  json.Key("logprobs");
+  if (!options_.has_logprobs) {
+    json.Null();
+    return;
+  }
+  std::vector<TokenRecord> tokens;
+  for (size_t i = 0; i < delta.logprobs.size(); ++i) {
+    tokens.push_back({delta.token_ids[i], &delta.logprobs[i]});
+  }
+  WriteChatLogprobs(tokens, names_, json);
+}
+
+std::string ChatFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
+  JsonWriter json;
+  json.BeginObject();
+  WriteHeader("chat.completion", json);
+  json.Key("choices").BeginArray();
+  for (size_t i = 0; i < choices.size(); ++i) {
+    const ChoiceDelta& choice = choices[i];
+    json.BeginObject().Key("index").Int(static_cast<int64_t>(i));
+    json.Key("message").BeginObject().Key("role").String("assistant");
+    json.Key("content").String(options_.echo_text + choice.text);
+    json.Key("refusal").Null().Key("annotations").Null().Key("audio").Null();
+    json.Key("function_call").Null().Key("tool_calls").BeginArray().EndArray();
+    json.Key("reasoning").Null().EndObject();
+    WriteLogprobs(choice, json);
+    WriteFinishReason(choice, json);
+    WriteStopReason(choice, json);
+    json.Key("token_ids");
+    WriteTokenIds(options_.return_token_ids ? &choice.token_ids : nullptr, json);
+    json.EndObject();
+  }
+  json.EndArray().Key("service_tier").Null().Key("system_fingerprint").Null().Key("usage");
+  WriteUsageWithDetails(usage, json);
+  json.Key("prompt_logprobs");
+  if (options_.has_prompt_logprobs && !choices.empty()) {
+    WritePromptLogprobs(choices.front().prompt_logprobs, names_, json);
+  } else {
+    json.Null();
+  }
+  json.Key("prompt_token_ids");
+  WriteTokenIds(options_.return_token_ids ? &options_.prompt : nullptr, json);
+  json.Key("kv_transfer_params").Null().EndObject();
+  return json.Take();
+}
+
+std::string ChatFormat::RoleEvent(int choice, const std::optional<TokenUsage>& usage) const {
+  JsonWriter json;
+  json.BeginObject();
+  WriteHeader(kChunk, json);
+  json.Key("choices").BeginArray().BeginObject().Key("index").Int(choice);
+  json.Key("delta").BeginObject().Key("role").String("assistant").Key("content").String("");
+  json.EndObject().Key("logprobs").Null().Key("finish_reason").Null();
+  EndChoice(usage, json);
+  json.Key("prompt_token_ids");
+  WriteTokenIds(options_.return_token_ids ? &options_.prompt : nullptr, json);
+  json.EndObject();
+  return json.Take();
+}
+
+std::string ChatFormat::EchoEvent(int choice, const std::optional<TokenUsage>& usage) const {
+  JsonWriter json;
+  json.BeginObject();
+  WriteHeader(kChunk, json);
+  json.Key("choices").BeginArray().BeginObject().Key("index").Int(choice);
+  json.Key("delta").BeginObject().Key("content").String(options_.echo_text).EndObject();
+  json.Key("logprobs").Null().Key("finish_reason").Null();
+  EndChoice(usage, json);
+  json.EndObject();
+  return json.Take();
+}
+
+std::vector<std::string> ChatFormat::FirstEvents(const std::optional<TokenUsage>& usage) {
+  std::vector<std::string> events;
+  for (int i = 0; i < options_.n; ++i) events.push_back(RoleEvent(i, usage));
+  if (options_.echo_text.empty()) return events;
+  for (int i = 0; i < options_.n; ++i) events.push_back(EchoEvent(i, usage));
+  return events;
+}
+
+std::string ChatFormat::Event(size_t choice, ChoiceDelta delta,
+                              const std::optional<TokenUsage>& usage) {
+  JsonWriter json;
+  json.BeginObject();
+  WriteHeader(kChunk, json);
+  json.Key("choices").BeginArray().BeginObject().Key("index").Int(static_cast<int64_t>(choice));
+  json.Key("delta").BeginObject().Key("content").String(delta.text).EndObject();
+  WriteLogprobs(delta, json);
+  WriteFinishReason(delta, json);
+  if (!delta.finish_reason.empty()) WriteStopReason(delta, json);
+  json.Key("token_ids");
+  WriteTokenIds(options_.return_token_ids ? &delta.token_ids : nullptr, json);
+  EndChoice(usage, json);
+  json.EndObject();
+  return json.Take();
+}
+
+std::string ChatFormat::UsageEvent(const TokenUsage& usage) {
+  JsonWriter json;
+  json.BeginObject();
+  WriteHeader(kChunk, json);
+  json.Key("choices").BeginArray().EndArray().Key("usage");
+  WriteUsage(usage, json);
+  json.EndObject();
+  return json.Take();
+}
+
+}  // namespace fathom

@@ -1,0 +1,210 @@
+#include "gateway/openai/chat_request.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "gateway/openai/errors.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+// A string, or a list of {"type": "text", "text": …}.
+absl::Status ReadContent(const JsonFields& fields, std::optional<std::string>& content) {
+  const std::optional<dom::element> value = fields.Find("content");
+  if (!value) return absl::OkStatus();
+  std::string_view text;
+  if (!value->get(text)) {
+    content = std::string(text);
+    return absl::OkStatus();
+  }
+  dom::array parts;
+  if (value->get(parts)) return fields.WrongType("content", "a string or a list of text parts");
+  std::string joined;
+  bool first = true;
+  for (const dom::element element : parts) {
+    ASSIGN_OR_RETURN(const JsonFields part, JsonFields::Of(element, fields.NameOf("content")));
+    std::optional<std::string> type, part_text;
+    RETURN_IF_ERROR(part.Read("type", type));
+    if (type && *type != "text") {
+      return InvalidParameter(part.NameOf("type"), absl::StrCat("content parts of type '", *type,
+                                                                "' are not supported, expected "
+                                                                "'text'"));
+    }
+    RETURN_IF_ERROR(part.Read("text", part_text));
+    if (!part_text) return part.WrongType("text", "a string");
+    if (!std::exchange(first, false)) joined += '\n';
+    joined += *part_text;
+  }
+  content = std::move(joined);
+  return absl::OkStatus();
+}
+
+absl::Status ReadToolCalls(const JsonFields& fields, std::vector<ChatToolCall>& calls) {
+  const std::optional<dom::element> value = fields.Find("tool_calls");
+  if (!value) return absl::OkStatus();
+  dom::array array;
+  if (value->get(array)) return fields.WrongType("tool_calls", "a list of tool calls");
+  for (const dom::element element : array) {
+    ASSIGN_OR_RETURN(const JsonFields call, JsonFields::Of(element, fields.NameOf("tool_calls")));
+    const std::optional<dom::element> function = call.Find("function");
+    if (!function) return call.WrongType("function", "an object");
+    ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*function, call.NameOf("function")));
+    std::optional<std::string> type, name, arguments;
+    RETURN_IF_ERROR(call.Read("type", type));
+    RETURN_IF_ERROR(named.Read("name", name));
+    RETURN_IF_ERROR(named.Read("arguments", arguments));
+    if (!name) return named.WrongType("name", "a string");
+    if (!arguments) return named.WrongType("arguments", "a string");
+    calls.push_back({type.value_or("function"), *std::move(name), *std::move(arguments)});
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ChatMessage::Role> RoleOf(const std::string& role, const JsonFields& fields) {
+  if (role == "system" || role == "developer") return ChatMessage::Role::kSystem;
+  if (role == "user") return ChatMessage::Role::kUser;
+  if (role == "assistant") return ChatMessage::Role::kAssistant;
+  if (role == "tool") return ChatMessage::Role::kTool;
+  return InvalidParameter(fields.NameOf("role"), absl::StrCat(fields.NameOf("role"),
+                                                              " must be system, developer, user, "
+                                                              "assistant or tool, got '",
+                                                              role, "'."));
+}
+
+absl::StatusOr<ChatMessage> ReadMessage(dom::element element, std::string name) {
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(element, std::move(name)));
+  std::optional<std::string> role;
+  RETURN_IF_ERROR(fields.Read("role", role));
+  if (!role) return fields.WrongType("role", "a string");
+  ChatMessage message;
+  ASSIGN_OR_RETURN(message.role, RoleOf(*role, fields));
+  RETURN_IF_ERROR(ReadContent(fields, message.content));
+  if (message.role == ChatMessage::Role::kAssistant) {
+    RETURN_IF_ERROR(ReadToolCalls(fields, message.tool_calls));
+  }
+  const bool may_lack_content = !message.tool_calls.empty();
+  if (!message.content && !may_lack_content) return fields.WrongType("content", "a string");
+  return message;
+}
+
+// The template of the served model is fixed; its only switches are these, and V3 ignores them.
+absl::Status CheckTemplateFields(const JsonFields& fields) {
+  if (fields.Find("chat_template")) {
+    return InvalidParameter("chat_template",
+                            "Chat template is passed with request, but the server uses only its "
+                            "own encoding of the served model.");
+  }
+  const std::optional<dom::element> value = fields.Find("chat_template_kwargs");
+  if (!value) return absl::OkStatus();
+  dom::object kwargs;
+  if (value->get(kwargs)) return fields.WrongType("chat_template_kwargs", "an object");
+  for (const dom::key_value_pair field : kwargs) {
+    if (field.key == "thinking" || field.key == "enable_thinking") continue;
+    return InvalidParameter("chat_template_kwargs",
+                            absl::StrCat("chat_template_kwargs: '", std::string(field.key),
+                                         "' is not known, expected thinking or enable_thinking"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTools(const JsonFields& fields) {
+  const std::optional<dom::element> tools = fields.Find("tools");
+  const std::optional<dom::element> choice = fields.Find("tool_choice");
+  dom::array list;
+  if (tools && tools->get(list)) return fields.WrongType("tools", "a list of tools");
+  const bool has_tools = tools && list.size() > 0;
+  std::string_view choice_name;
+  if (choice && choice->get(choice_name) && !choice->is_object()) {
+    return fields.WrongType("tool_choice", "a string or an object");
+  }
+  if (!choice) {
+    return has_tools ? NotSupportedYet("tools", "calling tools") : absl::OkStatus();
+  }
+  if (choice_name == "none") return absl::OkStatus();
+  if (!has_tools) {
+    // As in vLLM, `required` with an empty list of tools is none.
+    if (choice_name == "required" && tools) return absl::OkStatus();
+    return InvalidParameter("tool_choice", "When using `tool_choice`, `tools` must be set.");
+  }
+  return NotSupportedYet("tool_choice", "calling tools");
+}
+
+absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
+  bool logprobs = false;
+  RETURN_IF_ERROR(fields.Read("logprobs", logprobs));
+  int64_t top_logprobs = 0;
+  RETURN_IF_ERROR(fields.Read("top_logprobs", top_logprobs));
+  if (top_logprobs < 0 || top_logprobs > limits.logprobs) {
+    return InvalidParameter("top_logprobs",
+                            absl::StrCat("top_logprobs must be in [0, ", limits.logprobs, "], got ",
+                                         top_logprobs, "."));
+  }
+  if (top_logprobs > 0 && !logprobs) {
+    return InvalidParameter("top_logprobs",
+                            "when using `top_logprobs`, `logprobs` must be set to true.");
+  }
+  if (logprobs) request.num_logprobs = static_cast<uint32_t>(top_logprobs);
+  return absl::OkStatus();
+}
+
+absl::Status ReadMaxTokens(const JsonFields& fields, ChatRequest& request) {
+  std::optional<int64_t> max_tokens;
+  RETURN_IF_ERROR(fields.Read("max_tokens", max_tokens));
+  RETURN_IF_ERROR(fields.Read("max_completion_tokens", max_tokens));
+  if (!max_tokens) return absl::OkStatus();
+  RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, request.parameters));
+  request.max_tokens = static_cast<uint32_t>(*max_tokens);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits) {
+  RETURN_IF_ERROR(CheckTemplateFields(fields));
+  ChatPrompt prompt;
+  const std::optional<dom::element> value = fields.Find("messages");
+  dom::array messages;
+  if (!value || value->get(messages)) return fields.WrongType("messages", "a list of messages");
+  if (messages.size() == 0) {
+    return InvalidParameter("messages", "messages must have at least one message.");
+  }
+  if (messages.size() > limits.messages) {
+    return InvalidParameter("messages", absl::StrCat("messages has ", messages.size(),
+                                                     " messages, limit ", limits.messages, "."));
+  }
+  for (const dom::element element : messages) {
+    ASSIGN_OR_RETURN(ChatMessage message,
+                     ReadMessage(element, absl::StrCat("messages[", prompt.messages.size(), "]")));
+    prompt.messages.push_back(std::move(message));
+  }
+  RETURN_IF_ERROR(fields.Read("add_generation_prompt", prompt.options.add_generation_prompt));
+  RETURN_IF_ERROR(fields.Read("continue_final_message", prompt.options.continue_final_message));
+  if (prompt.options.continue_final_message && prompt.options.add_generation_prompt) {
+    return InvalidParameter(
+        "continue_final_message",
+        "Cannot set both `continue_final_message` and `add_generation_prompt` to True.");
+  }
+  RETURN_IF_ERROR(fields.Read("add_special_tokens", prompt.add_special_tokens));
+  return prompt;
+}
+
+absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
+                                             const SamplingDefaults& defaults,
+                                             const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  ChatRequest request;
+  RETURN_IF_ERROR(fields.Read("model", request.model));
+  ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
+  ASSIGN_OR_RETURN(request.prompt, ReadChatPrompt(fields, limits));
+  RETURN_IF_ERROR(CheckTools(fields));
+  RETURN_IF_ERROR(ReadLogprobs(fields, limits, request));
+  RETURN_IF_ERROR(ReadMaxTokens(fields, request));
+  RETURN_IF_ERROR(fields.Read("echo", request.echo));
+  return request;
+}
+
+}  // namespace fathom

@@ -1,0 +1,45 @@
+// The body of POST /v1/chat/completions, and its messages, which POST /tokenize takes too.
+//
+// Source: vllm/entrypoints/openai/chat_completion/protocol.py (0.16).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "gateway/openai/api_limits.h"
+#include "gateway/openai/generation_config.h"
+#include "gateway/openai/generation_parameters.h"
+#include "gateway/openai/json_fields.h"
+#include "gateway/text/chat_encoding.h"
+
+namespace fathom {
+
+// What becomes the prompt.
+struct ChatPrompt {
+  std::vector<ChatMessage> messages;
+  ChatOptions options;
+  bool add_special_tokens = false;  // the encoding already begins with BOS
+};
+
+struct ChatRequest {
+  std::optional<std::string> model;
+  ChatPrompt prompt;
+  GenerationParameters parameters;
+  std::optional<uint32_t> max_tokens;    // absent: up to the model's limit
+  bool echo = false;                     // an assistant's last message comes before the answer
+  std::optional<uint32_t> num_logprobs;  // `logprobs` was true: how many `top_logprobs`
+};
+
+absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
+                                             const SamplingDefaults& defaults,
+                                             const ApiLimits& limits);
+
+// `messages` and what says how to encode them. Contents are strings or lists of text parts, joined
+// by newlines; the role `developer` is a system message.
+absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits);
+
+}  // namespace fathom

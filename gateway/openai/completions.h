@@ -1,0 +1,34 @@
+// POST /v1/completions.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "gateway/http/handler.h"
+#include "gateway/openai/api.h"
+#include "gateway/openai/completion_request.h"
+#include "gateway/openai/response_header.h"
+
+namespace fathom {
+
+class CompletionsHandler : public Handler {
+ public:
+  explicit CompletionsHandler(const Api& api) : api_(api) {}
+
+  Task<> Handle(const HttpRequest& request, ResponseWriter& writer) override;
+
+ private:
+  // What can be known without the coordinator.
+  absl::StatusOr<CompletionRequest> Parse(const HttpRequest& request) const;
+
+  // The token ids of every prompt, checked against the model's vocabulary and length.
+  Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> EncodePrompts(
+      const CompletionRequest& request);
+
+  Task<> Answer(const CompletionRequest& request, std::vector<std::vector<uint32_t>> prompts,
+                ResponseHeader header, ResponseWriter& writer);
+
+  Api api_;
+};
+
+}  // namespace fathom

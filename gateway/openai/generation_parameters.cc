@@ -1,0 +1,398 @@
+#include "gateway/openai/generation_parameters.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "gateway/openai/errors.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+constexpr double kMaxTemperature = 1e6;
+constexpr double kGreedyBelow = 1e-5;  // proto/sampling.proto
+
+// A number of the request as its message says it.
+std::string Shown(double value) { return absl::StrCat(value); }
+
+// Fields that would change the answer, refused unless absent, null, false, empty or 0.
+constexpr std::array kUnsupportedFields = {
+    "allowed_token_ids",
+    "bad_words",
+    "documents",
+    "ec_transfer_params",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "kv_transfer_params",
+    "logits_processors",
+    "mm_processor_kwargs",
+    "priority",
+    "prompt_embeds",
+    "structured_outputs",
+    "suffix",
+    "truncate_prompt_tokens",
+    "use_beam_search",
+    "vllm_xargs",
+};
+
+bool SaysNothing(dom::element value) {
+  switch (value.type()) {
+    case dom::element_type::NULL_VALUE:
+      return true;
+    case dom::element_type::BOOL:
+      return !bool(value);
+    case dom::element_type::STRING:
+      return std::string_view(value).empty();
+    case dom::element_type::ARRAY:
+      return dom::array(value).size() == 0;
+    case dom::element_type::OBJECT:
+      return dom::object(value).size() == 0;
+    default:
+      return AsInteger(value) == 0;
+  }
+}
+
+absl::Status RefuseUnsupported(const JsonFields& fields) {
+  for (const char* name : kUnsupportedFields) {
+    const std::optional<dom::element> value = fields.Find(name);
+    if (value && !SaysNothing(*value)) return NotSupportedYet(name, name);
+  }
+  int64_t best_of = 1;
+  RETURN_IF_ERROR(fields.Read("best_of", best_of));
+  if (best_of > 1) return NotSupportedYet("best_of", "best_of above 1");
+  if (const std::optional<dom::element> value = fields.Find("response_format")) {
+    ASSIGN_OR_RETURN(const JsonFields format, JsonFields::Of(*value, "response_format"));
+    std::optional<std::string> type;
+    RETURN_IF_ERROR(format.Read("type", type));
+    if (!type) return format.WrongType("type", "a string");
+    if (*type != "text") {
+      return NotSupportedYet("response_format", absl::StrCat("response_format ", *type));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// The interval a number must lie in.
+struct Range {
+  double low;
+  enum class Low { kIncluded, kExcluded } low_end;
+  double high;
+  std::string_view sentence;  // "must be in [0, 1]"
+
+  bool Contains(float value) const {
+    const bool above = low_end == Low::kIncluded ? value >= low : value > low;
+    return above && value <= high;
+  }
+};
+
+// The field's value, or `absent`.
+absl::StatusOr<float> ReadNumber(const JsonFields& fields, std::string_view name, float absent,
+                                 const Range& range) {
+  std::optional<double> value;
+  RETURN_IF_ERROR(fields.Read(name, value));
+  if (!value) return absent;
+  const float number = static_cast<float>(*value);
+  if (range.Contains(number)) return number;
+  return InvalidParameter(name, absl::StrCat(std::string(name), " ", std::string(range.sentence),
+                                             ", got ", Shown(*value), "."));
+}
+
+absl::StatusOr<float> ReadTemperature(const JsonFields& fields, const SamplingDefaults& defaults) {
+  std::optional<double> value;
+  RETURN_IF_ERROR(fields.Read("temperature", value));
+  if (!value) return defaults.temperature;
+  if (*value < 0) {
+    return InvalidParameter(
+        "temperature", absl::StrCat("temperature must be non-negative, got ", Shown(*value), "."));
+  }
+  if (*value > kMaxTemperature) {
+    return InvalidParameter("temperature",
+                            absl::StrCat("temperature must be at most ", kMaxTemperature, ", got ",
+                                         Shown(*value), "."));
+  }
+  return static_cast<float>(*value);
+}
+
+absl::StatusOr<uint32_t> ReadTopK(const JsonFields& fields, const SamplingDefaults& defaults) {
+  std::optional<int64_t> value;
+  RETURN_IF_ERROR(fields.Read("top_k", value));
+  if (!value) return defaults.top_k;
+  if (*value < -1) {
+    return InvalidParameter(
+        "top_k", absl::StrCat("top_k must be 0 (disable), or at least 1, got ", *value, "."));
+  }
+  constexpr int64_t kMax = std::numeric_limits<uint32_t>::max();
+  return static_cast<uint32_t>(std::clamp<int64_t>(*value, 0, kMax));
+}
+
+absl::Status ReadSampling(const JsonFields& fields, const SamplingDefaults& defaults,
+                          v1::SamplingParams& sampling) {
+  constexpr auto kIncluded = Range::Low::kIncluded;
+  constexpr auto kExcluded = Range::Low::kExcluded;
+  constexpr Range kPenalty = {-2, kIncluded, 2, "must be in [-2, 2]"};
+  constexpr Range kTopP = {0, kExcluded, 1, "must be in (0, 1]"};
+  constexpr Range kMinP = {0, kIncluded, 1, "must be in [0, 1]"};
+  constexpr Range kRepetition = {0, kExcluded, std::numeric_limits<float>::max(),
+                                 "must be greater than zero"};
+  float value;
+  ASSIGN_OR_RETURN(value, ReadNumber(fields, "presence_penalty", 0, kPenalty));
+  sampling.set_presence_penalty(value);
+  ASSIGN_OR_RETURN(value, ReadNumber(fields, "frequency_penalty", 0, kPenalty));
+  sampling.set_frequency_penalty(value);
+  ASSIGN_OR_RETURN(
+      value, ReadNumber(fields, "repetition_penalty", defaults.repetition_penalty, kRepetition));
+  sampling.set_repetition_penalty(value);
+  ASSIGN_OR_RETURN(value, ReadTemperature(fields, defaults));
+  sampling.set_temperature(value);
+  ASSIGN_OR_RETURN(value, ReadNumber(fields, "top_p", defaults.top_p, kTopP));
+  sampling.set_top_p(value);
+  ASSIGN_OR_RETURN(value, ReadNumber(fields, "min_p", defaults.min_p, kMinP));
+  sampling.set_min_p(value);
+  uint32_t top_k;
+  ASSIGN_OR_RETURN(top_k, ReadTopK(fields, defaults));
+  sampling.set_top_k(top_k);
+  std::optional<int64_t> seed;
+  RETURN_IF_ERROR(fields.Read("seed", seed));
+  if (seed) sampling.set_seed(static_cast<uint64_t>(*seed));
+  return absl::OkStatus();
+}
+
+absl::Status ReadLogitBias(const JsonFields& fields, const ApiLimits& limits,
+                           v1::SamplingParams& sampling) {
+  const std::optional<dom::element> value = fields.Find("logit_bias");
+  if (!value) return absl::OkStatus();
+  dom::object entries;
+  if (value->get(entries)) return fields.WrongType("logit_bias", "an object");
+  for (const dom::key_value_pair entry : entries) {
+    if (static_cast<size_t>(sampling.logit_bias_size()) == limits.logit_bias_entries) {
+      return InvalidParameter("logit_bias", absl::StrCat("logit_bias has more than ",
+                                                         limits.logit_bias_entries, " entries."));
+    }
+    uint32_t token_id = 0;
+    double bias = 0;
+    const std::string key(entry.key);
+    if (!absl::SimpleAtoi(key, &token_id)) {
+      return InvalidParameter(
+          "logit_bias", absl::StrCat("logit_bias: '", key, "' is not a token id, an integer."));
+    }
+    if (entry.value.get(bias)) {
+      return MalformedRequest("logit_bias",
+                              absl::StrCat("logit_bias of token ", key, " must be a number, got ",
+                                           std::string(TypeNameOf(entry.value)), "."));
+    }
+    v1::LogitBias& added = *sampling.add_logit_bias();
+    added.set_token_id(token_id);
+    added.set_bias(static_cast<float>(std::clamp(bias, -100.0, 100.0)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
+                      std::vector<std::string>& stop) {
+  const std::optional<dom::element> value = fields.Find("stop");
+  if (!value) return absl::OkStatus();
+  std::string_view text;
+  dom::array texts;
+  if (!value->get(text)) {
+    stop.emplace_back(text);
+  } else if (!value->get(texts)) {
+    for (const dom::element element : texts) {
+      if (element.get(text)) return fields.WrongType("stop", "a string or a list of strings");
+      stop.emplace_back(text);
+    }
+  } else {
+    return fields.WrongType("stop", "a string or a list of strings");
+  }
+  if (stop.size() > limits.stop_strings) {
+    return InvalidParameter("stop", absl::StrCat("stop has ", stop.size(), " strings, limit ",
+                                                 limits.stop_strings, "."));
+  }
+  for (const std::string& string : stop) {
+    if (string.empty()) return InvalidParameter("stop", "stop cannot contain an empty string.");
+    if (string.size() > limits.stop_string_bytes) {
+      return InvalidParameter("stop",
+                              absl::StrCat("a stop string has ", string.size(), " bytes, limit ",
+                                           limits.stop_string_bytes, "."));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadStopTokenIds(const JsonFields& fields, const ApiLimits& limits,
+                              v1::SamplingParams& sampling) {
+  const std::optional<dom::element> value = fields.Find("stop_token_ids");
+  if (!value) return absl::OkStatus();
+  dom::array ids;
+  if (value->get(ids)) return fields.WrongType("stop_token_ids", "a list of token ids");
+  for (const dom::element element : ids) {
+    const std::optional<int64_t> id = AsInteger(element);
+    if (!id) return fields.WrongType("stop_token_ids", "a list of token ids");
+    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
+      return InvalidParameter("stop_token_ids",
+                              absl::StrCat("stop_token_ids: ", *id, " is no token id."));
+    }
+    sampling.add_stop_token_ids(static_cast<uint32_t>(*id));
+  }
+  if (static_cast<size_t>(sampling.stop_token_ids_size()) > limits.stop_token_ids) {
+    return InvalidParameter("stop_token_ids",
+                            absl::StrCat("stop_token_ids has ", sampling.stop_token_ids_size(),
+                                         " ids, limit ", limits.stop_token_ids, "."));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadStreaming(const JsonFields& fields, GenerationParameters& parameters) {
+  RETURN_IF_ERROR(fields.Read("stream", parameters.stream));
+  const std::optional<dom::element> value = fields.Find("stream_options");
+  if (!value) return absl::OkStatus();
+  if (!parameters.stream && !SaysNothing(*value)) {
+    return InvalidParameter("stream_options",
+                            "Stream options can only be defined when `stream=True`.");
+  }
+  ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*value, "stream_options"));
+  parameters.include_usage = true;
+  RETURN_IF_ERROR(options.Read("include_usage", parameters.include_usage));
+  RETURN_IF_ERROR(options.Read("continuous_usage_stats", parameters.continuous_usage_stats));
+  // As in vLLM: without the final usage there is none on the way either.
+  parameters.continuous_usage_stats &= parameters.include_usage;
+  return absl::OkStatus();
+}
+
+absl::Status ReadPromptLogprobs(const JsonFields& fields, const ApiLimits& limits,
+                                GenerationParameters& parameters) {
+  std::optional<int64_t> value;
+  RETURN_IF_ERROR(fields.Read("prompt_logprobs", value));
+  if (!value) return absl::OkStatus();
+  if (parameters.stream && *value > 0) {
+    return InvalidParameter("prompt_logprobs",
+                            "`prompt_logprobs` are not available when `stream=True`.");
+  }
+  if (*value < 0 || *value > limits.logprobs) {
+    return InvalidParameter(
+        "prompt_logprobs",
+        absl::StrCat("prompt_logprobs must be in [0, ", limits.logprobs, "], got ", *value, "."));
+  }
+  if (!parameters.stream) parameters.num_prompt_logprobs = static_cast<uint32_t>(*value);
+  return absl::OkStatus();
+}
+
+absl::Status ReadCount(const JsonFields& fields, const ApiLimits& limits,
+                       GenerationParameters& parameters) {
+  int64_t n = 1;
+  RETURN_IF_ERROR(fields.Read("n", n));
+  if (n < 1) return InvalidParameter("n", absl::StrCat("n must be at least 1, got ", n, "."));
+  if (n > limits.n) {
+    return InvalidParameter("n", absl::StrCat("n must be at most ", limits.n, ", got ", n, "."));
+  }
+  if (n > 1 && parameters.sampling.temperature() < kGreedyBelow) {
+    return InvalidParameter("n",
+                            absl::StrCat("n must be 1 when using greedy sampling, got ", n, "."));
+  }
+  parameters.n = static_cast<int>(n);
+  int64_t min_tokens = 0;
+  RETURN_IF_ERROR(fields.Read("min_tokens", min_tokens));
+  if (min_tokens < 0 || min_tokens > std::numeric_limits<int32_t>::max()) {
+    return InvalidParameter("min_tokens", absl::StrCat("min_tokens must be greater than or equal "
+                                                       "to 0, got ",
+                                                       min_tokens, "."));
+  }
+  parameters.sampling.set_min_tokens(static_cast<uint32_t>(min_tokens));
+  return absl::OkStatus();
+}
+
+absl::Status OutOfVocabulary(std::string_view param, uint32_t token_id, uint32_t vocab_size) {
+  return InvalidParameter(param,
+                          absl::StrCat("Token id ", token_id, " in ", std::string(param),
+                                       " is out of vocabulary. Vocabulary size: ", vocab_size));
+}
+
+}  // namespace
+
+absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
+                                                              const SamplingDefaults& defaults,
+                                                              const ApiLimits& limits) {
+  RETURN_IF_ERROR(RefuseUnsupported(fields));
+  GenerationParameters parameters;
+  RETURN_IF_ERROR(ReadStreaming(fields, parameters));
+  RETURN_IF_ERROR(ReadSampling(fields, defaults, parameters.sampling));
+  RETURN_IF_ERROR(ReadCount(fields, limits, parameters));
+  RETURN_IF_ERROR(ReadLogitBias(fields, limits, parameters.sampling));
+  RETURN_IF_ERROR(ReadStop(fields, limits, parameters.stop));
+  RETURN_IF_ERROR(ReadStopTokenIds(fields, limits, parameters.sampling));
+  RETURN_IF_ERROR(ReadPromptLogprobs(fields, limits, parameters));
+  RETURN_IF_ERROR(fields.Read("ignore_eos", parameters.ignore_eos));
+  RETURN_IF_ERROR(fields.Read("skip_special_tokens", parameters.skip_special_tokens));
+  RETURN_IF_ERROR(fields.Read("return_token_ids", parameters.return_token_ids));
+  bool as_token_ids = false;
+  RETURN_IF_ERROR(fields.Read("return_tokens_as_token_ids", as_token_ids));
+  if (as_token_ids) parameters.token_names = TokenNames::Style::kIds;
+  bool include_stop = false;
+  RETURN_IF_ERROR(fields.Read("include_stop_str_in_output", include_stop));
+  if (include_stop) parameters.stop_string = StopString::kInclude;
+  std::optional<std::string> cache_salt;
+  RETURN_IF_ERROR(fields.Read("cache_salt", cache_salt));
+  if (cache_salt && cache_salt->empty()) {
+    return InvalidParameter("cache_salt",
+                            "Parameter 'cache_salt' must be a non-empty string if provided.");
+  }
+  return parameters;
+}
+
+absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,
+                            const GenerationParameters& parameters) {
+  if (max_tokens < at_least) {
+    return InvalidParameter("max_tokens", absl::StrCat("max_tokens must be at least ", at_least,
+                                                       ", got ", max_tokens, "."));
+  }
+  if (max_tokens > std::numeric_limits<int32_t>::max()) {
+    return InvalidParameter("max_tokens",
+                            absl::StrCat("max_tokens must be below 2^31, got ", max_tokens, "."));
+  }
+  if (parameters.sampling.min_tokens() > max_tokens) {
+    return InvalidParameter(
+        "min_tokens", absl::StrCat("min_tokens must be less than or equal to max_tokens=",
+                                   max_tokens, ", got ", parameters.sampling.min_tokens(), "."));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size) {
+  for (const v1::LogitBias& entry : parameters.sampling.logit_bias()) {
+    if (entry.token_id() >= vocab_size) {
+      return OutOfVocabulary("logit_bias", entry.token_id(), vocab_size);
+    }
+  }
+  for (const uint32_t token_id : parameters.sampling.stop_token_ids()) {
+    if (token_id >= vocab_size) return OutOfVocabulary("stop_token_ids", token_id, vocab_size);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPrompt(const std::vector<uint32_t>& prompt, std::optional<uint32_t> max_tokens,
+                         uint32_t vocab_size, uint32_t max_model_len) {
+  if (prompt.empty()) {
+    return InvalidParameter("prompt", "The prompt has no tokens, expected at least one.");
+  }
+  for (const uint32_t token_id : prompt) {
+    if (token_id >= vocab_size) return OutOfVocabulary("prompt", token_id, vocab_size);
+  }
+  const uint64_t requested = max_tokens.value_or(1);
+  if (prompt.size() + requested <= max_model_len) return absl::OkStatus();
+  const uint64_t longest = max_model_len - std::min<uint64_t>(requested, max_model_len);
+  return InvalidParameter(
+      "input_tokens",
+      absl::StrCat("You passed ", prompt.size(), " input tokens and requested ", requested,
+                   " output tokens. However, the model's context length is only ", max_model_len,
+                   " tokens, resulting in a maximum input length of ", longest,
+                   " tokens. Please reduce the length of the input prompt."));
+}
+
+}  // namespace fathom

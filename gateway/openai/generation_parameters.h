@@ -1,0 +1,59 @@
+// The fields that completions and chat completions share: how to sample, when to stop, what to
+// send back.
+//
+// Field names, defaults and messages are those of vLLM's OpenAI server 0.16
+// (vllm/entrypoints/openai/{completion,chat_completion}/protocol.py, vllm/sampling_params.py).
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "gateway/openai/api_limits.h"
+#include "gateway/openai/generation_config.h"
+#include "gateway/openai/json_fields.h"
+#include "gateway/openai/model_text.h"
+#include "gateway/text/stop_matcher.h"
+#include "proto/sampling.pb.h"
+
+namespace fathom {
+
+struct GenerationParameters {
+  v1::SamplingParams sampling;  // all but the numbers of logprobs
+  int n = 1;
+  bool ignore_eos = false;
+
+  std::vector<std::string> stop;
+  StopString stop_string = StopString::kLeaveOut;  // include_stop_str_in_output
+  bool skip_special_tokens = true;
+
+  bool stream = false;
+  bool include_usage = false;           // a last chunk with the usage
+  bool continuous_usage_stats = false;  // the usage so far in every chunk
+
+  std::optional<uint32_t> num_prompt_logprobs;
+  bool return_token_ids = false;
+  TokenNames::Style token_names = TokenNames::Style::kText;  // return_tokens_as_token_ids
+};
+
+// Reads and checks them. Also refuses, by name, what is not supported yet and would change the
+// answer. Token ids are checked by CheckTokenIds, once the vocabulary is known.
+absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
+                                                              const SamplingDefaults& defaults,
+                                                              const ApiLimits& limits);
+
+// Token ids that a client names must be below `vocab_size`.
+absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size);
+
+// The vocabulary and length of one prompt. `max_tokens` absent: up to the model's limit, at
+// least 1.
+absl::Status CheckPrompt(const std::vector<uint32_t>& prompt, std::optional<uint32_t> max_tokens,
+                         uint32_t vocab_size, uint32_t max_model_len);
+
+// max_tokens of a request: within [at_least, 2^31), and not below min_tokens.
+absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,
+                            const GenerationParameters& parameters);
+
+}  // namespace fathom

@@ -1,0 +1,184 @@
+#include "gateway/openai/tokenize.h"
+
+#include <array>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "gateway/openai/answer_json.h"
+#include "gateway/openai/chat_completions.h"
+#include "gateway/openai/errors.h"
+#include "gateway/openai/json_fields.h"
+#include "gateway/text/detokenizer.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+// The character that GPT-2's byte-level BPE writes for each byte.
+std::array<uint16_t, 256> ByteCharacters() {
+  std::array<uint16_t, 256> characters{};
+  uint16_t next = 256;
+  for (int byte = 0; byte < 256; ++byte) {
+    const bool printable =
+        (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
+    characters[byte] = printable ? static_cast<uint16_t>(byte) : next++;
+  }
+  return characters;
+}
+
+// `character` is below U+0800.
+void AppendUtf8(uint16_t character, std::string& text) {
+  if (character < 0x80) {
+    text += static_cast<char>(character);
+  } else {
+    text += static_cast<char>(0xC0 | character >> 6);
+    text += static_cast<char>(0x80 | (character & 0x3F));
+  }
+}
+
+absl::StatusOr<TokenizeRequest> ParseTokenizeRequest(std::string_view body,
+                                                     const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  TokenizeRequest request;
+  RETURN_IF_ERROR(fields.Read("model", request.model));
+  RETURN_IF_ERROR(fields.Read("prompt", request.prompt));
+  bool add_special_tokens = true;
+  RETURN_IF_ERROR(fields.Read("add_special_tokens", add_special_tokens));
+  if (!add_special_tokens) request.bos_policy = BosPolicy::kNone;
+  RETURN_IF_ERROR(fields.Read("return_token_strs", request.return_token_strs));
+  if (request.prompt) return request;
+  if (!fields.Find("messages")) {
+    return MalformedRequest("prompt", "either prompt or messages must be given");
+  }
+  ASSIGN_OR_RETURN(request.chat, ReadChatPrompt(fields, limits));
+  return request;
+}
+
+absl::StatusOr<DetokenizeRequest> ParseDetokenizeRequest(std::string_view body,
+                                                         const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  DetokenizeRequest request;
+  RETURN_IF_ERROR(fields.Read("model", request.model));
+  const std::optional<dom::element> tokens = fields.Find("tokens");
+  dom::array ids;
+  if (!tokens || tokens->get(ids)) return fields.WrongType("tokens", "a list of token ids");
+  for (const dom::element element : ids) {
+    const std::optional<int64_t> id = AsInteger(element);
+    if (!id) return fields.WrongType("tokens", "a list of token ids");
+    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
+      return InvalidParameter("tokens", absl::StrCat("Token id ", *id, " is no token id."));
+    }
+    request.tokens.push_back(static_cast<uint32_t>(*id));
+  }
+  return request;
+}
+
+Task<> SendResult(absl::StatusOr<std::string> body, ResponseWriter& writer) {
+  Response response;
+  if (body.ok()) {
+    response.body = *std::move(body);
+  } else {
+    response = ErrorResponse(body.status());
+  }
+  co_await writer.Send(std::move(response));
+}
+
+}  // namespace
+
+std::string VocabularyEntryOf(const Tokenizer& tokenizer, uint32_t token_id) {
+  static const std::array<uint16_t, 256> characters = ByteCharacters();
+  const std::string bytes(tokenizer.BytesOf(token_id));
+  if (tokenizer.FindAddedToken(bytes) == token_id) return bytes;
+  std::string entry;
+  for (const char byte : bytes) AppendUtf8(characters[static_cast<uint8_t>(byte)], entry);
+  return entry;
+}
+
+absl::StatusOr<TokenizeRequest> TokenizeHandler::Parse(const HttpRequest& request) const {
+  RETURN_IF_ERROR(CheckJsonContent(request));
+  ASSIGN_OR_RETURN(TokenizeRequest parsed, ParseTokenizeRequest(request.body, api_.limits));
+  RETURN_IF_ERROR(api_.model.CheckName(parsed.model));
+  if (parsed.chat) {
+    RETURN_IF_ERROR(api_.text.CheckHasChat());
+  } else {
+    RETURN_IF_ERROR(api_.text.CheckHasText("prompt"));
+  }
+  return parsed;
+}
+
+Task<absl::StatusOr<std::string>> TokenizeHandler::Tokenize(const HttpRequest& http_request) {
+  const absl::StatusOr<TokenizeRequest> request = Parse(http_request);
+  if (!request.ok()) co_return request.status();
+  const Tokenizer& tokenizer = *api_.text.tokenizer();
+  absl::StatusOr<std::vector<uint32_t>> token_ids = std::vector<uint32_t>();
+  if (request->chat) {
+    token_ids = co_await EncodeChat(*request->chat, api_.text, api_.text_threads);
+    if (!token_ids.ok()) co_return token_ids.status();
+  } else {
+    const auto encode = [&] {
+      *token_ids = tokenizer.Encode(*request->prompt, request->bos_policy);
+    };
+    co_await api_.text_threads.Run(encode);
+  }
+  const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
+  if (!info.ok()) co_return info.status();
+
+  JsonWriter json;
+  json.BeginObject().Key("count").Int(static_cast<int64_t>(token_ids->size()));
+  json.Key("max_model_len").Int(info->max_model_len()).Key("tokens");
+  WriteTokenIds(&*token_ids, json);
+  json.Key("token_strs");
+  if (request->return_token_strs) {
+    json.BeginArray();
+    for (const uint32_t id : *token_ids) json.String(VocabularyEntryOf(tokenizer, id));
+    json.EndArray();
+  } else {
+    json.Null();
+  }
+  json.EndObject();
+  co_return json.Take();
+}
+
+Task<> TokenizeHandler::Handle(const HttpRequest& request, ResponseWriter& writer) {
+  absl::StatusOr<std::string> body = co_await Tokenize(request);
+  co_await SendResult(std::move(body), writer);
+}
+
+absl::StatusOr<DetokenizeRequest> DetokenizeHandler::Parse(const HttpRequest& request) const {
+  RETURN_IF_ERROR(CheckJsonContent(request));
+  ASSIGN_OR_RETURN(DetokenizeRequest parsed, ParseDetokenizeRequest(request.body, api_.limits));
+  RETURN_IF_ERROR(api_.model.CheckName(parsed.model));
+  RETURN_IF_ERROR(api_.text.CheckHasText("tokens"));
+  return parsed;
+}
+
+Task<absl::StatusOr<std::string>> DetokenizeHandler::Detokenize(const HttpRequest& http_request) {
+  const absl::StatusOr<DetokenizeRequest> request = Parse(http_request);
+  if (!request.ok()) co_return request.status();
+  const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
+  if (!info.ok()) co_return info.status();
+  for (const uint32_t id : request->tokens) {
+    if (id < info->vocab_size()) continue;
+    co_return InvalidParameter("tokens", absl::StrCat("Token id ", id,
+                                                      " in tokens is out of "
+                                                      "vocabulary. Vocabulary size: ",
+                                                      info->vocab_size()));
+  }
+  JsonWriter json;
+  json.BeginObject().Key("prompt");
+  json.String(Decode(*api_.text.tokenizer(), request->tokens, {.skip_special_tokens = false}));
+  json.EndObject();
+  co_return json.Take();
+}
+
+Task<> DetokenizeHandler::Handle(const HttpRequest& request, ResponseWriter& writer) {
+  absl::StatusOr<std::string> body = co_await Detokenize(request);
+  co_await SendResult(std::move(body), writer);
+}
+
+}  // namespace fathom
