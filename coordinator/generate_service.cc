@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/check.h"
 #include "base/status_macros.h"
 #include "coordinator/request_validation.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
@@ -216,15 +218,18 @@ grpc::ServerUnaryReactor* GenerateService::GetMetrics(grpc::CallbackServerContex
 
 absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Options& options,
                                                                       GenerateService& service) {
-  ASSIGN_OR_RETURN(std::shared_ptr<grpc::ServerCredentials> credentials,
-                   ServerCredentialsFor(options.address, options.tls));
-  RETURN_IF_ERROR(PrepareToListen(options.address));
+  CHECK(!options.addresses.empty());
   grpc::EnableDefaultHealthCheckService(true);
   if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
 
   std::unique_ptr<GenerateServer> server(new GenerateServer());
   grpc::ServerBuilder builder;
-  builder.AddListeningPort(options.address, credentials, &server->port_);
+  for (const std::string& address : options.addresses) {
+    ASSIGN_OR_RETURN(std::shared_ptr<grpc::ServerCredentials> credentials,
+                     ServerCredentialsFor(address, options.tls));
+    RETURN_IF_ERROR(PrepareToListen(address));
+    builder.AddListeningPort(address, credentials, &server->port_);
+  }
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   builder.SetMaxSendMessageSize(kMaxMessageBytes);
@@ -232,7 +237,7 @@ absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Opti
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) {
     return absl::AlreadyExistsError(
-        absl::StrCat("cannot listen on '", options.address,
+        absl::StrCat("cannot listen on '", absl::StrJoin(options.addresses, "', '"),
                      "': the port is in use, or the address is not of this host"));
   }
   server->SetServing(false);

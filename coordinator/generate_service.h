@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "coordinator/metrics.h"
@@ -59,7 +60,7 @@ class GenerateService final : public v1::Generate::CallbackService {
 class GenerateServer {
  public:
   struct Options {
-    std::string address;
+    std::vector<std::string> addresses;  // at least one: all serve the same
     TlsOptions tls;
     bool enable_reflection = false;
   };
@@ -73,7 +74,7 @@ class GenerateServer {
   // For the health names "" and "fathom.v1.Generate".
   void SetServing(bool serving);
 
-  int port() const { return port_; }  // as bound, when the address is TCP
+  int port() const { return port_; }  // as bound, of the last address, when that one is TCP
 
  private:
   GenerateServer() = default;

@@ -14,6 +14,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "coordinator/generate_service.h"
@@ -44,7 +45,12 @@ struct Flags {
 void Declare(CLI::App& app, Flags& flags) {
   app.option_defaults()->always_capture_default();
   WorkerGroup::Options& group = flags.loop.group;
-  app.add_option("--listen", flags.server.address, "unix:/path or host:port")->required();
+  app.add_option("--listen", flags.server.addresses,
+                 "unix:/path or host:port; several times to listen in several places")
+      ->required()
+      ->delimiter(',')
+      ->expected(1, 1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_option("--workers", group.addresses, "addresses of the workers, by rank")
       ->required()
       ->delimiter(',');
@@ -157,7 +163,8 @@ int Serve(const Flags& flags) {
       GenerateServer::Start(flags.server, service);
   if (!server.ok()) return ReportFailure(server.status());
   server_for_health = server->get();
-  spdlog::info("fathom-coordinator {} listens on {}", FATHOM_VERSION, flags.server.address);
+  spdlog::info("fathom-coordinator {} listens on {}", FATHOM_VERSION,
+               absl::StrJoin(flags.server.addresses, " and "));
 
   loop.Start();
   std::thread signal_thread([&] { HandleSignals(loop, flags.drain_timeout_seconds); });

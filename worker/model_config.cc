@@ -48,12 +48,15 @@ std::string Printed(const element& value) {
 // "config.json: NAME is VALUE, expected ...".
 class Fields {
  public:
-  static absl::StatusOr<Fields> Of(const std::string& prefix, const element& value) {
+  // `where`: "config.json", or "config.json: rope_scaling" for an object within.
+  static absl::StatusOr<Fields> Of(const std::string& where, const char* separator,
+                                   const element& value) {
     simdjson::dom::object object;
     if (value.get(object) != simdjson::SUCCESS) {
       return absl::InvalidArgumentError(
-          absl::StrCat(prefix, "is ", Printed(value), ", expected an object"));
+          absl::StrCat(where, " is ", Printed(value), ", expected an object"));
     }
+    const std::string prefix = absl::StrCat(where, separator);
     Fields fields(prefix);
     for (const auto& [key, field] : object) {
       if (!fields.fields_.emplace(key, field).second) {
@@ -321,7 +324,7 @@ absl::Status TakeYarn(const Fields& fields, YarnScaling& yarn) {
 absl::Status TakeRotary(const Fields& fields, const char* name, ModelConfig& config) {
   const element* value = fields.Find(name);
   if (value == nullptr) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const Fields rope, Fields::Of(absl::StrCat("config.json: ", name, "."), *value));
+  ASSIGN_OR_RETURN(const Fields rope, Fields::Of(absl::StrCat("config.json: ", name), ".", *value));
   std::string type, rope_type;
   RETURN_IF_ERROR(rope.TakeString("type", type));
   RETURN_IF_ERROR(rope.TakeString("rope_type", rope_type));
@@ -349,7 +352,7 @@ absl::Status TakeQuantization(const Fields& fields, ModelConfig& config) {
   const element* value = fields.Find("quantization_config");
   if (value == nullptr) return absl::OkStatus();
   ASSIGN_OR_RETURN(const Fields quantization,
-                   Fields::Of("config.json: quantization_config.", *value));
+                   Fields::Of("config.json: quantization_config", ".", *value));
   struct Expected {
     const char* name;
     std::initializer_list<const char*> values;  // as JSON, minified
@@ -453,7 +456,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json,
   ModelConfig config;
   simdjson::dom::parser parser;
   ASSIGN_OR_RETURN(const element document, ParseJson("config.json", config_json, parser));
-  ASSIGN_OR_RETURN(const Fields fields, Fields::Of("config.json: ", document));
+  ASSIGN_OR_RETURN(const Fields fields, Fields::Of("config.json", ": ", document));
   RETURN_IF_ERROR(TakeConfig(fields, config));
 
   if (!generation_config_json.empty()) {
@@ -462,7 +465,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json,
         const element generation,
         ParseJson("generation_config.json", generation_config_json, generation_parser));
     ASSIGN_OR_RETURN(const Fields generation_fields,
-                     Fields::Of("generation_config.json: ", generation));
+                     Fields::Of("generation_config.json", ": ", generation));
     RETURN_IF_ERROR(TakeEosTokens(generation_fields, config));
   }
   std::vector<int>& ids = config.eos_token_ids;

@@ -209,7 +209,7 @@ void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
   constexpr int64_t kMostAtOnce = 1 << 20;
   app.add_option("--max-num-seqs", "Sequences in one step [256]")
       ->type_name("COUNT")
-      ->check(CountInto(&options.max_num_seqs, 1, kMostAtOnce));
+      ->check(CountInto(&options.max_num_seqs, 1, 65536));
   app.add_option("--max-num-batched-tokens", "Tokens in one step, e.g. 8k [2048]")
       ->type_name("COUNT")
       ->check(CountInto(&options.max_num_batched_tokens, 1, kMostAtOnce));
@@ -227,7 +227,7 @@ void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--drain-timeout,--drain-timeout-seconds", options.drain_timeout_seconds,
                  "Seconds that running requests get to finish after SIGTERM")
       ->capture_default_str()
-      ->check(Between(0, 86400));
+      ->check(Between(1, 86400));
 }
 
 void AddServerFlags(CLI::App& app, ServeOptions& options) {
@@ -244,13 +244,67 @@ void AddServerFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--tls-private-key", options.tls_private_key, "PEM file");
   app.add_option("--tls-authority", options.tls_authority, "PEM file: who signs the clients");
   app.add_flag("--insecure", options.insecure, "Allow --grpc-listen on a network without TLS");
-  app.add_option("--log-level", options.log_level, "trace, debug, info, warn, error")
+  app.add_option("--log-level", options.log_level, "debug, info, warn, error")
       ->capture_default_str()
-      ->check(OneOf({"trace", "debug", "info", "warn", "error"}));
+      ->check(OneOf({"debug", "info", "warn", "error"}));
   app.add_option("--run-directory", options.run_directory,
                  "For the sockets [a private one in XDG_RUNTIME_DIR or /tmp]");
   app.add_option("--ready-file", options.ready_file,
                  "Written when ready; holds the URL, is removed at the end");
+}
+
+// A limit of the HTTP server, passed on to it. The bounds are the gateway's own, told here so that
+// a bad value is refused before anything starts.
+struct GatewayLimit {
+  const char* name;
+  double low;
+  double high;
+  const char* description;
+};
+
+constexpr GatewayLimit kGatewayLimits[] = {
+    {"--max-connections", 1, 1e6, "Connections at a time; more get a 503"},
+    {"--max-header-bytes", 1024, 1 << 20, "Bytes of a request's line and headers"},
+    {"--max-header-fields", 8, 10'000, "Header fields of a request"},
+    {"--max-uri-bytes", 64, 1 << 16, "Bytes of a request's URI"},
+    {"--max-body-bytes", 1024, 1 << 30, "Bytes of a request's body"},
+    {"--header-timeout-seconds", 0.01, 1e6, "For a request's headers to arrive"},
+    {"--body-timeout-seconds", 0.01, 1e6, "For a request's body to arrive"},
+    {"--keep-alive-timeout-seconds", 0.01, 1e6, "Between the requests of a connection"},
+    {"--write-timeout-seconds", 0.01, 1e6, "For a client that reads nothing"},
+    {"--max-json-depth", 4, 1024, "Nesting of a request's JSON"},
+    {"--max-messages", 1, 1e6, "Messages of a chat"},
+    {"--max-n", 1, 10'000, "Largest n of a request"},
+    {"--max-prompts", 1, 1e6, "Prompts of a request"},
+    {"--max-choices", 1, 1e6, "Prompts times n of a request"},
+    {"--max-stop-strings", 1, 1e6, "Stop strings of a request"},
+    {"--max-stop-string-bytes", 1, 1e6, "Bytes of a stop string"},
+    {"--max-logprobs", 0, 20, "Most logprobs, top_logprobs and prompt_logprobs"},
+    {"--text-threads", 1, 64, "Threads that tokenize prompts"},
+};
+
+void AddGatewayLimits(CLI::App& app, ServeOptions& options) {
+  for (const GatewayLimit& limit : kGatewayLimits) {
+    const auto pass_on = [&options, &limit](const std::string& text) -> std::string {
+      double value = 0;
+      const bool is_count = limit.low == std::floor(limit.low);  // the others are seconds
+      if (!absl::SimpleAtod(text, &value) || !(value >= limit.low && value <= limit.high) ||
+          (is_count && value != std::floor(value))) {
+        return absl::StrCat("'", text, "' is out of range: expected ",
+                            is_count ? "a whole number, " : "", limit.low, " to ",
+                            static_cast<int64_t>(limit.high));
+      }
+      std::vector<std::string>& flags = options.gateway_flags;
+      const auto earlier = absl::c_find(flags, limit.name);  // given twice: the last one counts
+      if (earlier != flags.end()) flags.erase(earlier, earlier + 2);
+      flags.insert(flags.end(), {limit.name, text});
+      return std::string();
+    };
+    app.add_option(limit.name, limit.description)
+        ->group("Limits of the HTTP server")
+        ->type_name("NUMBER")
+        ->check(pass_on);
+  }
 }
 
 // Rewrites what vLLM's parser accepts and ours would not: -tp, and underscores for dashes.
@@ -384,6 +438,7 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
     AddMemoryFlags(*command, result.serve);
     AddSchedulingFlags(*command, result.serve);
     AddServerFlags(*command, result.serve);
+    AddGatewayLimits(*command, result.serve);
     AddForeignFlags(*command);
     return command;
   };

@@ -106,8 +106,10 @@ ProcessSpec PlanGateway(const ServeOptions& options, const Places& places) {
       .Add("--model", options.model_dir)
       .Add("--host", options.host)
       .Add("--port", options.port)
+      .Add("--drain-timeout-seconds", options.drain_timeout_seconds)
       .Add("--log-level", options.log_level);
   std::vector<std::string> list = std::move(arguments).list();
+  list.insert(list.end(), options.gateway_flags.begin(), options.gateway_flags.end());
   list.push_back("--served-model-name");
   if (options.served_model_names.empty()) list.push_back(ServedModelName(options));
   list.insert(list.end(), options.served_model_names.begin(), options.served_model_names.end());

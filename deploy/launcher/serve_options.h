@@ -17,6 +17,8 @@ struct ServeOptions {
   std::string grpc_listen;  // where gRPC clients reach the coordinator; empty: nowhere
   bool grpc_reflection = false;
 
+  std::vector<std::string> gateway_flags;  // limits of the HTTP server, with their values
+
   // How the model is cut and computed.
   std::string device = "cpu";
   int tensor_parallel_size = 1;

@@ -2,9 +2,9 @@
 //
 // All of them are LinearTasks: some rows of x against the rows of one weight matrix. Every output
 // is one dot product made by AddProducts (vector-inl.h), so its bits depend on K alone:
-//   few rows    the weight is converted in registers, straight from memory
-//   many rows   a panel of the weight is converted once per 96 rows and used by all of them; K is
-//               walked in chunks, and the sums of a chunk's tiles rest in memory between chunks
+//   one tile of rows   the weight is converted in registers, straight from memory
+//   more               a panel of the weight is converted once and used by up to 96 rows; K is
+//                      walked in chunks, and sums rest in memory between chunks
 // The factors of F8_E4M3 blocks multiply x, once per 128 outputs, and not the weight.
 
 #include <algorithm>
@@ -121,17 +121,43 @@ void MultiplyUpToTileRows(const LinearTask& task, const float* staged, int num_r
   }
 }
 
+// Bytes of the weight's rows that the next chunk will read, to be fetched while this one computes.
+struct NextChunk {
+  const char* rows = nullptr;  // null at the end
+  int64_t stride_bytes = 0;
+  int64_t row_bytes = 0;
+  int num_rows = 0;
+};
+
 // One chunk of K of one panel: the weight's rows as floats, and where the sums rest.
 struct Panel {
   const float* staged;   // x, at the chunk's first column
-  const float* weights;  // kPanelOutputs rows of kPanelInputs floats
-  float* sums;           // kTileRows × kTileOutputs vectors for each tile, row tiles outermost
-  size_t num_inputs;     // of the chunk
+  const float* weights;  // at the chunk's first column
+  int64_t weights_stride;
+  float* sums;        // kTileRows × kTileOutputs vectors for each tile, row tiles outermost
+  size_t num_inputs;  // of the chunk
   int64_t first_output;
   int num_outputs;
+  int num_rows;
   bool is_first;  // chunk
   bool is_last;
+  NextChunk next;
 };
+
+// The share of one tile, so that the requests spread over the whole computation of a chunk. Without
+// them each row of each chunk begins with a wait for memory.
+HWY_INLINE void FetchNextChunk(const Panel& panel, int tile_row, int output) {
+  constexpr int64_t kLineBytes = 64;
+  if (panel.next.rows == nullptr) return;
+  const int64_t row_tiles = (panel.num_rows + kTileRows - 1) / kTileRows;
+  const int64_t share = (panel.next.row_bytes / row_tiles / kLineBytes + 1) * kLineBytes;
+  const int64_t begin = tile_row / kTileRows * share;
+  const int64_t end = std::min(begin + share, panel.next.row_bytes);
+  for (int n = output; n < std::min(output + kTileOutputs, panel.next.num_rows); ++n) {
+    const char* row = panel.next.rows + n * panel.next.stride_bytes;
+    for (int64_t i = begin; i < end; i += kLineBytes) __builtin_prefetch(row + i, 0, 2);
+  }
+}
 
 template <int kRows>
 void MultiplyPanelTile(const LinearTask& task, const Panel& panel, int tile_row, int64_t row) {
@@ -143,8 +169,9 @@ void MultiplyPanelTile(const LinearTask& task, const Panel& panel, int tile_row,
   for (int output = 0; output < panel.num_outputs; output += kTileOutputs, rest += kTileFloats) {
     const float* w[kTileOutputs];
     for (int n = 0; n < kTileOutputs; ++n) {
-      w[n] = panel.weights + std::min(output + n, panel.num_outputs - 1) * kPanelInputs;
+      w[n] = panel.weights + std::min(output + n, panel.num_outputs - 1) * panel.weights_stride;
     }
+    FetchNextChunk(panel, tile_row, output);
     FloatVec sums[kRows * kTileOutputs];
     for (int i = 0; i < kRows * kTileOutputs; ++i) {
       sums[i] = panel.is_first ? hn::Zero(d) : hn::LoadU(d, rest + i * kLanes);
@@ -161,39 +188,71 @@ void MultiplyPanelTile(const LinearTask& task, const Panel& panel, int tile_row,
 
 template <int kRows = kTileRows>
 void MultiplyPanelUpToTileRows(const LinearTask& task, const Panel& panel, int tile_row,
-                               int num_rows, int64_t row) {
-  if (num_rows >= kRows) {
+                               int64_t row) {
+  if (panel.num_rows - tile_row >= kRows) {
     MultiplyPanelTile<kRows>(task, panel, tile_row, row);
   } else if constexpr (kRows > 1) {
-    MultiplyPanelUpToTileRows<kRows - 1>(task, panel, tile_row, num_rows, row);
+    MultiplyPanelUpToTileRows<kRows - 1>(task, panel, tile_row, row);
   }
+}
+
+// The panel's weights as floats: where they are, or converted.
+template <typename Element>
+void LoadPanel(const LinearTask& task, int64_t column, float* converted, Panel& panel) {
+  const Element* rows = WeightRow<Element>(task, panel.first_output) + column;
+  if constexpr (std::is_same_v<Element, float>) {
+    panel.weights = rows;
+    panel.weights_stride = task.inputs;
+    return;
+  }
+  panel.weights = converted;
+  panel.weights_stride = kPanelInputs;
+  for (int n = 0; n < panel.num_outputs; ++n, converted += kPanelInputs) {
+    const Element* row = rows + n * task.inputs;
+    for (size_t k = 0; k < panel.num_inputs; k += kLanes) {
+      StoreFloats(LoadUpTo(row + k, panel.num_inputs - k), converted + k);
+    }
+  }
+}
+
+// What follows the chunk at `column` of the panel at `output`.
+template <typename Element>
+NextChunk NextOf(const LinearTask& task, int64_t output, int64_t column, int64_t end,
+                 int panel_outputs) {
+  column += kPanelInputs;
+  if (column >= task.inputs) {
+    column = 0;
+    output += panel_outputs;
+  }
+  if (output >= end) return {};
+  const auto size = static_cast<int64_t>(sizeof(Element));
+  return {reinterpret_cast<const char*>(WeightRow<Element>(task, output) + column),
+          task.inputs * size, std::min<int64_t>(kPanelInputs, task.inputs - column) * size,
+          static_cast<int>(std::min<int64_t>(panel_outputs, end - output))};
 }
 
 template <typename Element>
 void MultiplyManyRows(const LinearTask& task, const float* staged, int num_rows, int64_t first_row,
-                      int64_t begin, int64_t end, float* weights, float* sums) {
+                      int64_t begin, int64_t end, float* converted, float* sums) {
+  // When x stays in the second-level cache, the panel is a single tile: then the weight is read
+  // along its rows, which memory likes best.
+  const size_t staged_bytes = num_rows * StagedStride(task) * sizeof(float);
+  const int panel_outputs = staged_bytes <= kCachedBytes ? kTileOutputs : kPanelOutputs;
   Panel panel = {};
-  panel.weights = weights;
   panel.sums = sums;
-  for (panel.first_output = begin; panel.first_output < end; panel.first_output += kPanelOutputs) {
+  panel.num_rows = num_rows;
+  for (panel.first_output = begin; panel.first_output < end; panel.first_output += panel_outputs) {
     panel.num_outputs =
-        static_cast<int>(std::min<int64_t>(kPanelOutputs, end - panel.first_output));
+        static_cast<int>(std::min<int64_t>(panel_outputs, end - panel.first_output));
     for (int64_t column = 0; column < task.inputs; column += kPanelInputs) {
       panel.staged = staged + column;
       panel.is_first = column == 0;
       panel.is_last = column + kPanelInputs >= task.inputs;
-      const auto num_inputs =
-          static_cast<size_t>(std::min<int64_t>(kPanelInputs, task.inputs - column));
-      for (int n = 0; n < panel.num_outputs; ++n) {
-        const Element* row = WeightRow<Element>(task, panel.first_output + n) + column;
-        float* target = weights + n * kPanelInputs;
-        for (size_t k = 0; k < num_inputs; k += kLanes) {
-          StoreFloats(LoadUpTo(row + k, num_inputs - k), target + k);
-        }
-      }
-      panel.num_inputs = (num_inputs + kLanes - 1) / kLanes * kLanes;
+      panel.num_inputs = static_cast<size_t>(std::min<int64_t>(kPanelInputs, task.inputs - column));
+      panel.next = NextOf<Element>(task, panel.first_output, column, end, panel_outputs);
+      LoadPanel<Element>(task, column, converted, panel);
       for (int m = 0; m < num_rows; m += kTileRows) {
-        MultiplyPanelUpToTileRows(task, panel, m, num_rows - m, first_row);
+        MultiplyPanelUpToTileRows(task, panel, m, first_row);
       }
     }
   }
@@ -204,14 +263,14 @@ void MultiplyRows(const LinearTask& task, int64_t begin, int64_t end, Scratch& s
   const size_t stride = StagedStride(task);
   const auto most_rows = static_cast<size_t>(std::min<int64_t>(task.num_rows, kMostStagedRows));
   constexpr bool kScaled = std::is_same_v<Element, Float8E4M3>;
-  constexpr size_t kWeightsFloats = size_t{kPanelOutputs} * kPanelInputs;
+  constexpr size_t kConvertedFloats = size_t{kPanelOutputs} * kPanelInputs;
   constexpr size_t kSumsFloats = kMostStagedRows * kPanelOutputs * kLanes;
   const bool has_panels = task.num_rows > kTileRows;
   scratch.Reset(most_rows * stride * (kScaled ? 2 : 1) +
-                (has_panels ? kWeightsFloats + kSumsFloats : 0));
+                (has_panels ? kConvertedFloats + kSumsFloats : 0));
   float* staged = scratch.Take(most_rows * stride);
   float* scaled = kScaled ? scratch.Take(most_rows * stride) : staged;
-  float* weights = has_panels ? scratch.Take(kWeightsFloats) : nullptr;
+  float* converted = has_panels ? scratch.Take(kConvertedFloats) : nullptr;
   float* sums = has_panels ? scratch.Take(kSumsFloats) : nullptr;
 
   for (int64_t row = 0; row < task.num_rows; row += kMostStagedRows) {
@@ -232,7 +291,7 @@ void MultiplyRows(const LinearTask& task, int64_t begin, int64_t end, Scratch& s
       if (num_rows <= kTileRows) {
         MultiplyUpToTileRows<Element>(task, scaled, num_rows, row, output, stop);
       } else {
-        MultiplyManyRows<Element>(task, scaled, num_rows, row, output, stop, weights, sums);
+        MultiplyManyRows<Element>(task, scaled, num_rows, row, output, stop, converted, sums);
       }
       output = stop;
     }

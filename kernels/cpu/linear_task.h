@@ -2,6 +2,7 @@
 // made of. Plain pointers, because it is handed to code compiled for several instruction sets.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/tensor.h"
@@ -15,6 +16,8 @@ inline constexpr int kMostStagedRows = 96;
 // The panel: outputs, and the inputs of one chunk of K. A multiple of every vector's length.
 inline constexpr int kPanelOutputs = 32;
 inline constexpr int kPanelInputs = 512;
+// What may stay in the second-level cache while weights stream through it.
+inline constexpr size_t kCachedBytes = size_t{512} << 10;
 
 struct LinearTask {
   const void* x = nullptr;

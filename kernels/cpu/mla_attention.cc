@@ -32,6 +32,12 @@ inline size_t RowStride(const AttentionTask& task) {
   return PadToVector(static_cast<size_t>(task.kv_lora_rank + task.rope_dim)) + kVectorFloats;
 }
 
+// The same, as far as it is read: whole vectors.
+inline size_t RowLength(const AttentionTask& task) {
+  const auto width = static_cast<size_t>(task.kv_lora_rank + task.rope_dim);
+  return (width + kLanes - 1) / kLanes * kLanes;
+}
+
 // Copies `count` elements as floats; zeros up to the end of the last vector, which must exist.
 template <typename Element>
 HWY_INLINE void CopyFloats(const Element* from, size_t count, float* to) {
@@ -89,7 +95,7 @@ void ScoreTile(const AttentionTask& task, const float* queries, const float* til
     }
     FloatVec sums[kRows * kTileOutputs];
     for (FloatVec& sum : sums) sum = hn::Zero(FloatTag());
-    AddProducts<kRows>(queries, stride, w, stride - kVectorFloats, sums);
+    AddProducts<kRows>(queries, stride, w, RowLength(task), sums);
     const int count = std::min(kTileOutputs, num_positions - position);
     for (int m = 0; m < kRows; ++m) {
       for (int n = 0; n < count; ++n) {
@@ -223,8 +229,6 @@ void AttendPiece(const AttentionTask& task, const AttentionPiece& piece, Scratch
   }
   std::fill_n(gathered, num_rows * stride, 0.0f);
   std::fill_n(running, num_rows, Running{-std::numeric_limits<float>::infinity(), 0.0f});
-  // Products with the padding behind a position are 0 * 0.
-  std::fill_n(tile, kTilePositions * stride, 0.0f);
 
   const int last_context = piece.first_context + piece.num_tokens - 1;
   for (int first = 0; first < last_context; first += kTilePositions) {

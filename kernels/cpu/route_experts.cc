@@ -28,13 +28,16 @@ void Score(const float* logits, ScoringFunc scoring_func, std::vector<float>& sc
   for (size_t e = 0; e < count; ++e) scores[e] /= sum;
 }
 
-// The index of the largest element, ties to the lower one. NaN counts as dropped, so that a row
-// that is broken still yields ids that exist; its weights stay NaN and tell.
+// The index of the largest element that is not taken, ties to the lower one. NaN comes last, so
+// that a row that is broken still yields ids that exist; its weights stay NaN and tell.
 size_t LargestOf(const float* values, size_t count, const std::vector<bool>& taken) {
   size_t best = count;
   for (size_t i = 0; i < count; ++i) {
     if (taken[i]) continue;
-    if (best == count || values[i] > values[best] || std::isnan(values[best])) best = i;
+    if (best == count || values[i] > values[best] ||
+        (std::isnan(values[best]) && !std::isnan(values[i]))) {
+      best = i;
+    }
   }
   return best;
 }

@@ -61,7 +61,7 @@ void ServingTest::Start() {
   loop_ = std::make_unique<StepLoop>(options_, *board_, *metrics_);
   service_ = std::make_unique<GenerateService>(seed_, *loop_, *board_, *metrics_);
   GenerateServer::Options server_options;
-  server_options.address = absl::StrCat("unix:", folder_, "/coordinator");
+  server_options.addresses = {absl::StrCat("unix:", folder_, "/coordinator")};
   auto server = GenerateServer::Start(server_options, *service_);
   CHECK(server.ok()) << server.status();
   server_ = *std::move(server);

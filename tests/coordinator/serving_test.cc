@@ -305,21 +305,40 @@ TEST_F(ServingTest, CountsInMetricsThatDashboardsKnow) {
 TEST_F(ServingTest, RefusesToListenWhereAnotherServerDoes) {
   StartAndWait();
   GenerateServer::Options options;
-  options.address = "unix:" + folder_ + "/coordinator";
+  options.addresses = {"unix:" + folder_ + "/coordinator"};
   EXPECT_EQ(GenerateServer::Start(options, *service_).status().code(),
             absl::StatusCode::kAlreadyExists);
   ExpectServed(Asking(3, 3));
 
   StatusBoard board({}, nullptr);
   GenerateService other(0, *loop_, board, *metrics_);
-  options.address = "127.0.0.1:0";
+  options.addresses = {"127.0.0.1:0"};
   const auto first = GenerateServer::Start(options, other);
   ASSERT_TRUE(first.ok());
   GenerateService third(0, *loop_, board, *metrics_);
-  options.address = "127.0.0.1:" + std::to_string((*first)->port());
+  options.addresses = {"127.0.0.1:" + std::to_string((*first)->port())};
   const absl::Status status = GenerateServer::Start(options, third).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kAlreadyExists);
   EXPECT_THAT(std::string(status.message()), HasSubstr("the port is in use"));
+}
+
+TEST_F(ServingTest, ListensInSeveralPlaces) {
+  StatusBoard board({}, nullptr);
+  StartAndWait();
+  GenerateService service(0, *loop_, board, *metrics_);
+  GenerateServer::Options options;
+  options.addresses = {"unix:" + folder_ + "/another", "127.0.0.1:0"};
+  const auto server = GenerateServer::Start(options, service);
+  ASSERT_TRUE(server.ok()) << server.status();
+  for (const std::string& address :
+       {options.addresses[0], "127.0.0.1:" + std::to_string((*server)->port())}) {
+    const auto channel = ConnectTo(address, {});
+    ASSERT_TRUE(channel.ok());
+    grpc::ClientContext context;
+    v1::ServerInfo info;
+    const auto stub = v1::Generate::NewStub(*channel);
+    EXPECT_TRUE(stub->GetServerInfo(&context, {}, &info).ok()) << address;
+  }
 }
 
 }  // namespace

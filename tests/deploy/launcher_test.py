@@ -168,7 +168,7 @@ class LauncherTest(unittest.TestCase):
 
     def test_what_does_not_drain_in_time_is_killed(self):
         (self.folder / "coordinator.stubborn").touch()
-        self.launch("--drain-timeout", "0")
+        self.launch("--drain-timeout", "1")
         self.wait_for_log("Fathom is ready")
         self.launcher.send_signal(signal.SIGTERM)
         self.end(0)

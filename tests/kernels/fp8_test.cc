@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -96,6 +97,27 @@ TEST_P(Fp8Test, QuantizesABlockAsDeepSeeksKernelDoes) {
       for (int64_t k = block * 128; k < block * 128 + 128; ++k) {
         EXPECT_EQ(quantized.values->data<Float8E4M3>()[k].bits, codes[row * 512 + k]) << k;
       }
+    }
+  }
+}
+
+TEST_P(Fp8Test, QuantizesEveryElementToTheCodeOfTheScalarCodec) {
+  // A block whose largest element is 448, so that its factor is 1 and its codes are the elements'.
+  const auto values = GoldenFile("fp8.safetensors").Values<float>("encode_in");
+  for (size_t begin = 0; begin < values.size(); begin += 126) {
+    TestTensor x(DType::kF32, {1, 128});
+    x->data<float>()[0] = 448.0f;
+    for (size_t i = 0; i < 126; ++i) {
+      const float value = values[std::min(begin + i, values.size() - 1)];
+      x->data<float>()[1 + i] = std::clamp(value, -448.0f, 448.0f);
+    }
+    x->data<float>()[127] = std::numeric_limits<float>::quiet_NaN();
+    const Quantized quantized = Quantize(x);
+    ASSERT_EQ(At(quantized.scale_inv, 0, 0), 1.0);
+    for (int64_t k = 0; k < 128; ++k) {
+      EXPECT_EQ(quantized.values->data<Float8E4M3>()[k].bits & (k == 127 ? 0x7f : 0xff),
+                ToFloat8E4M3(x->data<float>()[k]).bits & (k == 127 ? 0x7f : 0xff))
+          << x->data<float>()[k];
     }
   }
 }
