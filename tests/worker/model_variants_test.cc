@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <regex>
 #include <string>
 
 #include "tests/worker/checkpoint_files.h"
@@ -23,12 +22,16 @@ class Variant {
         tensors_(ReadCheckpoint(GoldenCheckpoint(golden_name))),
         golden_(golden_name + "/golden.safetensors") {}
 
-  // Replaces the value of a field of config.json, or adds it.
+  // Replaces the value of a plain field of config.json, or adds the field.
   Variant& Set(const std::string& field, const std::string& value) {
-    const std::regex old("\"" + field + "\": [^,\n{]*");
-    const std::string entry = "\"" + field + "\": " + value;
-    config_ = std::regex_search(config_, old) ? std::regex_replace(config_, old, entry)
-                                              : "{" + entry + "," + config_.substr(1);
+    const std::string name = "\"" + field + "\": ";
+    const size_t begin = config_.find(name);
+    if (begin == config_.npos) {
+      config_.insert(1, name + value + ",");
+    } else {
+      const size_t end = config_.find_first_of(",\n", begin);
+      config_.replace(begin, end - begin, name + value);
+    }
     return *this;
   }
   FileTensors& tensors() { return tensors_; }
