@@ -124,7 +124,7 @@ class Ops {
   // out[i] = x[row of i] · weight[expert of i]ᵀ for the sorted rows i.
   //   x [T, K] act: row of i is groups.rows[i] / k;   or [M, K]: row i itself. Which of the two its
   //   number of rows says; with k = 1 it cannot, and num_experts_per_tok = 0 means the second.
-  //   weight [E, N, K]   out [M, N] act; rows past offsets[E] are left alone
+  //   weight [E, N, K]   out [M, N] act, may be strided; rows past offsets[E] are left alone
   virtual void GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
                              int num_experts_per_tok, const Tensor& out) = 0;
 

@@ -35,6 +35,8 @@ constexpr int kMaxHeads = 4096;
 constexpr int kMaxLayers = 4096;
 constexpr int kMaxExperts = 4096;
 constexpr int kMaxSharedExperts = 256;
+// Each has a name that is looked up: a bound for what a few digits can make us allocate.
+constexpr int64_t kMaxExpertsOfAllLayers = 1 << 18;
 
 constexpr double kMaxFactor = 1e6;
 
@@ -289,6 +291,11 @@ absl::Status TakeExperts(const Fields& fields, ModelConfig& config) {
   RETURN_IF_ERROR(fields.TakeInt("n_routed_experts", 0, kMaxExperts, /*required=*/false,
                                  config.n_routed_experts));
   if (config.n_routed_experts == 0) return absl::OkStatus();  // dense throughout
+  if (int64_t{config.n_routed_experts} * config.num_hidden_layers > kMaxExpertsOfAllLayers) {
+    return fields.Refuse("n_routed_experts",
+                         absl::StrCat("at most ", kMaxExpertsOfAllLayers, " over all of ",
+                                      config.num_hidden_layers, " layers"));
+  }
 
   RETURN_IF_ERROR(fields.TakeInt("moe_intermediate_size", 1, kMaxWidth, /*required=*/true,
                                  config.moe_intermediate_size));
