@@ -139,6 +139,7 @@ struct Panel {
   int64_t first_output;
   int num_outputs;
   int num_rows;
+  int tile_rows;  // of all tiles but the last
   bool is_first;  // chunk
   bool is_last;
   NextChunk next;
@@ -149,9 +150,9 @@ struct Panel {
 HWY_INLINE void FetchNextChunk(const Panel& panel, int tile_row, int output) {
   constexpr int64_t kLineBytes = 64;
   if (panel.next.rows == nullptr) return;
-  const int64_t row_tiles = (panel.num_rows + kTileRows - 1) / kTileRows;
+  const int64_t row_tiles = (panel.num_rows + panel.tile_rows - 1) / panel.tile_rows;
   const int64_t share = (panel.next.row_bytes / row_tiles / kLineBytes + 1) * kLineBytes;
-  const int64_t begin = tile_row / kTileRows * share;
+  const int64_t begin = tile_row / panel.tile_rows * share;
   const int64_t end = std::min(begin + share, panel.next.row_bytes);
   for (int n = output; n < std::min(output + kTileOutputs, panel.next.num_rows); ++n) {
     const char* row = panel.next.rows + n * panel.next.stride_bytes;
@@ -165,7 +166,8 @@ void MultiplyPanelTile(const LinearTask& task, const Panel& panel, int tile_row,
   const FloatTag d;
   const size_t stride = StagedStride(task);
   const float* staged = panel.staged + tile_row * stride;
-  float* rest = panel.sums + tile_row / kTileRows * (kPanelOutputs / kTileOutputs) * kTileFloats;
+  float* rest =
+      panel.sums + tile_row / panel.tile_rows * (kPanelOutputs / kTileOutputs) * kTileFloats;
   for (int output = 0; output < panel.num_outputs; output += kTileOutputs, rest += kTileFloats) {
     const float* w[kTileOutputs];
     for (int n = 0; n < kTileOutputs; ++n) {
@@ -189,7 +191,7 @@ void MultiplyPanelTile(const LinearTask& task, const Panel& panel, int tile_row,
 template <int kRows = kTileRows>
 void MultiplyPanelUpToTileRows(const LinearTask& task, const Panel& panel, int tile_row,
                                int64_t row) {
-  if (panel.num_rows - tile_row >= kRows) {
+  if (std::min(panel.tile_rows, panel.num_rows - tile_row) == kRows) {
     MultiplyPanelTile<kRows>(task, panel, tile_row, row);
   } else if constexpr (kRows > 1) {
     MultiplyPanelUpToTileRows<kRows - 1>(task, panel, tile_row, row);
@@ -241,6 +243,7 @@ void MultiplyManyRows(const LinearTask& task, const float* staged, int num_rows,
   Panel panel = {};
   panel.sums = sums;
   panel.num_rows = num_rows;
+  panel.tile_rows = TileRowsFor(num_rows);
   for (panel.first_output = begin; panel.first_output < end; panel.first_output += panel_outputs) {
     panel.num_outputs =
         static_cast<int>(std::min<int64_t>(panel_outputs, end - panel.first_output));
@@ -251,7 +254,7 @@ void MultiplyManyRows(const LinearTask& task, const float* staged, int num_rows,
       panel.num_inputs = static_cast<size_t>(std::min<int64_t>(kPanelInputs, task.inputs - column));
       panel.next = NextOf<Element>(task, panel.first_output, column, end, panel_outputs);
       LoadPanel<Element>(task, column, converted, panel);
-      for (int m = 0; m < num_rows; m += kTileRows) {
+      for (int m = 0; m < num_rows; m += panel.tile_rows) {
         MultiplyPanelUpToTileRows(task, panel, m, first_row);
       }
     }

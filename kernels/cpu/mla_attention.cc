@@ -188,7 +188,7 @@ void AttendTile(const AttentionTask& task, const float* queries, const float* ti
 template <int kRows = kTileRows>
 void AttendUpToTileRows(const AttentionTask& task, int num_rows, const float* queries,
                         const float* tile, int num_positions, Running* running, float* gathered) {
-  if (num_rows >= kRows) {
+  if (num_rows == kRows) {
     AttendTile<kRows>(task, queries, tile, num_positions, running, gathered);
   } else if constexpr (kRows > 1) {
     AttendUpToTileRows<kRows - 1>(task, num_rows, queries, tile, num_positions, running, gathered);
@@ -230,6 +230,7 @@ void AttendPiece(const AttentionTask& task, const AttentionPiece& piece, Scratch
   std::fill_n(gathered, num_rows * stride, 0.0f);
   std::fill_n(running, num_rows, Running{-std::numeric_limits<float>::infinity(), 0.0f});
 
+  const int tile_rows = TileRowsFor(piece.num_heads);
   const int last_context = piece.first_context + piece.num_tokens - 1;
   for (int first = 0; first < last_context; first += kTilePositions) {
     const int num_positions = std::min(kTilePositions, last_context - first);
@@ -241,10 +242,10 @@ void AttendPiece(const AttentionTask& task, const AttentionPiece& piece, Scratch
     for (int t = 0; t < piece.num_tokens; ++t) {
       const int num_seen = std::min(num_positions, piece.first_context + t - first);
       if (num_seen <= 0) continue;
-      for (int a = 0; a < piece.num_heads; a += kTileRows) {
+      for (int a = 0; a < piece.num_heads; a += tile_rows) {
         const size_t row = static_cast<size_t>(t) * piece.num_heads + a;
-        AttendUpToTileRows(task, piece.num_heads - a, queries + row * stride, tile, num_seen,
-                           running + row, gathered + row * stride);
+        AttendUpToTileRows(task, std::min(tile_rows, piece.num_heads - a), queries + row * stride,
+                           tile, num_seen, running + row, gathered + row * stride);
       }
     }
   }

@@ -35,6 +35,13 @@ static_assert(kVectorFloats % kLanes == 0);
 inline constexpr int kTileRows = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 6 : 3;
 inline constexpr int kTileOutputs = 4;
 
+// Rows of each tile when as few tiles as possible share num_rows > 0: 8 rows are 4 + 4, not 6 + 2,
+// because a tile of few rows uses what it loads too little.
+constexpr int TileRowsFor(int num_rows) {
+  const int num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  return (num_rows + num_tiles - 1) / num_tiles;
+}
+
 // LoadFloats yields element / kLoadFactor.
 template <typename Element>
 inline constexpr float kLoadFactor = 1.0f;
