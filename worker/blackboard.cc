@@ -7,6 +7,7 @@ namespace fathom {
 
 void BlackboardKeeper::BeginEpoch(uint64_t epoch) {
   absl::MutexLock lock(&mutex_);
+  if (epoch <= epoch_) return;
   epoch_ = epoch;
   values_.erase(values_.begin(), values_.lower_bound({epoch, ""}));
 }

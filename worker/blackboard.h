@@ -39,7 +39,8 @@ class GroupCommunicator : public Communicator {
 // has heard of the epoch. Thread-safe.
 class BlackboardKeeper {
  public:
-  // Forgets older epochs; who still waits for them gets FailedPrecondition.
+  // Forgets older epochs; who still waits for them gets FailedPrecondition. Does nothing when a
+  // later one has begun.
   void BeginEpoch(uint64_t epoch);
   // Ends all waiting, now and later, with Unavailable.
   void Close();

@@ -1,0 +1,299 @@
+// fathom-worker: one shard of the model, at the coordinator's service.
+#include <pthread.h>
+#include <signal.h>
+#include <sysexits.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "base/status_macros.h"
+#include "grpcpp/resource_quota.h"
+#include "grpcpp/server.h"
+#include "grpcpp/server_builder.h"
+#include "kernels/device.h"
+#include "proto/endpoint.h"
+#include "proto/worker.pb.h"
+#include "spdlog/sinks/stdout_sinks.h"
+#include "spdlog/spdlog.h"
+#include "worker/shard_keeper.h"
+#include "worker/worker_service.h"
+
+namespace fathom {
+namespace {
+
+// What --check assumes the coordinator will ask for besides a row of logits per sequence.
+constexpr uint32_t kPromptLogprobRows = 256;
+// Patience with calls that do not end when the server shuts down, such as a Join that is loading.
+constexpr absl::Duration kShutdownTime = absl::Seconds(2);
+
+struct Flags {
+  std::string listen_address;
+  TlsOptions tls;
+  std::string log_level = "info";
+  std::string device = "cpu";
+  DeviceOptions device_options;
+  std::string dtype = "auto";
+  std::string kv_cache_dtype = "auto";
+  std::string quantization = "none";
+  int64_t kv_cache_memory_bytes = 0;
+  double drain_timeout_seconds = 35.0;
+  ShardKeeperOptions keeper;
+
+  bool check = false;
+  uint32_t rank = 0;
+  uint32_t world_size = 1;
+  bool enable_expert_parallel = false;
+  uint32_t block_size = 16;
+  uint32_t max_model_len = 0;
+  uint32_t max_num_seqs = 256;
+  uint32_t max_num_batched_tokens = 2048;
+};
+
+void DeclareServing(CLI::App& app, Flags& flags) {
+  app.add_option("--listen", flags.listen_address, "unix:/path or host:port");
+  app.add_option("--threads", flags.device_options.num_threads, "threads that share each operation")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
+                 "on SIGTERM, how long to go on making steps for a coordinator that drains")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--tls-certificate", flags.tls.certificate_file, "PEM, this process");
+  app.add_option("--tls-private-key", flags.tls.private_key_file, "PEM");
+  app.add_option("--tls-authority", flags.tls.authority_file, "PEM, who signs the peers");
+  app.add_flag("--insecure", flags.tls.allow_insecure_tcp, "speak in the clear with other hosts");
+  app.add_option("--log-level", flags.log_level, "least severe messages to log")
+      ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
+  app.set_version_flag("--version", std::string(FATHOM_VERSION));
+}
+
+void DeclareModel(CLI::App& app, Flags& flags) {
+  app.add_option("--model", flags.keeper.model_directory,
+                 "folder with config.json and *.safetensors")
+      ->required();
+  app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--dtype", flags.dtype, "of activations; auto is float32 on the CPU")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
+  app.add_option("--quantization", flags.quantization,
+                 "fp8: quantise linear layers in 128x128 blocks while loading")
+      ->check(CLI::IsMember({"none", "fp8"}));
+  app.add_option("--kv-cache-dtype", flags.kv_cache_dtype, "auto is the one of activations")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
+  app.add_option(
+         "--kv-cache-memory-bytes", flags.kv_cache_memory_bytes,
+         "memory for KV blocks; without it what --gpu-memory-utilization leaves, and on the "
+         "CPU at most 512 MiB per worker")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50));
+  app.add_option("--gpu-memory-utilization", flags.keeper.memory.gpu_memory_utilization,
+                 "share of the device's memory (on the CPU, of the host's) that all workers "
+                 "together may take")
+      ->check(CLI::Range(0.01, 1.0));
+}
+
+void DeclareCheck(CLI::App& app, Flags& flags) {
+  app.add_flag(
+      "--check", flags.check,
+      "check configuration, checkpoint and memory plan of one shard, print the plan, exit");
+  app.add_option("--rank", flags.rank, "with --check")->group("Check");
+  app.add_option("--world-size", flags.world_size, "with --check")->group("Check");
+  app.add_flag("--enable-expert-parallel", flags.enable_expert_parallel, "with --check")
+      ->group("Check");
+  app.add_option("--block-size", flags.block_size, "with --check")->group("Check");
+  app.add_option("--max-model-len", flags.max_model_len, "with --check; 0: what fits")
+      ->group("Check");
+  app.add_option("--max-num-seqs", flags.max_num_seqs, "with --check")->group("Check");
+  app.add_option("--max-num-batched-tokens", flags.max_num_batched_tokens, "with --check")
+      ->group("Check");
+}
+
+void Complete(Flags& flags) {
+  ShardKeeperOptions& keeper = flags.keeper;
+  keeper.dtype = flags.dtype == "bfloat16" ? DType::kBF16 : DType::kF32;
+  keeper.kv_cache_dtype = flags.kv_cache_dtype == "auto"       ? keeper.dtype
+                          : flags.kv_cache_dtype == "bfloat16" ? DType::kBF16
+                                                               : DType::kF32;
+  keeper.quantization = flags.quantization == "fp8" ? Quantization::kFp8 : Quantization::kNone;
+  if (flags.kv_cache_memory_bytes > 0) {
+    keeper.memory.kv_cache_memory_bytes = flags.kv_cache_memory_bytes;
+  }
+  keeper.host_bytes = HostMemoryBytes();
+}
+
+int Fail(int exit_status, const absl::Status& status) {
+  spdlog::error("{}", std::string(status.message()));
+  return exit_status;
+}
+
+v1::ShardSpec CheckedShard(const Flags& flags) {
+  v1::ShardSpec shard;
+  shard.set_rank(flags.rank);
+  shard.set_world_size(flags.world_size);
+  shard.set_enable_expert_parallel(flags.enable_expert_parallel);
+  shard.set_block_size(flags.block_size);
+  shard.set_max_tokens_per_step(flags.max_num_batched_tokens);
+  shard.set_max_sequences(flags.max_num_seqs);
+  shard.set_max_model_len(flags.max_model_len);
+  shard.set_workers_on_this_host(flags.world_size);
+  shard.set_max_logit_rows(flags.max_num_seqs + kPromptLogprobRows);
+  return shard;
+}
+
+// Prints one line of JSON. The strings need no escapes: they are names from fixed lists.
+int Check(const Flags& flags, const ShardKeeper& keeper) {
+  const v1::ShardSpec shard = CheckedShard(flags);
+  const absl::StatusOr<WorkerMemoryPlan> plan = keeper.Plan(shard);
+  if (!plan.ok()) return Fail(EX_CONFIG, plan.status());
+  const int64_t blocks_per_sequence =
+      (plan->max_model_len + int64_t{flags.block_size} - 1) / flags.block_size;
+  const int64_t num_kv_blocks =
+      std::min<int64_t>(plan->kv_block_capacity, flags.max_num_seqs * blocks_per_sequence);
+  v1::DescribeResponse model;
+  keeper.Describe(model);
+  absl::PrintF(
+      "{\"architecture\":\"%s\",\"vocab_size\":%d,\"max_position_embeddings\":%d,"
+      "\"world_size\":%d,\"dtype\":\"%s\",\"kv_cache_dtype\":\"%s\",\"quantization\":\"%s\","
+      "\"budget_bytes\":%d,\"weight_bytes\":%d,\"activation_bytes\":%d,\"kv_block_bytes\":%d,"
+      "\"kv_block_capacity\":%d,\"num_kv_blocks\":%d,\"max_model_len\":%d}\n",
+      model.architecture(), model.vocab_size(), model.max_position_embeddings(), shard.world_size(),
+      model.dtype(), model.kv_cache_dtype(), model.quantization(), plan->budget_bytes,
+      plan->weight_bytes, plan->activation_bytes, plan->kv_block_bytes, plan->kv_block_capacity,
+      num_kv_blocks, plan->max_model_len);
+  return EXIT_SUCCESS;
+}
+
+absl::Status CheckSocketFolder(const std::string& address) {
+  if (!absl::StartsWith(address, "unix:")) return absl::OkStatus();
+  const std::filesystem::path folder = std::filesystem::path(address.substr(5)).parent_path();
+  std::error_code error;
+  if (folder.empty() || std::filesystem::is_directory(folder, error)) return absl::OkStatus();
+  return absl::NotFoundError(
+      absl::StrCat("cannot listen on '", address, "': there is no folder '", folder.string(), "'"));
+}
+
+absl::StatusOr<std::unique_ptr<grpc::Server>> Listen(const Flags& flags, WorkerService& service) {
+  ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ServerCredentials> credentials,
+                   ServerCredentialsFor(flags.listen_address, flags.tls));
+  RETURN_IF_ERROR(CheckSocketFolder(flags.listen_address));
+  RETURN_IF_ERROR(PrepareToListen(flags.listen_address));
+  grpc::ServerBuilder builder;
+  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.SetMaxSendMessageSize(kMaxMessageBytes);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // A coordinator whose host vanished is noticed within 15 s.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
+  builder.AddListeningPort(flags.listen_address, credentials);
+  builder.RegisterService(&service);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr) {
+    return absl::UnavailableError(absl::StrCat("cannot listen on '", flags.listen_address,
+                                               "': is the port in use, or not ours to take?"));
+  }
+  return server;
+}
+
+sigset_t StopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signals;
+}
+
+// Returns when the first signal has come and the steps are done, or patience is over, or the second
+// has come.
+void WaitForStop(const Flags& flags, WorkerService& service) {
+  const sigset_t signals = StopSignals();
+  int signal;
+  sigwait(&signals, &signal);
+  spdlog::info("stopping: the coordinator has {} s to end its steps", flags.drain_timeout_seconds);
+  const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_timeout_seconds);
+  while (absl::Now() < deadline) {
+    if (service.WaitUntilIdle(absl::Now() + absl::Milliseconds(50))) return;
+    const timespec no_time = {};
+    if (sigtimedwait(&signals, nullptr, &no_time) > 0) return;
+  }
+}
+
+int Serve(const Flags& flags, ShardKeeper& keeper) {
+  WorkerService service({.version = FATHOM_VERSION, .tls = flags.tls}, keeper);
+  absl::StatusOr<std::unique_ptr<grpc::Server>> server = Listen(flags, service);
+  if (!server.ok()) {
+    return Fail(absl::IsInvalidArgument(server.status()) ? EX_USAGE : EXIT_FAILURE,
+                server.status());
+  }
+  spdlog::info("fathom-worker {} listens on {}: {}, dtype {}, kv-cache-dtype {}", FATHOM_VERSION,
+               flags.listen_address, keeper.config().architecture, FlagNameOf(flags.keeper.dtype),
+               FlagNameOf(flags.keeper.kv_cache_dtype));
+  if (!flags.keeper.memory.kv_cache_memory_bytes.has_value()) {
+    spdlog::info("KV blocks take at most {} MiB; --kv-cache-memory-bytes gives them more",
+                 flags.keeper.memory.default_kv_cache_limit_bytes >> 20);
+  }
+  WaitForStop(flags, service);
+  service.Close();
+  absl::Notification is_down;
+  std::thread shutdown([&] {
+    (*server)->Shutdown(absl::ToChronoTime(absl::Now() + kShutdownTime));
+    is_down.Notify();
+  });
+  if (!is_down.WaitForNotificationWithTimeout(2 * kShutdownTime)) {
+    spdlog::warn("stopped while loading");
+    spdlog::shutdown();
+    _exit(EXIT_SUCCESS);
+  }
+  shutdown.join();
+  spdlog::info("stopped");
+  return EXIT_SUCCESS;
+}
+
+int Main(int argc, char** argv) {
+  Flags flags;
+  CLI::App app("Holds one shard of a model and makes the coordinator's steps with it.",
+               "fathom-worker");
+  DeclareServing(app, flags);
+  DeclareModel(app, flags);
+  DeclareCheck(app, flags);
+  try {  // CLI11 throws; this is the one place where it is caught
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? EXIT_SUCCESS : EX_USAGE;
+  }
+  Complete(flags);
+  spdlog::set_default_logger(spdlog::stderr_logger_mt("worker"));
+  spdlog::set_pattern("%L %H:%M:%S.%e %v");
+  spdlog::set_level(spdlog::level::from_str(flags.log_level));
+  if (!flags.check && flags.listen_address.empty()) {
+    return Fail(EX_USAGE, absl::InvalidArgumentError("--listen is required, except with --check"));
+  }
+
+  // Before any thread exists, so that all of them leave these signals to the one that waits.
+  const sigset_t signals = StopSignals();
+  if (!flags.check) pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+
+  absl::StatusOr<std::unique_ptr<Device>> device = flags.device == "cuda"
+                                                       ? OpenCudaDevice(flags.device_options)
+                                                       : OpenCpuDevice(flags.device_options);
+  if (!device.ok()) return Fail(EX_USAGE, device.status());
+  absl::StatusOr<std::unique_ptr<ShardKeeper>> keeper =
+      ShardKeeper::Open(flags.keeper, *std::move(device));
+  if (!keeper.ok()) return Fail(EX_CONFIG, keeper.status());
+  return flags.check ? Check(flags, **keeper) : Serve(flags, **keeper);
+}
+
+}  // namespace
+}  // namespace fathom
+
+int main(int argc, char** argv) { return fathom::Main(argc, argv); }

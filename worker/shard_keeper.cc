@@ -1,0 +1,139 @@
+#include "worker/shard_keeper.h"
+
+#include <array>
+#include <utility>
+
+#include "absl/algorithm/container.h"
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "proto/worker.pb.h"
+
+namespace fathom {
+namespace {
+
+constexpr std::array<uint32_t, 5> kBlockSizes = {1, 16, 32, 64, 128};
+
+absl::Status CheckRange(const char* field, uint32_t value, uint32_t low, uint32_t high) {
+  if (value >= low && value <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " is ", value, ", expected ", low, " to ", high));
+}
+
+// The limits are far above any real use; they keep products within 64 bits and memory in reason.
+absl::Status CheckSpec(const v1::ShardSpec& spec) {
+  constexpr uint32_t kMillion = 1 << 20;
+  RETURN_IF_ERROR(CheckRange("world_size", spec.world_size(), 1, 1024));
+  RETURN_IF_ERROR(CheckRange("rank", spec.rank(), 0, spec.world_size() - 1));
+  RETURN_IF_ERROR(CheckRange("max_tokens_per_step", spec.max_tokens_per_step(), 1, kMillion));
+  RETURN_IF_ERROR(CheckRange("max_sequences", spec.max_sequences(), 1, kMillion));
+  RETURN_IF_ERROR(CheckRange("max_logit_rows", spec.max_logit_rows(), 1, 2 * kMillion));
+  RETURN_IF_ERROR(CheckRange("max_model_len", spec.max_model_len(), 0, INT32_MAX));
+  RETURN_IF_ERROR(CheckRange("workers_on_this_host", spec.workers_on_this_host(), 1, 1024));
+  if (absl::c_linear_search(kBlockSizes, spec.block_size())) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("block_size is ", spec.block_size(), ", expected 1, 16, 32, 64 or 128"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ShardKeeper>> ShardKeeper::Open(const ShardKeeperOptions& options,
+                                                               std::unique_ptr<Device> device) {
+  ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(options.model_directory));
+  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint,
+                   Checkpoint::Open(options.model_directory));
+  return std::unique_ptr<ShardKeeper>(
+      new ShardKeeper(options, std::move(config), std::move(checkpoint), std::move(device)));
+}
+
+void ShardKeeper::Describe(v1::DescribeResponse& response) const {
+  response.set_model_fingerprint(checkpoint_->fingerprint());
+  response.set_architecture(config_.architecture);
+  response.set_vocab_size(config_.vocab_size);
+  response.set_max_position_embeddings(config_.max_position_embeddings);
+  for (const int id : config_.eos_token_ids) response.add_eos_token_ids(id);
+  response.set_device(device_->name());
+  response.set_dtype(FlagNameOf(options_.dtype));
+  response.set_kv_cache_dtype(FlagNameOf(options_.kv_cache_dtype));
+  const bool is_fp8 = config_.fp8_weights || options_.quantization == Quantization::kFp8;
+  response.set_quantization(is_fp8 ? "fp8" : "none");
+}
+
+absl::StatusOr<ShardLayout> ShardKeeper::Layout(const v1::ShardSpec& spec) const {
+  return ShardLayout::Create({.rank = static_cast<int>(spec.rank()),
+                              .world_size = static_cast<int>(spec.world_size()),
+                              .enable_expert_parallel = spec.enable_expert_parallel()},
+                             config_);
+}
+
+ModelShardOptions ShardKeeper::ShardOptions(const v1::ShardSpec& spec) const {
+  return {.dtype = options_.dtype,
+          .quantization = options_.quantization,
+          .max_tokens_per_step = static_cast<int>(spec.max_tokens_per_step()),
+          .max_logit_rows = static_cast<int>(spec.max_logit_rows()),
+          .max_model_len = static_cast<int>(spec.max_model_len())};
+}
+
+absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) const {
+  RETURN_IF_ERROR(CheckSpec(spec));
+  ASSIGN_OR_RETURN(const ShardLayout layout, Layout(spec));
+  ASSIGN_OR_RETURN(const ModelShard::Footprint footprint,
+                   ModelShard::Plan(ShardOptions(spec), config_, layout, *checkpoint_));
+  const KvCacheOptions kv_cache = {.dtype = options_.kv_cache_dtype,
+                                   .block_size = static_cast<int>(spec.block_size())};
+  return PlanWorkerMemory(options_.memory,
+                          {.host_bytes = options_.host_bytes,
+                           .workers_on_this_host = static_cast<int>(spec.workers_on_this_host()),
+                           .weight_bytes = footprint.weight_bytes,
+                           .activation_bytes = footprint.activation_bytes,
+                           .kv_block_bytes = KvCache::BlockBytes(kv_cache, config_),
+                           .block_size = kv_cache.block_size,
+                           .max_model_len = static_cast<int>(spec.max_model_len()),
+                           .max_position_embeddings = config_.max_position_embeddings});
+}
+
+SlotTableOptions ShardKeeper::SlotLimits(const v1::ShardSpec& spec, int num_kv_blocks) const {
+  return {.vocab_size = config_.vocab_size,
+          .max_sequences = static_cast<int>(spec.max_sequences()),
+          .max_model_len = spec.max_model_len() > 0 ? static_cast<int>(spec.max_model_len())
+                                                    : config_.max_position_embeddings,
+          .max_tokens_per_step = static_cast<int>(spec.max_tokens_per_step()),
+          .max_logit_rows = static_cast<int>(spec.max_logit_rows()),
+          .block_size = static_cast<int>(spec.block_size()),
+          .num_kv_blocks = num_kv_blocks};
+}
+
+absl::StatusOr<ModelShard*> ShardKeeper::Load(const v1::ShardSpec& spec, LoadProgress progress) {
+  RETURN_IF_ERROR(CheckSpec(spec));
+  const ModelShardOptions options = ShardOptions(spec);
+  const LoadedShard wanted = {.rank = static_cast<int>(spec.rank()),
+                              .world_size = static_cast<int>(spec.world_size()),
+                              .enable_expert_parallel = spec.enable_expert_parallel(),
+                              .max_tokens_per_step = options.max_tokens_per_step,
+                              .max_logit_rows = options.max_logit_rows,
+                              .max_model_len = options.max_model_len};
+  if (loaded_ == wanted) return shard_.get();
+
+  // The old one goes first: there may be no room for both.
+  loaded_.reset();
+  shard_.reset();
+  ASSIGN_OR_RETURN(const ShardLayout layout, Layout(spec));
+  ASSIGN_OR_RETURN(shard_, ModelShard::Load(options, config_, layout, *checkpoint_, *device_,
+                                            std::move(progress)));
+  loaded_ = wanted;
+  return shard_.get();
+}
+
+absl::StatusOr<std::unique_ptr<KvCache>> ShardKeeper::CreateKvCache(int block_size,
+                                                                    int num_kv_blocks) {
+  return KvCache::Create(
+      {.dtype = options_.kv_cache_dtype, .block_size = block_size, .num_blocks = num_kv_blocks},
+      config_, *device_);
+}
+
+std::string FlagNameOf(DType dtype) {
+  CHECK(dtype == DType::kF32 || dtype == DType::kBF16) << NameOf(dtype);
+  return dtype == DType::kF32 ? "float32" : "bfloat16";
+}
+
+}  // namespace fathom

@@ -1,0 +1,91 @@
+// A model folder and this worker's shard of it, which outlives the groups that the worker joins:
+// weights are loaded again only when another shard is asked for.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/device.h"
+#include "worker/kv_cache.h"
+#include "worker/memory_plan.h"
+#include "worker/model_config.h"
+#include "worker/model_shard.h"
+#include "worker/safetensors.h"
+#include "worker/slot_table.h"
+
+namespace fathom {
+
+namespace v1 {
+class DescribeResponse;
+class ShardSpec;
+}  // namespace v1
+
+struct ShardKeeperOptions {
+  std::string model_directory;
+  DType dtype = DType::kF32;           // of activations
+  DType kv_cache_dtype = DType::kF32;  // kF32 or kBF16
+  Quantization quantization = Quantization::kNone;
+  MemoryPlanOptions memory = {};
+  int64_t host_bytes = 0;  // memory that the workers of this host share
+};
+
+// What loading decided on, by value, so that it can be compared.
+struct LoadedShard {
+  int rank = 0;
+  int world_size = 1;
+  bool enable_expert_parallel = false;
+  int max_tokens_per_step = 0;
+  int max_logit_rows = 0;
+  int max_model_len = 0;  // as asked for; 0: the model's own
+  bool operator==(const LoadedShard&) const = default;
+};
+
+class ShardKeeper {
+ public:
+  // Reads config.json and the checkpoint's headers. Errors as of ReadModelConfig and
+  // Checkpoint::Open.
+  static absl::StatusOr<std::unique_ptr<ShardKeeper>> Open(const ShardKeeperOptions& options,
+                                                           std::unique_ptr<Device> device);
+
+  // Thread-safe from here on.
+  const ModelConfig& config() const { return config_; }
+  // Fills in everything but `version` and the plan.
+  void Describe(v1::DescribeResponse& response) const;
+  // InvalidArgument names the field of `spec` that is out of range; else as PlanWorkerMemory and
+  // ModelShard::Plan.
+  absl::StatusOr<WorkerMemoryPlan> Plan(const v1::ShardSpec& spec) const;
+  // The limits on commands for this shard. REQUIRES: Plan(spec) is OK.
+  SlotTableOptions SlotLimits(const v1::ShardSpec& spec, int num_kv_blocks) const;
+
+  // Not thread-safe: one Join at a time.
+  // The shard, loaded now unless it is there already. It stays until another one is loaded.
+  absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, LoadProgress progress);
+  absl::StatusOr<std::unique_ptr<KvCache>> CreateKvCache(int block_size, int num_kv_blocks);
+
+ private:
+  ShardKeeper(const ShardKeeperOptions& options, ModelConfig config,
+              std::unique_ptr<Checkpoint> checkpoint, std::unique_ptr<Device> device)
+      : options_(options),
+        config_(std::move(config)),
+        checkpoint_(std::move(checkpoint)),
+        device_(std::move(device)) {}
+
+  ModelShardOptions ShardOptions(const v1::ShardSpec& spec) const;
+  absl::StatusOr<ShardLayout> Layout(const v1::ShardSpec& spec) const;
+
+  const ShardKeeperOptions options_;
+  const ModelConfig config_;
+  const std::unique_ptr<Checkpoint> checkpoint_;
+  const std::unique_ptr<Device> device_;
+
+  std::optional<LoadedShard> loaded_;
+  std::unique_ptr<ModelShard> shard_;
+};
+
+// As in flags and in DescribeResponse: float32, bfloat16.
+std::string FlagNameOf(DType dtype);
+
+}  // namespace fathom

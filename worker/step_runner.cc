@@ -1,0 +1,154 @@
+#include "worker/step_runner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/types/span.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "proto/worker.pb.h"
+
+namespace fathom {
+namespace {
+
+void Write(const TokenLogprobs& from, v1::TokenLogprobs& to) {
+  to.set_token_id(from.token_id);
+  to.set_logprob(from.logprob);
+  to.set_rank(from.rank);
+  to.mutable_top_token_ids()->Add(from.top_token_ids.begin(), from.top_token_ids.end());
+  to.mutable_top_logprobs()->Add(from.top_logprobs.begin(), from.top_logprobs.end());
+}
+
+absl::Span<const float> RowOf(const Tensor& logits, int row) {
+  const Tensor values = logits[row];
+  return {values.data<float>(), static_cast<size_t>(values.num_elements())};
+}
+
+void AddFault(int slot, const absl::Status& status, v1::StepResult& result) {
+  v1::SlotFault& fault = *result.add_faults();
+  fault.set_slot(slot);
+  fault.set_reason(std::string(status.message()));
+}
+
+bool HasFault(const v1::StepResult& result, int slot) {
+  return std::any_of(
+      result.faults().begin(), result.faults().end(),
+      [slot](const v1::SlotFault& fault) { return fault.slot() == static_cast<uint32_t>(slot); });
+}
+
+}  // namespace
+
+StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
+                       std::unique_ptr<KvCache> kv_cache,
+                       std::unique_ptr<Communicator> communicator)
+    : epoch_(epoch),
+      vocab_size_(slots.vocab_size),
+      shard_(shard),
+      kv_cache_(std::move(kv_cache)),
+      communicator_(std::move(communicator)),
+      slots_(slots),
+      sampler_(slots.vocab_size) {}
+
+absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
+  RETURN_IF_ERROR(CheckOrder(command));
+  last_step_ = command.step();
+  v1::StepResult result;
+  result.set_epoch(epoch_);
+  result.set_step(command.step());
+  const absl::Time start = absl::Now();
+  const absl::Status status = MakeStep(command, result);
+  if (!status.ok()) {
+    // What a collective says of another rank must not look as if this worker were unavailable.
+    const bool is_command = absl::IsInvalidArgument(status);
+    return absl::Status(is_command ? status.code() : absl::StatusCode::kAborted,
+                        absl::StrCat("rank ", rank(), ", step ", command.step(), " of epoch ",
+                                     epoch_, ": ", status.message()));
+  }
+  result.set_compute_us(absl::ToInt64Microseconds(absl::Now() - start));
+  return result;
+}
+
+absl::Status StepRunner::CheckOrder(const v1::StepCommand& command) const {
+  if (command.epoch() != epoch_) {
+    return absl::FailedPreconditionError(absl::StrCat("the command is of epoch ", command.epoch(),
+                                                      ", this worker is in epoch ", epoch_));
+  }
+  if (command.step() == last_step_ + 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("step ", command.step(), " came after step ", last_step_));
+}
+
+absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult& result) {
+  ASSIGN_OR_RETURN(const StepPlan plan, slots_.Apply(command));
+  if (plan.batch.num_tokens() == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const Tensor logits, shard_.Forward(plan.batch, *kv_cache_, *communicator_));
+
+  Choices choices(plan.sampled.size(), kFault);
+  if (rank() == 0) {
+    ReportPromptLogprobs(plan, logits, result);
+    Choose(plan, logits, choices, result);
+  }
+  if (choices.empty()) return absl::OkStatus();
+  RETURN_IF_ERROR(communicator_->BroadcastFromRank0(
+      choices.data(), static_cast<int64_t>(choices.size() * sizeof(choices[0]))));
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (choices[i] == kFault) continue;
+    if (choices[i] < 0 || choices[i] >= vocab_size_) {
+      return absl::InternalError(absl::StrCat("rank 0 sent token ", choices[i]));
+    }
+    slots_.AppendSampledToken(plan.sampled[i].slot, choices[i]);
+  }
+  return absl::OkStatus();
+}
+
+void StepRunner::ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits,
+                                      v1::StepResult& result) {
+  v1::SlotLogprobs* current = nullptr;
+  for (const StepPlan::PromptRow& row : plan.prompt_rows) {
+    if (HasFault(result, row.slot)) continue;
+    const int num_top = slots_.sampling(row.slot).num_prompt_logprobs.value_or(0);
+    const absl::StatusOr<TokenLogprobs> logprobs =
+        sampler_.Logprobs(RowOf(logits, row.logit_row), row.token_id, num_top, row.position);
+    const bool continues = current != nullptr && current->slot() == static_cast<uint32_t>(row.slot);
+    if (!logprobs.ok()) {
+      if (continues) result.mutable_prompt_logprobs()->RemoveLast();
+      current = nullptr;
+      AddFault(row.slot, logprobs.status(), result);
+      continue;
+    }
+    if (!continues) {
+      current = result.add_prompt_logprobs();
+      current->set_slot(row.slot);
+    }
+    Write(*logprobs, *current->add_logprobs());
+  }
+}
+
+void StepRunner::Choose(const StepPlan& plan, const Tensor& logits, Choices& choices,
+                        v1::StepResult& result) {
+  for (size_t i = 0; i < plan.sampled.size(); ++i) {
+    const auto& [slot, logit_row] = plan.sampled[i];
+    if (HasFault(result, slot)) continue;
+    const absl::Span<const float> row = RowOf(logits, logit_row);
+    const SamplingContext context = slots_.ContextOf(slot);
+    const absl::StatusOr<int32_t> token_id = sampler_.Sample(row, context);
+    if (!token_id.ok()) {
+      AddFault(slot, token_id.status(), result);
+      continue;
+    }
+    choices[i] = *token_id;
+    result.add_sampled_slots(slot);
+    result.add_sampled_token_ids(*token_id);
+    if (!context.params.num_logprobs.has_value()) continue;
+    const absl::StatusOr<TokenLogprobs> logprobs =
+        sampler_.Logprobs(row, *token_id, *context.params.num_logprobs, context.position);
+    CHECK(logprobs.ok()) << logprobs.status();  // the row was found finite just now
+    v1::SlotLogprobs& report = *result.add_logprobs();
+    report.set_slot(slot);
+    Write(*logprobs, *report.add_logprobs());
+  }
+}
+
+}  // namespace fathom

@@ -1,0 +1,66 @@
+// What a worker is within one epoch: its mirror of the sequences, its KV cache, its place among the
+// ranks, and the making of steps from these.
+//
+// Rank 0 samples; the chosen tokens go to all ranks, so that their mirrors agree.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/communicator.h"
+#include "worker/kv_cache.h"
+#include "worker/model_shard.h"
+#include "worker/sampler.h"
+#include "worker/slot_table.h"
+
+namespace fathom {
+
+namespace v1 {
+class StepCommand;
+class StepResult;
+class TokenLogprobs;
+}  // namespace v1
+
+class StepRunner {
+ public:
+  // `shard` must outlive this.
+  StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
+             std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator);
+
+  uint64_t epoch() const { return epoch_; }
+  int rank() const { return communicator_->rank(); }
+
+  // Makes one step. After an error the runner is of no further use:
+  //   FailedPrecondition  the command is of another epoch
+  //   InvalidArgument     the command is wrong
+  //   Aborted             a collective failed, because of Abort() or another rank; says which rank
+  // Not thread-safe.
+  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command);
+
+  // Makes the step that is running, and all later ones, end soon. From any thread.
+  void Abort() { communicator_->Abort(); }
+
+ private:
+  // Token id of each sampled row, or kFault.
+  using Choices = std::vector<int32_t>;
+  static constexpr int32_t kFault = -1;
+
+  absl::Status CheckOrder(const v1::StepCommand& command) const;
+  absl::Status MakeStep(const v1::StepCommand& command, v1::StepResult& result);
+  void ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits, v1::StepResult& result);
+  void Choose(const StepPlan& plan, const Tensor& logits, Choices& choices, v1::StepResult& result);
+
+  const uint64_t epoch_;
+  const int vocab_size_;
+  ModelShard& shard_;
+  const std::unique_ptr<KvCache> kv_cache_;
+  const std::unique_ptr<Communicator> communicator_;
+  SlotTable slots_;
+  Sampler sampler_;
+  uint64_t last_step_ = 0;
+};
+
+}  // namespace fathom

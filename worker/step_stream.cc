@@ -1,0 +1,129 @@
+#include "worker/step_stream.h"
+
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "grpcpp/server_context.h"
+#include "spdlog/spdlog.h"
+
+namespace fathom {
+namespace {
+
+// How long a stopping stream waits for its last result to be read.
+constexpr absl::Duration kUnreadTime = absl::Milliseconds(100);
+
+}  // namespace
+
+grpc::Status ToGrpcStatus(const absl::Status& status) {
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
+}
+
+StepStream::StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepRunner> runner,
+                       std::function<void(StepStream*)> on_ended)
+    : context_(context), on_ended_(std::move(on_ended)), runner_(std::move(runner)) {
+  StartRead(&incoming_);
+  thread_ = std::thread([this] { MakeSteps(); });
+}
+
+void StepStream::Stop(const absl::Status& reason) {
+  absl::MutexLock lock(&mutex_);
+  if (stop_reason_.ok()) stop_reason_ = reason;
+  if (runner_ != nullptr) runner_->Abort();
+}
+
+void StepStream::OnReadDone(bool ok) {
+  absl::MutexLock lock(&mutex_);
+  if (!ok) {
+    is_reading_ = false;
+    no_more_commands_ = true;
+    return;
+  }
+  queue_.push_back(std::make_unique<v1::StepCommand>(std::move(incoming_)));
+  incoming_.Clear();
+  is_reading_ = queue_.size() < kMaxQueued;
+  if (is_reading_) StartRead(&incoming_);
+}
+
+void StepStream::OnWriteDone(bool ok) {
+  absl::MutexLock lock(&mutex_);
+  is_written_ = true;
+  write_ok_ = ok;
+}
+
+void StepStream::OnCancel() { Stop(absl::CancelledError("the coordinator went away")); }
+
+void StepStream::OnDone() {
+  thread_.join();  // it called Finish last
+  delete this;
+}
+
+void StepStream::MakeSteps() {
+  std::shared_ptr<StepRunner> runner;
+  {
+    absl::MutexLock lock(&mutex_);
+    runner = runner_;
+  }
+  absl::Status status;
+  while (status.ok()) {
+    const std::unique_ptr<v1::StepCommand> command = NextCommand();
+    if (command == nullptr) break;
+    absl::StatusOr<v1::StepResult> result = runner->Run(*command);
+    status = result.status();
+    if (!status.ok()) break;
+    outgoing_ = *std::move(result);
+    status = WriteResult();
+  }
+  runner->Abort();  // the other ranks notice
+  const uint64_t epoch = runner->epoch();
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!stop_reason_.ok()) status = stop_reason_;
+    runner_.reset();
+  }
+  runner.reset();
+  if (status.ok()) {
+    spdlog::info("left epoch {}: the coordinator closed the stream", epoch);
+  } else {
+    spdlog::warn("left epoch {}: {}", epoch, std::string(status.message()));
+  }
+  on_ended_(this);
+  Finish(ToGrpcStatus(status));
+}
+
+std::unique_ptr<v1::StepCommand> StepStream::NextCommand() {
+  absl::MutexLock lock(&mutex_);
+  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return !queue_.empty() || no_more_commands_ || !stop_reason_.ok();
+  };
+  mutex_.Await(absl::Condition(&settled));
+  if (queue_.empty() || !stop_reason_.ok()) return nullptr;
+  std::unique_ptr<v1::StepCommand> command = std::move(queue_.front());
+  queue_.pop_front();
+  if (!is_reading_ && !no_more_commands_) {
+    is_reading_ = true;
+    StartRead(&incoming_);
+  }
+  return command;
+}
+
+absl::Status StepStream::WriteResult() {
+  {
+    absl::MutexLock lock(&mutex_);
+    is_written_ = false;
+  }
+  StartWrite(&outgoing_);
+  absl::MutexLock lock(&mutex_);
+  const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return is_written_ || !stop_reason_.ok();
+  };
+  mutex_.Await(absl::Condition(&settled));
+  if (!mutex_.AwaitWithTimeout(absl::Condition(&is_written_), kUnreadTime)) {
+    context_->TryCancel();  // nobody reads
+    mutex_.Await(absl::Condition(&is_written_));
+  }
+  return write_ok_ ? absl::OkStatus() : absl::CancelledError("the coordinator went away");
+}
+
+}  // namespace fathom

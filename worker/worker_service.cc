@@ -1,0 +1,352 @@
+#include "worker/worker_service.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "spdlog/spdlog.h"
+#include "worker/gloo_communicator.h"
+#include "worker/remote_blackboard.h"
+#include "worker/shm_communicator.h"
+#include "worker/step_stream.h"
+
+namespace fathom {
+namespace {
+
+constexpr absl::Duration kProgressInterval = absl::Milliseconds(250);
+constexpr absl::Duration kLongestLookup = absl::Minutes(1);
+
+// A call that is over at once.
+class RefusedStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::StepResult> {
+ public:
+  explicit RefusedStream(const absl::Status& reason) { Finish(ToGrpcStatus(reason)); }
+  void OnDone() override { delete this; }
+};
+
+void ExitStuck() {
+  spdlog::critical("a step did not end in time after an abort; exiting");
+  spdlog::shutdown();
+  _exit(EXIT_FAILURE);
+}
+
+}  // namespace
+
+// One Join call: what it asks, its stream of progress, and whether it is still wanted.
+class WorkerService::Joining {
+ public:
+  Joining(const v1::JoinRequest& request, grpc::ServerContext& context,
+          grpc::ServerWriter<v1::JoinProgress>& writer)
+      : request_(request), context_(context), writer_(writer) {}
+
+  const v1::JoinRequest& request() const { return request_; }
+  const v1::ShardSpec& shard() const { return request_.shard(); }
+  uint64_t epoch() const { return request_.epoch(); }
+
+  // From any thread.
+  void Cancel() {
+    absl::MutexLock lock(&mutex_);
+    cancelled_ = true;
+    if (communicator_ != nullptr) communicator_->Abort();
+  }
+  // While this joining connects; null when it is done.
+  void SetCommunicator(Communicator* communicator) {
+    absl::MutexLock lock(&mutex_);
+    communicator_ = communicator;
+    if (cancelled_ && communicator_ != nullptr) communicator_->Abort();
+  }
+
+  // Aborted when the call was cancelled, by its client or for a later epoch.
+  absl::Status CheckWanted() {
+    absl::MutexLock lock(&mutex_);
+    if (!cancelled_ && !context_.IsCancelled()) return absl::OkStatus();
+    return absl::AbortedError(absl::StrCat("joining epoch ", epoch(), " was given up"));
+  }
+
+  // Tells the client, at most every kProgressInterval unless the phase is new.
+  void Report(v1::JoinProgress::Phase phase, int64_t bytes_done = 0, int64_t bytes_total = 0) {
+    const absl::Time now = absl::Now();
+    const bool is_complete = bytes_total > 0 && bytes_done >= bytes_total;
+    if (phase == phase_ && !is_complete && now < next_report_) return;
+    phase_ = phase;
+    next_report_ = now + kProgressInterval;
+    v1::JoinProgress progress;
+    progress.set_phase(phase);
+    progress.set_bytes_done(bytes_done);
+    progress.set_bytes_total(bytes_total);
+    writer_.Write(progress);  // a client that is gone shows in CheckWanted
+  }
+
+ private:
+  const v1::JoinRequest& request_;
+  grpc::ServerContext& context_;
+  grpc::ServerWriter<v1::JoinProgress>& writer_;
+  v1::JoinProgress::Phase phase_ = v1::JoinProgress::PHASE_UNSPECIFIED;
+  absl::Time next_report_;
+
+  absl::Mutex mutex_;
+  bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
+  Communicator* communicator_ ABSL_GUARDED_BY(mutex_) = nullptr;
+};
+
+WorkerService::WorkerService(const WorkerServiceOptions& options, ShardKeeper& keeper)
+    : options_(options), keeper_(keeper) {}
+
+WorkerService::~WorkerService() {
+  absl::MutexLock lock(&mutex_);
+  CHECK(stream_ == nullptr && joining_ == nullptr) << "the server still runs";
+}
+
+grpc::Status WorkerService::Describe(grpc::ServerContext*, const v1::DescribeRequest* request,
+                                     v1::DescribeResponse* response) {
+  const absl::StatusOr<WorkerMemoryPlan> plan = keeper_.Plan(request->shard());
+  if (!plan.ok()) {
+    spdlog::error("cannot be this shard: {}", std::string(plan.status().message()));
+    return ToGrpcStatus(plan.status());
+  }
+  response->set_version(options_.version);
+  keeper_.Describe(*response);
+  v1::MemoryPlan& memory = *response->mutable_plan();
+  memory.set_budget_bytes(plan->budget_bytes);
+  memory.set_weight_bytes(plan->weight_bytes);
+  memory.set_activation_bytes(plan->activation_bytes);
+  memory.set_kv_block_bytes(plan->kv_block_bytes);
+  memory.set_kv_block_capacity(plan->kv_block_capacity);
+  return grpc::Status::OK;
+}
+
+grpc::Status WorkerService::Join(grpc::ServerContext* context, const v1::JoinRequest* request,
+                                 grpc::ServerWriter<v1::JoinProgress>* writer) {
+  Joining joining(*request, *context, *writer);
+  absl::Status status = BeginJoin(joining);
+  if (!status.ok()) return ToGrpcStatus(status);
+  status = AwaitTurn(joining);
+  const bool has_turn = status.ok();
+  if (has_turn) {
+    absl::StatusOr<std::shared_ptr<StepRunner>> runner = MakeRunner(joining);
+    status = runner.ok() ? FinishJoin(joining, *std::move(runner)) : runner.status();
+  }
+  {
+    absl::MutexLock lock(&mutex_);
+    if (joining_ == &joining) joining_ = nullptr;
+    if (has_turn) is_loading_ = false;
+  }
+  if (!status.ok()) {
+    spdlog::warn("did not join epoch {}: {}", joining.epoch(), std::string(status.message()));
+    return ToGrpcStatus(status);
+  }
+  spdlog::info("joined epoch {} as rank {} of {}", joining.epoch(), joining.shard().rank(),
+               joining.shard().world_size());
+  joining.Report(v1::JoinProgress::PHASE_READY);
+  return grpc::Status::OK;
+}
+
+absl::Status WorkerService::BeginJoin(Joining& joining) {
+  absl::MutexLock lock(&mutex_);
+  if (closed_) return absl::UnavailableError("this worker is shutting down");
+  if (joining.epoch() <= last_epoch_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "epoch ", joining.epoch(), " is not newer than ", last_epoch_, ", the last one here"));
+  }
+  if (joining_ != nullptr) joining_->Cancel();
+  joining_ = &joining;
+  last_epoch_ = joining.epoch();
+  LeaveEpoch(absl::AbortedError(absl::StrCat("epoch ", joining.epoch(), " begins")));
+  blackboard_.BeginEpoch(joining.epoch());
+  return absl::OkStatus();
+}
+
+absl::Status WorkerService::AwaitTurn(Joining& joining) {
+  while (true) {
+    RETURN_IF_ERROR(joining.CheckWanted());
+    joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS);
+    absl::MutexLock lock(&mutex_);
+    const auto is_free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !is_loading_; };
+    if (!mutex_.AwaitWithTimeout(absl::Condition(&is_free), kProgressInterval)) continue;
+    is_loading_ = true;
+    return absl::OkStatus();
+  }
+}
+
+absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& joining) {
+  const v1::ShardSpec& shard = joining.shard();
+  RETURN_IF_ERROR(joining.CheckWanted());
+  ASSIGN_OR_RETURN(const WorkerMemoryPlan plan, keeper_.Plan(shard));
+  const uint32_t num_kv_blocks = joining.request().num_kv_blocks();
+  if (num_kv_blocks < 1 || num_kv_blocks > static_cast<uint32_t>(plan.kv_block_capacity)) {
+    return absl::InvalidArgumentError(absl::StrCat("num_kv_blocks is ", num_kv_blocks,
+                                                   ", expected 1 to ", plan.kv_block_capacity));
+  }
+  ASSIGN_OR_RETURN(
+      ModelShard * model, keeper_.Load(shard, [&](int64_t bytes_done, int64_t bytes_total) {
+        joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS, bytes_done, bytes_total);
+      }));
+  joining.Report(v1::JoinProgress::PHASE_ALLOCATING_KV);
+  ASSIGN_OR_RETURN(
+      std::unique_ptr<KvCache> kv_cache,
+      keeper_.CreateKvCache(static_cast<int>(shard.block_size()), static_cast<int>(num_kv_blocks)));
+  ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, Connect(joining));
+  return std::make_shared<StepRunner>(joining.epoch(),
+                                      keeper_.SlotLimits(shard, static_cast<int>(num_kv_blocks)),
+                                      *model, std::move(kv_cache), std::move(communicator));
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& joining) {
+  const v1::ShardSpec& shard = joining.shard();
+  if (shard.world_size() == 1) return MakeLonelyCommunicator();
+  const std::string& rank0_address = joining.request().rank0_address();
+  const absl::Duration timeout = absl::Milliseconds(joining.request().timeout_ms());
+  joining.Report(v1::JoinProgress::PHASE_CONNECTING);
+
+  std::unique_ptr<Blackboard> blackboard;
+  if (shard.rank() == 0) {
+    blackboard = std::make_unique<LocalBlackboard>(blackboard_, joining.epoch());
+  } else {
+    ASSIGN_OR_RETURN(blackboard, ConnectToBlackboard(rank0_address, options_.tls, joining.epoch(),
+                                                     absl::Now() + timeout));
+  }
+  const auto rank = static_cast<int>(shard.rank());
+  const auto world_size = static_cast<int>(shard.world_size());
+  std::unique_ptr<GroupCommunicator> communicator;
+  switch (joining.request().collectives()) {
+    case v1::JoinRequest::COLLECTIVES_SHM:
+      communicator = MakeShmCommunicator({.rank = rank,
+                                          .world_size = world_size,
+                                          .epoch = joining.epoch(),
+                                          .timeout = options_.collective_timeout});
+      break;
+    case v1::JoinRequest::COLLECTIVES_GLOO: {
+      ASSIGN_OR_RETURN(const std::string host, LocalHostTowards(rank0_address));
+      communicator = MakeGlooCommunicator({.rank = rank,
+                                           .world_size = world_size,
+                                           .host = host,
+                                           .timeout = options_.collective_timeout});
+      break;
+    }
+    default:
+      return absl::InvalidArgumentError("collectives are neither shm nor gloo");
+  }
+  RETURN_IF_ERROR(AwaitAllLoaded(joining, *blackboard));
+  joining.SetCommunicator(communicator.get());
+  const absl::Status status = communicator->Connect(*blackboard, absl::Now() + timeout);
+  joining.SetCommunicator(nullptr);
+  RETURN_IF_ERROR(status);
+  return communicator;
+}
+
+absl::Status WorkerService::AwaitAllLoaded(Joining& joining, Blackboard& blackboard) {
+  const auto await = [&](const std::string& key) -> absl::Status {
+    while (true) {
+      RETURN_IF_ERROR(joining.CheckWanted());
+      joining.Report(v1::JoinProgress::PHASE_CONNECTING);
+      const absl::Status status = blackboard.Lookup(key, absl::Now() + kProgressInterval).status();
+      if (!absl::IsDeadlineExceeded(status)) return status;
+    }
+  };
+  const v1::ShardSpec& shard = joining.shard();
+  if (shard.rank() != 0) {
+    RETURN_IF_ERROR(blackboard.Publish(absl::StrCat("loaded ", shard.rank()), "yes"));
+    return await("all loaded");
+  }
+  for (uint32_t rank = 1; rank < shard.world_size(); ++rank) {
+    RETURN_IF_ERROR(await(absl::StrCat("loaded ", rank)));
+  }
+  return blackboard.Publish("all loaded", "yes");
+}
+
+absl::Status WorkerService::FinishJoin(Joining& joining, std::shared_ptr<StepRunner> runner) {
+  RETURN_IF_ERROR(joining.CheckWanted());
+  absl::MutexLock lock(&mutex_);
+  if (joining_ != &joining || closed_) {
+    return absl::AbortedError(absl::StrCat("epoch ", joining.epoch(), " is over already"));
+  }
+  CHECK(runner_ == nullptr);
+  runner_ = std::move(runner);
+  return absl::OkStatus();
+}
+
+grpc::ServerBidiReactor<v1::StepCommand, v1::StepResult>* WorkerService::Run(
+    grpc::CallbackServerContext* context) {
+  absl::MutexLock lock(&mutex_);
+  if (runner_ == nullptr) {
+    return new RefusedStream(absl::FailedPreconditionError("this worker is in no epoch: Join"));
+  }
+  if (stream_ != nullptr) {
+    return new RefusedStream(absl::FailedPreconditionError(
+        absl::StrCat("epoch ", runner_->epoch(), " has a Run stream already")));
+  }
+  stream_ = new StepStream(context, runner_, [this](StepStream* stream) { OnStreamEnded(stream); });
+  return stream_;
+}
+
+void WorkerService::OnStreamEnded(StepStream* stream) {
+  absl::MutexLock lock(&mutex_);
+  CHECK(stream_ == stream);
+  stream_ = nullptr;
+  runner_.reset();
+}
+
+void WorkerService::LeaveEpoch(const absl::Status& reason) {
+  if (stream_ == nullptr) {
+    runner_.reset();
+    return;
+  }
+  StepStream* const leaving = stream_;
+  leaving->Stop(reason);
+  const auto has_left = [this, leaving]()
+                            ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stream_ != leaving; };
+  if (mutex_.AwaitWithTimeout(absl::Condition(&has_left), options_.abort_timeout)) return;
+  (options_.on_stuck ? options_.on_stuck : ExitStuck)();
+}
+
+grpc::Status WorkerService::Abort(grpc::ServerContext*, const v1::AbortRequest* request,
+                                  v1::AbortResponse*) {
+  absl::MutexLock lock(&mutex_);
+  // No step of an older epoch can be running: its successor's Join saw to that.
+  if (request->epoch() < last_epoch_) return grpc::Status::OK;
+  last_epoch_ = request->epoch();  // a Join of that epoch that is still on its way comes too late
+  if (joining_ != nullptr) {
+    joining_->Cancel();
+    joining_ = nullptr;
+  }
+  LeaveEpoch(absl::AbortedError(absl::StrCat("epoch ", request->epoch(), " was aborted")));
+  return grpc::Status::OK;
+}
+
+grpc::Status WorkerService::Publish(grpc::ServerContext*, const v1::PublishRequest* request,
+                                    v1::PublishResponse*) {
+  return ToGrpcStatus(blackboard_.Publish(request->epoch(), request->key(), request->value()));
+}
+
+grpc::Status WorkerService::Lookup(grpc::ServerContext* context, const v1::LookupRequest* request,
+                                   v1::LookupResponse* response) {
+  const absl::Time deadline =
+      std::min(absl::FromChrono(context->deadline()), absl::Now() + kLongestLookup);
+  absl::StatusOr<std::string> value =
+      blackboard_.Lookup(request->epoch(), request->key(), deadline);
+  if (value.ok()) response->set_value(*std::move(value));
+  return ToGrpcStatus(value.status());
+}
+
+bool WorkerService::WaitUntilIdle(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  const auto is_idle = [this]()
+                           ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return stream_ == nullptr; };
+  return mutex_.AwaitWithDeadline(absl::Condition(&is_idle), deadline);
+}
+
+void WorkerService::Close() {
+  blackboard_.Close();
+  absl::MutexLock lock(&mutex_);
+  closed_ = true;
+  if (joining_ != nullptr) joining_->Cancel();
+  LeaveEpoch(absl::UnavailableError("this worker is shutting down"));
+}
+
+}  // namespace fathom
