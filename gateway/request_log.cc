@@ -49,7 +49,7 @@ void RequestLog::OnRequestEnd(const RequestRecord& record) {
                     " completion_tokens=", notes.completion_tokens);
   }
   if (!record.complete) line += " client went away";
-  if (probe && record.status < 400) {
+  if (probe) {
     spdlog::debug("{}", line);
   } else {
     spdlog::info("{}", line);

@@ -180,9 +180,13 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
 void AddMemoryFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--max-model-len",
                  "Tokens of prompt and output together, e.g. 8192, 32k, 32K "
-                 "[the model's limit]")
+                 "[auto: the model's limit, or what fits]")
       ->type_name("COUNT")
-      ->check(CountInto(&options.max_model_len, 1, std::numeric_limits<int32_t>::max()));
+      ->check([&options](const std::string& value) {
+        options.max_model_len = 0;
+        if (value == "auto" || value == "-1") return std::string();
+        return CountInto(&options.max_model_len, 1, std::numeric_limits<int32_t>::max())(value);
+      });
   app.add_option("--gpu-memory-utilization", options.gpu_memory_utilization,
                  "Share of the device's memory to use; on a CPU of the host's, by all workers")
       ->capture_default_str()

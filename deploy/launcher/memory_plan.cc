@@ -12,6 +12,7 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "deploy/launcher/child_process.h"
@@ -42,6 +43,18 @@ std::string DescribeBlockSize(const ServeOptions& options) {
                           ? "the default: little is lost in a sequence's last block"
                           : "as --block-size asks; every size computes the same numbers",
                       ")");
+}
+
+// What a worker's log says, without the "E 14:02:03.123 " before each line.
+std::string WithoutLogPrefixes(absl::string_view log) {
+  constexpr size_t kPrefixBytes = sizeof("E 14:02:03.123 ") - 1;
+  std::vector<std::string> lines;
+  for (absl::string_view line : absl::StrSplit(absl::StripAsciiWhitespace(log), '\n')) {
+    const bool has_prefix = line.size() > kPrefixBytes && line[1] == ' ' && line[4] == ':' &&
+                            line[7] == ':' && line[10] == '.';
+    lines.emplace_back(has_prefix ? line.substr(kPrefixBytes) : line);
+  }
+  return absl::StrJoin(lines, "\n");
 }
 
 }  // namespace
@@ -75,7 +88,7 @@ absl::StatusOr<MemoryPlan> ParseMemoryPlan(const std::string& json) {
 absl::StatusOr<MemoryPlan> PlanMemory(const ServeOptions& options, const std::string& program_dir) {
   ASSIGN_OR_RETURN(const FinishedProcess check, RunToEnd(CheckArguments(options, program_dir)));
   if (check.wait_status == 0) return ParseMemoryPlan(check.output);
-  const absl::string_view errors = absl::StripAsciiWhitespace(check.errors);
+  const std::string errors = WithoutLogPrefixes(check.errors);
   const bool refused =
       WIFEXITED(check.wait_status) &&
       (WEXITSTATUS(check.wait_status) == EX_CONFIG || WEXITSTATUS(check.wait_status) == EX_USAGE);

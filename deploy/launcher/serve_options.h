@@ -34,7 +34,7 @@ struct ServeOptions {
   int64_t kv_cache_memory_bytes = 0;    // per worker; 0: what the utilisation leaves
   double gpu_memory_utilization = 0.9;  // share of the device's memory; on a CPU of the host's
   int block_size = 0;                   // tokens per KV block; 0: the default, kDefaultBlockSize
-  int64_t max_model_len = 0;            // tokens; 0: the model's own limit
+  int64_t max_model_len = 0;            // tokens; 0: the model's limit, or what fits
 
   // How much is done at once.
   int64_t max_num_seqs = 256;

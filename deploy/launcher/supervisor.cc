@@ -72,7 +72,7 @@ Supervisor::~Supervisor() = default;
 int Supervisor::Run() {
   const Clock::time_point now = Clock::now();
   unhealthy_since_ = now;
-  next_probe_ = now;
+  LookForHealth(now);
   for (const auto& child : children_) child->restart_at = now;
   while (!IsFinished()) {
     const Clock::time_point time = Clock::now();
@@ -144,7 +144,7 @@ void Supervisor::OnExit(Child& child, int wait_status) {
     is_healthy_ = false;
     unhealthy_since_ = Clock::now();
   }
-  next_probe_ = Clock::now();
+  LookForHealth(Clock::now());
   if (IsHopeless(wait_status)) {
     log_.Own(absl::StrCat(what, ", starting it again would not help: ", child.last_line));
     BeginStop(WEXITSTATUS(wait_status));
@@ -209,6 +209,11 @@ void Supervisor::AdvanceStop(Clock::time_point now) {
   }
 }
 
+void Supervisor::LookForHealth(Clock::time_point now) {
+  next_probe_ = now;
+  probe_interval_ = options_.first_probe_interval;
+}
+
 void Supervisor::AdvanceProbe(Clock::time_point now) {
   if (goal_ != Goal::kServe || is_healthy_) return;
   if (!probe_.is_running()) {
@@ -218,7 +223,8 @@ void Supervisor::AdvanceProbe(Clock::time_point now) {
   }
   const std::optional<HealthProbe::Answer> answer = probe_.Continue(now);
   if (!answer.has_value()) return;
-  next_probe_ = now + options_.probe_interval;
+  next_probe_ = now + probe_interval_;
+  probe_interval_ = std::min(probe_interval_ * 5 / 4, options_.longest_probe_interval);
   if (*answer != HealthProbe::Answer::kHealthy) return;
   // A dead child that health does not know of yet: ask again when it is back.
   for (const auto& child : children_) {

@@ -28,9 +28,11 @@ class Supervisor {
   using Clock = std::chrono::steady_clock;
   struct Options {
     RestartBackoff::Options backoff = {};
-    std::chrono::seconds drain_timeout{30};        // of stage 0; the children keep to it too
-    std::chrono::milliseconds probe_interval{50};  // of health, until it is good
-    std::chrono::seconds grace{5};                 // beyond what a stage should need
+    std::chrono::seconds drain_timeout{30};  // of stage 0; the children keep to it too
+    // Health is asked for until it is good: often at first, then less so.
+    std::chrono::milliseconds first_probe_interval{20};
+    std::chrono::milliseconds longest_probe_interval{1000};
+    std::chrono::seconds grace{5};  // beyond what a stage should need
   };
   // Called from Run.
   struct Listeners {
@@ -58,6 +60,7 @@ class Supervisor {
   void EnterStage(int stage);
   void KillAll();
   void AdvanceStop(Clock::time_point now);
+  void LookForHealth(Clock::time_point now);
   void AdvanceProbe(Clock::time_point now);
   void StartDue(Clock::time_point now);
   bool AnyAlive(int stage) const;
@@ -81,6 +84,7 @@ class Supervisor {
   bool was_ready_ = false;
   Clock::time_point unhealthy_since_;
   Clock::time_point next_probe_;
+  std::chrono::milliseconds probe_interval_{0};
 };
 
 }  // namespace fathom

@@ -101,6 +101,8 @@ TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
   EXPECT_EQ(Served({"-tp", "4"}).tensor_parallel_size, 4);
   EXPECT_EQ(Served({"--max_num_seqs", "7"}).max_num_seqs, 7);
   EXPECT_EQ(Served({"--max_model_len=10"}).max_model_len, 10);
+  EXPECT_EQ(Served({"--max-model-len", "auto"}).max_model_len, 0);
+  EXPECT_EQ(Served({"--max-model-len", "-1"}).max_model_len, 0);
   EXPECT_EQ(Served({"-q", "fp8"}).quantization, "fp8");
   EXPECT_EQ(Served({"--dtype", "float"}).dtype, "float32");
   EXPECT_EQ(Served({"--host", "localhost"}).host, "127.0.0.1");

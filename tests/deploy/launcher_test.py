@@ -194,7 +194,8 @@ class LauncherTest(unittest.TestCase):
         self.end(0)
 
     def test_refuses_a_model_that_the_worker_refuses(self):
-        (self.folder / "refusal").write_text("num_attention_heads 8 is not divisible by 3")
+        (self.folder / "refusal").write_text(
+            "E 14:02:03.123 num_attention_heads 8 is not divisible by 3")
         self.launch()
         self.refused(78, "^fathom: num_attention_heads 8 is not divisible by 3$")
 

@@ -141,11 +141,16 @@ class DockerfileTest(unittest.TestCase):
         text = (ROOT / "deploy/container/Dockerfile").read_text()
         image = set(re.findall(r"^      (lib\S+)", text.split("FROM debian:12-slim\n")[-1],
                                re.MULTILINE))
-        # What comes along with those, and with every Debian.
-        for package in sorted(image):
-            depends = subprocess.run(["dpkg-query", "-W", "-f", "${Depends}", package],
+        unseen = set(image)  # and what comes along with those
+        while unseen:
+            depends = subprocess.run(["dpkg-query", "-W", "-f", "${Depends}\n", *unseen],
                                      capture_output=True, text=True, check=True).stdout
-            image |= {name.split()[0].split(":")[0] for name in depends.split(",") if name.strip()}
+            found = {name.split()[0].split(":")[0] for name in re.split(r"[,\n|]", depends)
+                     if name.strip()}
+            installed = subprocess.run(["dpkg-query", "-W", "-f", "${Package}\n", *found],
+                                       capture_output=True, text=True).stdout.split()
+            unseen = set(installed) - image
+            image |= unseen
         needed = {}
         for program in ("fathom", "fathom-worker", "fathom-coordinator", "fathom-gateway"):
             linked = subprocess.run(["ldd", BIN / program], capture_output=True, text=True,

@@ -20,7 +20,6 @@ from safetensors_file import e4m3_codes, e4m3_decode, load, load_checkpoint  # n
 GOLDEN_TOLERANCE = 1e-5
 
 
-@unittest.skipUnless(GOLDEN.exists(), "tests/golden is not in this tree yet")
 class GoldenTest(unittest.TestCase):
     def check(self, name):
         golden = load(GOLDEN / name / "golden.safetensors")
