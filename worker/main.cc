@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
@@ -268,7 +269,9 @@ int Main(int argc, char** argv) {
   try {  // CLI11 throws; this is the one place where it is caught
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? EXIT_SUCCESS : EX_USAGE;
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    std::fprintf(stderr, "%s (see fathom-worker --help)\n", error.what());
+    return EX_USAGE;
   }
   Complete(flags);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("worker"));

@@ -1,6 +1,7 @@
 #include "worker/memory_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <string>
@@ -14,14 +15,19 @@
 namespace fathom {
 namespace {
 
-std::string Gib(int64_t bytes) {
-  return absl::StrFormat("%.3g GiB", static_cast<double>(bytes) / (int64_t{1} << 30));
+std::string Human(int64_t bytes) {
+  double value = static_cast<double>(bytes);
+  for (const char* unit : {"bytes", "KiB", "MiB"}) {
+    if (std::abs(value) < 1024) return absl::StrFormat("%.4g %s", value, unit);
+    value /= 1024;
+  }
+  return absl::StrFormat("%.4g GiB", value);
 }
 
 std::string WhatIsTaken(const MemoryNeeds& needs, int64_t budget_bytes) {
-  return absl::StrCat("The budget of this worker is ", Gib(budget_bytes), " (", budget_bytes,
-                      " bytes), of which the weights take ", Gib(needs.weight_bytes),
-                      " and the activations ", Gib(needs.activation_bytes), ".");
+  return absl::StrCat("The budget of this worker is ", Human(budget_bytes), " (", budget_bytes,
+                      " bytes), of which the weights take ", Human(needs.weight_bytes),
+                      " and the activations ", Human(needs.activation_bytes), ".");
 }
 
 // Bytes that are left for KV blocks; budget_bytes is out.
@@ -33,9 +39,9 @@ absl::StatusOr<int64_t> KvBytes(const MemoryPlanOptions& options, const MemoryNe
     budget_bytes = fixed_bytes + *options.kv_cache_memory_bytes;
     if (budget_bytes <= share_bytes) return *options.kv_cache_memory_bytes;
     return absl::ResourceExhaustedError(absl::StrCat(
-        "weights, activations and --kv-cache-memory-bytes add up to ", Gib(budget_bytes), " (",
+        "weights, activations and --kv-cache-memory-bytes add up to ", Human(budget_bytes), " (",
         budget_bytes, " bytes) per worker, but ", needs.workers_on_this_host,
-        " workers share a host of ", Gib(needs.host_bytes), ". Try decreasing ",
+        " workers share a host of ", Human(needs.host_bytes), ". Try decreasing ",
         "--kv-cache-memory-bytes to at most ", std::max<int64_t>(0, share_bytes - fixed_bytes)));
   }
   budget_bytes =
@@ -74,12 +80,13 @@ absl::StatusOr<WorkerMemoryPlan> PlanWorkerMemory(const MemoryPlanOptions& optio
     const int64_t blocks = (needs.max_model_len + needs.block_size - 1) / needs.block_size;
     return absl::ResourceExhaustedError(absl::StrCat(
         "To serve at least one request with the model's max seq len (", needs.max_model_len, "), ",
-        Gib(blocks * needs.kv_block_bytes), " KV cache is needed, which is larger than the ",
-        "available KV cache memory (", Gib(kv_bytes), "). ", WhatIsTaken(needs, plan.budget_bytes),
+        Human(blocks * needs.kv_block_bytes), " KV cache is needed, which is larger than the ",
+        "available KV cache memory (", Human(kv_bytes), "). ",
+        WhatIsTaken(needs, plan.budget_bytes),
         " Based on the available memory, the estimated maximum model length is ", kv_tokens,
         ". Try increasing --kv-cache-memory-bytes (without it a CPU worker takes at most ",
-        Gib(options.default_kv_cache_limit_bytes), ") or --gpu-memory-utilization, or decreasing ",
-        "--max-model-len"));
+        Human(options.default_kv_cache_limit_bytes),
+        ") or --gpu-memory-utilization, or decreasing ", "--max-model-len"));
   }
   plan.max_model_len =
       needs.max_model_len > 0

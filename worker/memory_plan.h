@@ -14,7 +14,7 @@ struct MemoryPlanOptions {
   // Share of the host's memory that all its workers together may take.
   double gpu_memory_utilization = 0.9;
   // Bytes for KV blocks, whatever the share would leave. Absent: what the share leaves.
-  std::optional<int64_t> kv_cache_memory_bytes;
+  std::optional<int64_t> kv_cache_memory_bytes = std::nullopt;
   // Most bytes for KV blocks when kv_cache_memory_bytes is absent. Host memory has other users, and
   // promised pages that are touched too late bring down a process that did nothing wrong.
   int64_t default_kv_cache_limit_bytes = int64_t{512} << 20;

@@ -9,16 +9,26 @@
 
 #include <array>
 #include <cerrno>
+#include <filesystem>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 
 namespace fathom {
 namespace {
+
+constexpr char kFolder[] = "/dev/shm";  // where shm_open keeps its names
+constexpr char kPrefix[] = "fathom-";
+constexpr int kCreatorLock = 1 << 30;  // beyond any rank
+// A segment without a creator's lock may be one that is just being created; not after this time.
+constexpr absl::Duration kAbandonedAfter = absl::Seconds(10);
 
 std::string RandomToken() {
   std::array<char, 16> bytes;
@@ -28,7 +38,7 @@ std::string RandomToken() {
 
 absl::Status NoRoom(int64_t num_bytes) {
   struct statvfs space = {};
-  const bool known = statvfs("/dev/shm", &space) == 0;
+  const bool known = statvfs(kFolder, &space) == 0;
   return absl::ResourceExhaustedError(absl::StrCat(
       "the ranks need ", num_bytes, " bytes of shared memory in /dev/shm, which has ",
       known ? absl::StrCat(static_cast<uint64_t>(space.f_bavail) * space.f_frsize)
@@ -36,24 +46,33 @@ absl::Status NoRoom(int64_t num_bytes) {
       " bytes free: make it larger (a container's --shm-size, an emptyDir of medium Memory)"));
 }
 
-struct flock LockOf(int rank, short type) {
+struct flock LockOf(int byte) {
   struct flock lock = {};
-  lock.l_type = type;
+  lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
-  lock.l_start = rank;
+  lock.l_start = byte;
   lock.l_len = 1;
   return lock;
+}
+
+bool IsLockedElsewhere(int descriptor, int byte) {
+  struct flock lock = LockOf(byte);
+  const int result = fcntl(descriptor, F_OFD_GETLK, &lock);
+  return result != 0 || lock.l_type != F_UNLCK;  // in doubt it is
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<SharedSegment>> SharedSegment::Create(const std::string& label,
                                                                      int64_t num_bytes) {
-  const std::string name = absl::StrCat("/fathom-", label, "-", RandomToken());
+  RemoveAbandoned(absl::Now());
+  const std::string name = absl::StrCat("/", kPrefix, label, "-", RandomToken());
   const int descriptor = shm_open(name.c_str(), O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, 0600);
   if (descriptor < 0) return absl::ErrnoToStatus(errno, absl::StrCat("cannot create '", name, "'"));
   auto segment = std::unique_ptr<SharedSegment>(new SharedSegment(name, descriptor, num_bytes));
   segment->owns_name_ = true;
+  struct flock lock = LockOf(kCreatorLock);
+  fcntl(descriptor, F_OFD_SETLK, &lock);
   int error;
   do {
     error = posix_fallocate(descriptor, 0, num_bytes);
@@ -107,15 +126,29 @@ void SharedSegment::RemoveName() {
 }
 
 absl::Status SharedSegment::ClaimRank(int rank) {
-  struct flock lock = LockOf(rank, F_WRLCK);
+  struct flock lock = LockOf(rank);
   if (fcntl(descriptor_, F_OFD_SETLK, &lock) == 0) return absl::OkStatus();
   return absl::FailedPreconditionError(absl::StrCat("rank ", rank, " is taken by another worker"));
 }
 
 bool SharedSegment::IsClaimedElsewhere(int rank) const {
-  struct flock lock = LockOf(rank, F_WRLCK);
-  const int result = fcntl(descriptor_, F_OFD_GETLK, &lock);
-  return result != 0 || lock.l_type != F_UNLCK;  // in doubt it lives; the timeout decides
+  return IsLockedElsewhere(descriptor_, rank);
+}
+
+void SharedSegment::RemoveAbandoned(absl::Time now) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(kFolder, error)) {
+    const std::string name = entry.path().filename().string();
+    if (!absl::StartsWith(name, kPrefix)) continue;
+    const int descriptor = open(entry.path().c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (descriptor < 0) continue;  // another user's, or gone
+    struct stat file = {};
+    if (fstat(descriptor, &file) == 0 && now - absl::FromTimeT(file.st_ctime) > kAbandonedAfter &&
+        !IsLockedElsewhere(descriptor, kCreatorLock)) {
+      shm_unlink(name.c_str());
+    }
+    close(descriptor);
+  }
 }
 
 }  // namespace fathom

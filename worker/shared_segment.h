@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace fathom {
 
@@ -23,6 +24,9 @@ class SharedSegment {
   // rather than a SIGBUS later.
   static absl::StatusOr<std::unique_ptr<SharedSegment>> Create(const std::string& label,
                                                                int64_t num_bytes);
+  // Removes the names of segments whose creators died before they could. Create calls it.
+  static void RemoveAbandoned(absl::Time now);
+
   // NotFound when there is no such segment; FailedPrecondition when it has another size.
   static absl::StatusOr<std::unique_ptr<SharedSegment>> Open(const std::string& name,
                                                              int64_t num_bytes);

@@ -83,6 +83,11 @@ size_t RequestParser::Parse(std::string_view bytes) {
 }
 
 size_t RequestParser::ScanHead(std::string_view bytes) {
+  // Another protocol, TLS for one, may never send the end of a line.
+  if (!bytes.empty() && !absl::ascii_isalpha(bytes[0])) {
+    Refuse(400, "the request does not begin with a method");
+    return std::string_view::npos;
+  }
   for (size_t i = scanned_bytes_; i < bytes.size(); ++i) {
     if (i >= limits_.head_bytes) {
       if (bytes.substr(0, i).find('\n') == std::string_view::npos) {
@@ -113,6 +118,7 @@ size_t RequestParser::ScanHead(std::string_view bytes) {
 
 size_t RequestParser::ParseHead(std::string_view bytes) {
   size_t skipped = 0;  // an empty line before the request is forgiven (RFC 9112 §2.2)
+  if (bytes == "\r") return 0;
   if (scanned_bytes_ == 0 && bytes.starts_with("\r\n")) skipped = 2;
   bytes.remove_prefix(skipped);
   const size_t head_bytes = ScanHead(bytes);
@@ -169,7 +175,7 @@ void RequestParser::CheckHead() {
     request_.headers.emplace_back(std::move(name), View(field.value()));
   }
   is_http_1_0_ = message.version() == 10;
-  keep_alive_ = grammar_->parser.keep_alive();
+  keep_alive_ = head_done() && grammar_->parser.keep_alive();  // not when it is refused
   if (message.version() != 10 && message.version() != 11) {
     return Refuse(505, "expected HTTP/1.1 or HTTP/1.0");
   }

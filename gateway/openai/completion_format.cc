@@ -10,7 +10,7 @@ namespace fathom {
 CompletionFormat::CompletionFormat(CompletionFormatOptions options, TokenNames names)
     : options_(std::move(options)),
       names_(names),
-      text_characters_(options_.prompts.size() * options_.n),
+      text_offsets_(options_.prompts.size() * options_.n),
       started_(options_.prompts.size() * options_.n) {}
 
 void CompletionFormat::WriteHeader(JsonWriter& json) const {
@@ -21,7 +21,7 @@ void CompletionFormat::WriteHeader(JsonWriter& json) const {
 }
 
 void CompletionFormat::WriteLogprobs(size_t choice, const ChoiceDelta& delta, Part part,
-                                     JsonWriter& json) const {
+                                     JsonWriter& json) {
   std::vector<TokenRecord> tokens;
   if (part == Part::kPromptAndOutput) {
     const std::vector<uint32_t>& prompt = options_.prompts[choice / options_.n];
@@ -34,7 +34,7 @@ void CompletionFormat::WriteLogprobs(size_t choice, const ChoiceDelta& delta, Pa
     tokens.push_back(
         {delta.token_ids[i], i < delta.logprobs.size() ? &delta.logprobs[i] : nullptr});
   }
-  WriteCompletionLogprobs(tokens, text_characters_[choice], names_, json);
+  text_offsets_[choice] = WriteCompletionLogprobs(tokens, text_offsets_[choice], names_, json);
 }
 
 void CompletionFormat::WriteChoice(size_t choice, const ChoiceDelta& delta, Part part,
@@ -49,7 +49,6 @@ void CompletionFormat::WriteChoice(size_t choice, const ChoiceDelta& delta, Part
   } else {
     json.Null();
   }
-  text_characters_[choice] += CountCharacters(text);
   WriteFinishReason(delta, json);
   WriteStopReason(delta, json);
 }

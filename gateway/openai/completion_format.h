@@ -43,12 +43,12 @@ class CompletionFormat : public AnswerFormat {
   void WriteHeader(JsonWriter& json) const;
   // "index" to "stop_reason".
   void WriteChoice(size_t choice, const ChoiceDelta& delta, Part part, JsonWriter& json);
-  void WriteLogprobs(size_t choice, const ChoiceDelta& delta, Part part, JsonWriter& json) const;
+  void WriteLogprobs(size_t choice, const ChoiceDelta& delta, Part part, JsonWriter& json);
 
   const CompletionFormatOptions options_;
   const TokenNames names_;
-  std::vector<int64_t> text_characters_;  // [choice] sent so far
-  std::vector<bool> started_;             // [choice]
+  std::vector<int64_t> text_offsets_;  // [choice] of the next token
+  std::vector<bool> started_;          // [choice]
 };
 
 }  // namespace fathom

@@ -43,14 +43,15 @@ void WriteChatToken(uint32_t token_id, float logprob, const TokenNames& names, J
   WriteBytes(names.BytesOf(token_id), json);
 }
 
-}  // namespace
-
+// Characters of UTF-8 text.
 int64_t CountCharacters(std::string_view text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; });
 }
 
-void WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first_offset,
-                             const TokenNames& names, JsonWriter& json) {
+}  // namespace
+
+int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first_offset,
+                                const TokenNames& names, JsonWriter& json) {
   json.BeginObject().Key("text_offset").BeginArray();
   int64_t offset = first_offset;
   for (const TokenRecord& token : tokens) {
@@ -76,6 +77,7 @@ void WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first
     }
   }
   json.EndArray().EndObject();
+  return offset;
 }
 
 void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& names,

@@ -21,10 +21,10 @@ struct TokenRecord {
 };
 
 // {"text_offset":[…],"token_logprobs":[…],"tokens":[…],"top_logprobs":[{token: logprob, …}, …]}
-// Offsets count characters, from `first_offset`. Each map holds the token itself first, then the
-// best ones.
-void WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first_offset,
-                             const TokenNames& names, JsonWriter& json);
+// Offsets count the characters of the tokens' names, from `first_offset`; returns the one after the
+// last. Each map holds the token itself first, then the best ones.
+int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first_offset,
+                                const TokenNames& names, JsonWriter& json);
 
 // {"content":[{"token":…,"logprob":…,"bytes":[…],"top_logprobs":[…]}, …]}
 void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& names,
@@ -34,8 +34,5 @@ void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& n
 // which has none, each with its best ones.
 void WritePromptLogprobs(absl::Span<const v1::TokenLogprobs> prompt_logprobs,
                          const TokenNames& names, JsonWriter& json);
-
-// Characters of UTF-8 text.
-int64_t CountCharacters(std::string_view text);
 
 }  // namespace fathom

@@ -102,6 +102,16 @@ TEST_F(CompletionsTest, StreamsTheEchoInTheFirstEventOfEachChoice) {
   EXPECT_THAT(events[1], HasSubstr(R"("text":"d","logprobs":{"text_offset":[3],)"));
 }
 
+// A character of several tokens has no text until the last of them, but each has an offset.
+TEST_F(CompletionsTest, StreamsTheTextOffsetsOfTheWholeAnswer) {
+  coordinator_.SetScript(Saying(Ids("aԯb"), v1::FINISH_REASON_LENGTH));
+  const std::string request = R"({"prompt":[5],"logprobs":0,"max_tokens":4)";
+  ASSERT_EQ(Ids("aԯb").size(), 4u);
+  EXPECT_THAT(PostCompletion(request + "}").body, HasSubstr(R"("text_offset":[0,1,2,3])"));
+  const HttpResponse response = PostCompletion(request + R"(,"stream":true})");
+  EXPECT_THAT(EventsOf(response)[3], HasSubstr(R"("text":"b","logprobs":{"text_offset":[3])"));
+}
+
 TEST_F(CompletionsTest, GivesEveryChoiceOfEveryPromptItsIndexAndSeed) {
   coordinator_.SetScript([this](const v1::GenerateRequest& request, FakeStream& stream) {
     const uint32_t name = request.sampling().seed() == 7 ? Ids("x")[0] : Ids("y")[0];

@@ -1,96 +1,112 @@
-// The plan of a shard against what its loading really allocates.
-#include <gtest/gtest.h>
+#include "worker/memory_plan.h"
 
-#include <string>
-
-#include "tests/worker/counting_device.h"
-#include "tests/worker/golden.h"
-#include "worker/kv_cache.h"
-#include "worker/model_shard.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
 
 namespace fathom {
 namespace {
 
-struct Case {
-  const char* model;
-  ShardLayoutOptions layout;
-  ModelShardOptions options;
-};
+using ::testing::AllOf;
+using ::testing::HasSubstr;
 
-class MemoryPlanTest : public testing::TestWithParam<Case> {};
+constexpr int64_t kGib = int64_t{1} << 30;
+constexpr int64_t kMib = int64_t{1} << 20;
 
-TEST_P(MemoryPlanTest, IsWhatIsAllocatedToTheByte) {
-  const auto& [model, layout_options, options] = GetParam();
-  const auto config = *ReadModelConfig(GoldenCheckpoint(model));
-  const auto layout = *ShardLayout::Create(layout_options, config);
-  const auto checkpoint = *Checkpoint::Open(GoldenCheckpoint(model));
-  const auto plan = *ModelShard::Plan(options, config, layout, *checkpoint);
-
-  CountingDevice device;
-  int64_t bytes_done = 0, bytes_total = 0, weights_peak_bytes = 0;
-  const auto shard = ModelShard::Load(options, config, layout, *checkpoint, device,
-                                      [&](int64_t done, int64_t total) {
-                                        EXPECT_GT(done, bytes_done);
-                                        EXPECT_LE(done, total);
-                                        bytes_done = done;
-                                        bytes_total = total;
-                                        weights_peak_bytes = device.peak_bytes();
-                                      });
-  ASSERT_TRUE(shard.ok()) << shard.status();
-  EXPECT_EQ(device.live_bytes(), plan.weight_bytes + plan.activation_bytes);
-  EXPECT_EQ(bytes_done, bytes_total);
-
-  // While loading there is at most one more slice of a tensor: the widest linear layer's, in F32.
-  int64_t widest = 0;
-  for (const auto& [name, entry] : checkpoint->tensors()) {
-    if (name.ends_with("proj.weight") || name.ends_with("mqa.weight")) {
-      widest = std::max(widest, entry.info->shape[0] * entry.info->shape[1]);
-    }
-  }
-  EXPECT_LE(weights_peak_bytes, plan.weight_bytes + 4 * widest);
+// Two workers on a host of 10 GiB: each may take 4.5 GiB, of which 4 GiB are weights and
+// activations.
+MemoryNeeds Needs() {
+  return {.host_bytes = 10 * kGib,
+          .workers_on_this_host = 2,
+          .weight_bytes = 3 * kGib,
+          .activation_bytes = kGib,
+          .kv_block_bytes = kMib,
+          .block_size = 16,
+          .max_model_len = 1024,
+          .max_position_embeddings = 4096};
 }
 
-constexpr ModelShardOptions kSmall = {
-    .max_tokens_per_step = 64, .max_logit_rows = 16, .max_model_len = 256};
-constexpr ModelShardOptions With(DType dtype, Quantization quantization) {
-  ModelShardOptions options = kSmall;
-  options.dtype = dtype;
-  options.quantization = quantization;
-  return options;
+MemoryPlanOptions WithoutLimit() { return {.default_kv_cache_limit_bytes = 1000 * kGib}; }
+
+TEST(MemoryPlanTest, KvBlocksGetWhatTheShareLeaves) {
+  const auto plan = PlanWorkerMemory(WithoutLimit(), Needs());
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->budget_bytes, static_cast<int64_t>(4.5 * kGib));
+  EXPECT_EQ(plan->weight_bytes, 3 * kGib);
+  EXPECT_EQ(plan->activation_bytes, kGib);
+  EXPECT_EQ(plan->kv_block_bytes, kMib);
+  EXPECT_EQ(plan->kv_block_capacity, 512);
+  EXPECT_EQ(plan->max_model_len, 1024);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Shards, MemoryPlanTest,
-    testing::Values(
-        Case{"v3_tiny", {}, kSmall}, Case{"v3_tiny", {.rank = 0, .world_size = 8}, kSmall},
-        Case{"v3_tiny", {.rank = 7, .world_size = 8}, With(DType::kBF16, Quantization::kFp8)},
-        Case{"v3_tiny",
-             {.rank = 1, .world_size = 4, .enable_expert_parallel = true},
-             With(DType::kF32, Quantization::kFp8)},
-        Case{"v3_tiny_noqlora", {.rank = 1, .world_size = 2}, With(DType::kBF16, {})},
-        Case{"v2_tiny_softmax", {}, With(DType::kF32, Quantization::kFp8)},
-        Case{"v3_tiny_fp8", {}, kSmall},
-        Case{"v3_tiny_fp8", {.rank = 5, .world_size = 8}, With(DType::kBF16, Quantization::kFp8)},
-        Case{"v3_tiny_fp8", {.rank = 3, .world_size = 4, .enable_expert_parallel = true}, kSmall}));
-
-TEST(KvCacheTest, BlocksTakeWhatTheySayOverAllLayers) {
-  const auto config = *ReadModelConfig(GoldenCheckpoint("v3_tiny"));
-  // 4 layers, 16 tokens, 64 + 16 numbers of 2 bytes.
-  const KvCacheOptions options = {.dtype = DType::kBF16, .block_size = 16, .num_blocks = 10};
-  EXPECT_EQ(KvCache::BlockBytes(options, config), 4 * 16 * (64 + 16) * 2);
-
-  CountingDevice device;
-  const auto cache = *KvCache::Create(options, config, device);
-  EXPECT_EQ(device.live_bytes(), 10 * KvCache::BlockBytes(options, config));
-  EXPECT_EQ(cache->layer(0).DebugString(), "BF16[10, 16, 80]");
-  EXPECT_NE(cache->layer(0).raw(), cache->layer(3).raw());
+TEST(MemoryPlanTest, ASmallerShareLeavesLess) {
+  MemoryPlanOptions options = WithoutLimit();
+  options.gpu_memory_utilization = 0.85;
+  EXPECT_EQ(PlanWorkerMemory(options, Needs())->kv_block_capacity, 256);
 }
 
-TEST(KvCacheTest, SaysSoWhenThereIsNoRoom) {
-  const auto config = *ReadModelConfig(GoldenCheckpoint("v3_tiny"));
-  const auto device = *OpenCpuDevice({});
-  const auto cache = KvCache::Create({.num_blocks = 2'000'000'000}, config, *device);
-  EXPECT_TRUE(absl::IsResourceExhausted(cache.status())) << cache.status();
+TEST(MemoryPlanTest, TheDefaultLimitHoldsUnlessBytesAreGiven) {
+  MemoryPlanOptions options = {.default_kv_cache_limit_bytes = 100 * kMib};
+  EXPECT_EQ(PlanWorkerMemory(options, Needs())->kv_block_capacity, 100);
+  options.kv_cache_memory_bytes = 300 * kMib;
+  const auto plan = PlanWorkerMemory(options, Needs());
+  EXPECT_EQ(plan->kv_block_capacity, 300);
+  EXPECT_EQ(plan->budget_bytes, 4 * kGib + 300 * kMib);
+}
+
+TEST(MemoryPlanTest, BytesThatTheHostDoesNotHaveAreRefused) {
+  const auto plan = PlanWorkerMemory({.kv_cache_memory_bytes = kGib + 1}, Needs());
+  EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(plan.status().message()),
+              AllOf(HasSubstr("2 workers"), HasSubstr("at most 1073741824")));
+}
+
+TEST(MemoryPlanTest, WithoutALengthTheModelsOwnIsTakenOrWhatFits) {
+  MemoryNeeds needs = Needs();
+  needs.max_model_len = 0;
+  EXPECT_EQ(PlanWorkerMemory(WithoutLimit(), needs)->max_model_len, 4096);
+  needs.max_position_embeddings = 1 << 20;
+  EXPECT_EQ(PlanWorkerMemory(WithoutLimit(), needs)->max_model_len, 512 * 16);
+}
+
+TEST(MemoryPlanTest, ASequenceThatDoesNotFitIsRefusedWithTheLengthThatDoes) {
+  MemoryNeeds needs = Needs();
+  needs.max_model_len = 4096;
+  const auto plan = PlanWorkerMemory({.default_kv_cache_limit_bytes = 100 * kMib}, needs);
+  EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(plan.status().message()),
+              AllOf(HasSubstr("To serve at least one request with the model's max seq len (4096), "
+                              "256 MiB KV cache is needed"),
+                    HasSubstr("larger than the available KV cache memory (100 MiB)"),
+                    HasSubstr("estimated maximum model length is 1600"),
+                    HasSubstr("--kv-cache-memory-bytes")));
+}
+
+TEST(MemoryPlanTest, NoRoomForABlockIsRefused) {
+  MemoryNeeds needs = Needs();
+  needs.weight_bytes = 5 * kGib;
+  const auto plan = PlanWorkerMemory(WithoutLimit(), needs);
+  EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(plan.status().message()),
+              AllOf(HasSubstr("No available memory for the cache blocks"),
+                    HasSubstr("the weights take 5 GiB"), HasSubstr("4.5 GiB")));
+}
+
+TEST(MemoryPlanTest, ALengthBeyondTheModelIsRefused) {
+  MemoryNeeds needs = Needs();
+  needs.max_model_len = 4097;
+  EXPECT_EQ(PlanWorkerMemory(WithoutLimit(), needs).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(MemoryPlanTest, PlacesInTheCacheStayWithin32Bits) {
+  MemoryNeeds needs = Needs();
+  needs.kv_block_bytes = 1;
+  EXPECT_EQ(PlanWorkerMemory(WithoutLimit(), needs)->kv_block_capacity, INT32_MAX / 16);
+}
+
+TEST(HostMemoryTest, IsSomethingSensible) {
+  EXPECT_GT(HostMemoryBytes(), 64 * kMib);
+  EXPECT_LT(HostMemoryBytes(), int64_t{1} << 50);
 }
 
 }  // namespace

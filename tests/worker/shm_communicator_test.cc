@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <filesystem>
+#include <fstream>
 #include <numeric>
 #include <thread>
 
@@ -148,6 +149,18 @@ TEST(SharedSegmentTest, AClaimEndsWithItsHolder) {
   EXPECT_EQ((*segment)->ClaimRank(1).code(), absl::StatusCode::kFailedPrecondition);
   other->reset();
   EXPECT_FALSE((*segment)->IsClaimedElsewhere(1));
+}
+
+TEST(SharedSegmentTest, NamesOfDeadCreatorsAreRemovedAndOthersAreNot) {
+  auto living = SharedSegment::Create("test", 4096);
+  ASSERT_TRUE(living.ok());
+  const std::string left_behind = absl::StrCat("/dev/shm/fathom-test-", getpid());
+  std::ofstream(left_behind) << "x";
+  SharedSegment::RemoveAbandoned(absl::Now());
+  EXPECT_TRUE(std::filesystem::exists(left_behind)) << "it may be about to be claimed";
+  SharedSegment::RemoveAbandoned(absl::Now() + absl::Minutes(1));
+  EXPECT_FALSE(std::filesystem::exists(left_behind));
+  EXPECT_TRUE(std::filesystem::exists("/dev/shm" + (*living)->name()));
 }
 
 TEST(SharedSegmentTest, OpeningWhatIsNotThereOrHasAnotherSizeFails) {

@@ -1,0 +1,112 @@
+"""A row's numbers do not depend on its company, on how its prompt was cut, nor on its luck.
+
+Bitwise: the texts of the JSON numbers are compared, never their values.
+"""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fathom_server import FathomServer
+
+# Bytes of KV per token of v3_tiny: 4 layers x (64 latent + 16 rope) x 4 bytes.
+TOKEN_BYTES = 4 * (64 + 16) * 4
+
+
+def prompt_of(length, seed):
+    """Random token ids of v3_tiny (ids 0 and 1 are its special tokens)."""
+    rng = random.Random(seed)
+    return [rng.randrange(2, 512) for _ in range(length)]
+
+
+# Requests of different kinds: each is asked alone, in company, in chunks and after preemption.
+PROBES = [
+    dict(prompt=prompt_of(1, 1), max_tokens=40, temperature=0),
+    dict(prompt=prompt_of(7, 2), max_tokens=40, temperature=0, repetition_penalty=1.3),
+    dict(prompt=prompt_of(64, 3), max_tokens=40, temperature=0.8, top_p=0.9, seed=11),
+    dict(prompt=prompt_of(150, 4), max_tokens=40, temperature=1.5, top_k=50, min_p=0.01, seed=12,
+         presence_penalty=0.5, frequency_penalty=0.5, logit_bias={"7": 3.5}),
+    dict(prompt=prompt_of(300, 5), max_tokens=40, temperature=0),
+]
+COMMON = dict(echo=True, logprobs=5, ignore_eos=True, return_token_ids=True,
+              return_tokens_as_token_ids=True)
+
+
+def ask(client, probe):
+    """What must never change about an answer, with numbers as texts."""
+    reply = client.post("/v1/completions", dict(COMMON, **probe))
+    assert reply.status == 200, reply.body[:500]
+    choice = reply.exact()["choices"][0]
+    return {name: choice[name] for name in ("token_ids", "logprobs", "finish_reason")}
+
+
+def ask_together(client, probes):
+    """All at once, each on a connection of its own."""
+    with ThreadPoolExecutor(len(probes)) as pool:
+        return list(pool.map(lambda probe: ask(client, probe), probes))
+
+
+def ask_one_by_one(client):
+    """Each probe alone."""
+    return [ask(client, probe) for probe in PROBES]
+
+
+def fillers(count):
+    """Other requests, of every kind and length, to keep the probes company."""
+    rng = random.Random(99)
+    print("fillers: seed 99")
+    for number in range(count):
+        yield dict(prompt=prompt_of(rng.choice((1, 3, 17, 90)), number), max_tokens=rng.randrange(
+            1, 60), temperature=rng.choice((0, 0.7, 1.3)), top_p=rng.choice((1, 0.5)),
+            top_k=rng.choice((0, 1, 40)), seed=number, repetition_penalty=rng.choice((1, 1.2)))
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answers when each probe has a server for itself, two workers, all defaults."""
+    with FathomServer(model, tensor_parallel_size=2) as server:
+        answers = ask_one_by_one(server.client)
+        assert answers == ask_one_by_one(server.client), "the same question, asked again"
+    assert len({str(answer) for answer in answers}) == len(PROBES)
+    return answers
+
+
+def test_in_a_batch_of_64_mixed_requests_as_alone(model, alone):
+    """The probes among 59 others, all at once."""
+    probes = [*PROBES, *fillers(64 - len(PROBES))]
+    order = random.Random(5).sample(range(64), 64)
+    with FathomServer(model, tensor_parallel_size=2) as server:
+        shuffled = ask_together(server.client, [probes[index] for index in order])
+        assert server.client.metric("vllm:num_preemptions_total") == 0
+    answers = dict(zip(order, shuffled))
+    assert [answers[index] for index in range(len(PROBES))] == alone
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_with_the_prompt_cut_into_chunks_as_alone(model, alone, chunk):
+    """At most this many tokens a step."""
+    flags = ["--max-num-batched-tokens", chunk]
+    with FathomServer(model, *flags, tensor_parallel_size=2) as server:
+        assert ask_one_by_one(server.client) == alone
+        assert ask_together(server.client, PROBES) == alone
+
+
+def test_after_a_forced_preemption_as_alone(model, alone):
+    """Memory for 360 tokens: the longest probe fits alone, five together do not."""
+    flags = ["--kv-cache-memory-bytes", 360 * TOKEN_BYTES, "--max-model-len", 352]
+    with FathomServer(model, *flags, tensor_parallel_size=2) as server:
+        before = server.client.metric("vllm:num_preemptions_total")
+        for _ in range(3):
+            assert ask_together(server.client, PROBES) == alone
+        preemptions = server.client.metric("vllm:num_preemptions_total") - before
+        assert preemptions > 0, "the test did not force a preemption"
+        server.wait_until_idle()
+
+
+@pytest.mark.parametrize("block_size", [1, 128])
+def test_with_any_block_size_as_with_16(model, alone, block_size):
+    """Where KV lies in memory does not matter."""
+    flags = ["--block-size", block_size]
+    with FathomServer(model, *flags, tensor_parallel_size=2) as server:
+        assert ask_together(server.client, PROBES) == alone
