@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <numeric>
 
@@ -88,13 +89,19 @@ int32_t Sampler::Draw(absl::Span<const float> logits, float best_logit,
                       const SamplingContext& context) {
   const SamplingParams& params = context.params;
   const double inverse_temperature = 1.0 / static_cast<double>(params.temperature);
-  candidates_.clear();
-  for (int32_t id = 0; id < vocab_size_; ++id) {
-    const double weight =
-        std::exp((static_cast<double>(logits[id]) - best_logit) * inverse_temperature);
-    if (weight > 0.0 && weight >= params.min_p) candidates_.push_back({id, logits[id], weight});
+  // min_p and top_k both keep a run of the best tokens, so their order does not matter; this one
+  // computes fewer exponentials.
+  if (params.top_k > 0) {
+    CollectTopK(logits, params.top_k);
+  } else {
+    CollectAll(logits);
   }
-  if (params.top_k > 0) KeepTopK(params.top_k);
+  for (Candidate& candidate : candidates_) {
+    candidate.weight =
+        std::exp((static_cast<double>(candidate.logit) - best_logit) * inverse_temperature);
+  }
+  const double least_weight = std::max<double>(params.min_p, std::numeric_limits<double>::min());
+  std::erase_if(candidates_, [&](const Candidate& c) { return c.weight < least_weight; });
   if (params.top_p < 1.0f) KeepTopP(params.top_p);
 
   // In the order of ids, so that rounding does not depend on how the best ones were found.
@@ -113,32 +120,62 @@ int32_t Sampler::Draw(absl::Span<const float> logits, float best_logit,
   return candidates_.back().token_id;
 }
 
-void Sampler::KeepTopK(int top_k) {
-  if (static_cast<size_t>(top_k) >= candidates_.size()) return;
-  std::nth_element(candidates_.begin(), candidates_.begin() + top_k, candidates_.end(),
-                   [](const Candidate& a, const Candidate& b) {
-                     return a.logit != b.logit ? a.logit > b.logit : a.token_id < b.token_id;
-                   });
-  candidates_.resize(top_k);
+void Sampler::CollectAll(absl::Span<const float> logits) {
+  candidates_.resize(logits.size());
+  for (int32_t id = 0; id < vocab_size_; ++id) candidates_[id] = {id, logits[id], 0.0};
+}
+
+void Sampler::CollectTopK(absl::Span<const float> logits, int top_k) {
+  const int num_kept = std::min(top_k, vocab_size_);
+  candidates_.resize(num_kept);
+  for (int32_t id = 0; id < num_kept; ++id) candidates_[id] = {id, logits[id], 0.0};
+  // A heap with the worst one in front. Ids ascend, so who ties with it is worse.
+  std::make_heap(candidates_.begin(), candidates_.end(), IsBetter);
+  for (int32_t id = num_kept; id < vocab_size_; ++id) {
+    if (logits[id] <= candidates_.front().logit) continue;
+    std::pop_heap(candidates_.begin(), candidates_.end(), IsBetter);
+    candidates_.back() = {id, logits[id], 0.0};
+    std::push_heap(candidates_.begin(), candidates_.end(), IsBetter);
+  }
 }
 
 void Sampler::KeepTopP(double top_p) {
   double total = 0.0;
   for (const Candidate& candidate : candidates_) total += candidate.weight;
+  const double enough = top_p * total;
 
   // All tokens below this weight together weigh less than 1 - top_p of the total, so the choice
-  // never reaches them, and they need not be sorted. Halved against rounding.
+  // never reaches them. Halved against rounding.
   const double hopeless = 0.5 * (1.0 - top_p) * total / static_cast<double>(candidates_.size());
-  std::erase_if(candidates_, [&](const Candidate& c) { return c.weight < hopeless; });
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.token_id < b.token_id;
-  });
+  ranked_.clear();
+  std::copy_if(candidates_.begin(), candidates_.end(), std::back_inserter(ranked_),
+               [&](const Candidate& c) { return c.weight >= hopeless; });
+
+  // Halves the range in which the last kept token lies until it is worth sorting: everything before
+  // `first` is kept, and nothing from `last` on.
+  constexpr ptrdiff_t kWorthSorting = 32;
+  auto first = ranked_.begin();
+  auto last = ranked_.end();
   double before = 0.0;
-  size_t kept = 0;
-  while (kept < candidates_.size() && (kept == 0 || before < top_p * total)) {
-    before += candidates_[kept++].weight;
+  while (last - first > kWorthSorting) {
+    const auto middle = first + (last - first) / 2;
+    std::nth_element(first, middle, last, IsBetter);
+    double half = 0.0;
+    for (auto candidate = first; candidate != middle; ++candidate) half += candidate->weight;
+    if (before + half >= enough) {
+      last = middle;
+    } else {
+      before += half;
+      first = middle;
+    }
   }
-  candidates_.resize(kept);
+  std::sort(first, last, IsBetter);
+  while (first != last && (first == ranked_.begin() || before < enough)) {
+    before += first->weight;
+    ++first;
+  }
+  const auto worst = std::max_element(ranked_.begin(), first, IsBetter);
+  std::erase_if(candidates_, [&](const Candidate& c) { return IsBetter(*worst, c); });
 }
 
 absl::StatusOr<TokenLogprobs> Sampler::Logprobs(absl::Span<const float> logits, int32_t token_id,

@@ -79,16 +79,21 @@ class Sampler {
     float logit;
     double weight;  // probability relative to the best token's
   };
+  static bool IsBetter(const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.token_id < b.token_id;
+  }
 
   absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingContext& context);
   void AddPenalties(const SamplingContext& context);
-  void KeepTopK(int top_k);
+  void CollectAll(absl::Span<const float> logits);
+  void CollectTopK(absl::Span<const float> logits, int top_k);
   void KeepTopP(double top_p);
   int32_t Draw(absl::Span<const float> logits, float best_logit, const SamplingContext& context);
 
   const int vocab_size_;
   std::vector<float> adjusted_;
   std::vector<Candidate> candidates_;
+  std::vector<Candidate> ranked_;
   std::vector<int32_t> order_;
 };
 
