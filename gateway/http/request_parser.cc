@@ -1,5 +1,7 @@
 #include "gateway/http/request_parser.h"
 
+#include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -7,18 +9,15 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "boost/beast/core/string.hpp"
+#include "boost/beast/http/empty_body.hpp"
 #include "boost/beast/http/error.hpp"
 #include "boost/beast/http/parser.hpp"
-#include "boost/beast/http/string_body.hpp"
 
 namespace fathom {
 namespace {
 
 namespace beast = boost::beast;
 namespace http = boost::beast::http;
-
-// A chunk's size line with its extensions, or the trailers.
-constexpr size_t kMaxChunkHeaderBytes = 4 << 10;
 
 std::string_view View(beast::string_view text) { return {text.data(), text.size()}; }
 
@@ -51,20 +50,16 @@ std::optional<std::string> PercentDecode(std::string_view text) {
 }  // namespace
 
 struct RequestParser::Grammar {
-  http::request_parser<http::string_body> parser;
+  http::request_parser<http::empty_body> parser;
 };
 
 RequestParser::RequestParser(RequestLimits limits)
-    : limits_(limits), grammar_(std::make_unique<Grammar>()) {
+    : limits_(limits), grammar_(std::make_unique<Grammar>()), chunked_body_(limits.body_bytes) {
   grammar_->parser.header_limit(static_cast<uint32_t>(limits.head_bytes));
-  grammar_->parser.body_limit(limits.body_bytes);
+  grammar_->parser.body_limit(std::numeric_limits<uint64_t>::max());  // CheckHead keeps ours
 }
 
 RequestParser::~RequestParser() = default;
-
-bool RequestParser::head_done() const { return grammar_->parser.is_header_done(); }
-
-bool RequestParser::done() const { return !problem_ && grammar_->parser.is_done(); }
 
 void RequestParser::Refuse(int status, std::string message) {
   if (!problem_) problem_ = RequestProblem{status, std::move(message)};
@@ -73,13 +68,11 @@ void RequestParser::Refuse(int status, std::string message) {
 size_t RequestParser::Parse(std::string_view bytes) {
   CHECK(!problem_ && !done());
   size_t taken = 0;
-  if (!head_done()) {
+  if (part_ == Part::kHead) {
     taken = ParseHead(bytes);
-    if (problem_ || !head_done()) return taken;
+    if (problem_ || part_ == Part::kHead) return taken;
   }
-  if (!grammar_->parser.is_done()) taken += ParseBody(bytes.substr(taken));
-  if (done()) request_.body = std::move(grammar_->parser.get().body());
-  return taken;
+  return taken + ParseBody(bytes.substr(taken));
 }
 
 size_t RequestParser::ScanHead(std::string_view bytes) {
@@ -118,22 +111,25 @@ size_t RequestParser::ScanHead(std::string_view bytes) {
 
 size_t RequestParser::ParseHead(std::string_view bytes) {
   size_t skipped = 0;  // an empty line before the request is forgiven (RFC 9112 §2.2)
-  if (bytes == "\r") return 0;
-  if (scanned_bytes_ == 0 && bytes.starts_with("\r\n")) skipped = 2;
+  if (scanned_bytes_ == 0 && !skipped_empty_line_) {
+    if (bytes == "\r") return 0;
+    if (bytes.starts_with("\r\n")) skipped = 2;
+    skipped_empty_line_ = true;
+  }
   bytes.remove_prefix(skipped);
   const size_t head_bytes = ScanHead(bytes);
   if (head_bytes == std::string_view::npos) return skipped;
 
   beast::error_code error;
   grammar_->parser.put(boost::asio::const_buffer(bytes.data(), head_bytes), error);
-  if (error == http::error::body_limit) {
-    CheckHead();
-    Refuse(413, absl::StrCat("the request's body is larger than ", limits_.body_bytes, " bytes"));
+  if (error == http::error::bad_version) {
+    Refuse(505, "expected HTTP/1.1 or HTTP/1.0");
   } else if (error && error != http::error::need_more) {
-    Refuse(error == http::error::bad_version ? 505 : 400,
-           absl::StrCat("the request's head is malformed: ", error.message()));
+    Refuse(400, absl::StrCat("the request's head is malformed: ", error.message()));
+  } else if (!grammar_->parser.is_header_done()) {
+    // The empty line is not where the grammar would have it.
+    Refuse(400, "the request's head is malformed");
   } else {
-    CHECK(head_done()) << "a whole head was not enough ";
     CheckHead();
   }
   return skipped + head_bytes;
@@ -141,27 +137,26 @@ size_t RequestParser::ParseHead(std::string_view bytes) {
 
 size_t RequestParser::ParseBody(std::string_view bytes) {
   size_t taken = 0;
-  auto& parser = grammar_->parser;
-  while (!parser.is_done() && taken < bytes.size()) {
-    beast::error_code error;
-    const size_t step =
-        parser.put(boost::asio::const_buffer(bytes.data() + taken, bytes.size() - taken), error);
-    taken += step;
-    if (error == http::error::need_more) {
-      if (bytes.size() - taken > kMaxChunkHeaderBytes) {
-        Refuse(400, "a chunk's size line is too long");
-      }
-      break;
+  if (part_ == Part::kBody) {
+    taken = std::min<uint64_t>(content_length_ - request_.body.size(), bytes.size());
+    request_.body.append(bytes.substr(0, taken));
+    if (request_.body.size() == content_length_) part_ = Part::kNothing;
+  } else if (part_ == Part::kChunkedBody) {
+    taken = chunked_body_.Parse(bytes, request_.body);
+    switch (chunked_body_.state()) {
+      case ChunkedBody::State::kNeedsMore:
+        break;
+      case ChunkedBody::State::kDone:
+        part_ = Part::kNothing;
+        break;
+      case ChunkedBody::State::kMalformed:
+        Refuse(400, "the request's chunked body is malformed");
+        break;
+      case ChunkedBody::State::kTooLarge:
+        Refuse(413,
+               absl::StrCat("the request's body is larger than ", limits_.body_bytes, " bytes"));
+        break;
     }
-    if (error == http::error::body_limit) {
-      Refuse(413, absl::StrCat("the request's body is larger than ", limits_.body_bytes, " bytes"));
-      break;
-    }
-    if (error) {
-      Refuse(400, absl::StrCat("the request's body is malformed: ", error.message()));
-      break;
-    }
-    if (step == 0) break;
   }
   return taken;
 }
@@ -175,12 +170,22 @@ void RequestParser::CheckHead() {
     request_.headers.emplace_back(std::move(name), View(field.value()));
   }
   is_http_1_0_ = message.version() == 10;
-  keep_alive_ = head_done() && grammar_->parser.keep_alive();  // not when it is refused
+  keep_alive_ = grammar_->parser.keep_alive();
   if (message.version() != 10 && message.version() != 11) {
     return Refuse(505, "expected HTTP/1.1 or HTTP/1.0");
   }
   CheckTarget();
   CheckFields();
+  if (problem_) return;
+  if (grammar_->parser.chunked()) {
+    part_ = Part::kChunkedBody;
+  } else {
+    content_length_ = grammar_->parser.content_length().value_or(0);
+    part_ = content_length_ > 0 ? Part::kBody : Part::kNothing;
+  }
+  if (content_length_ > limits_.body_bytes) {
+    Refuse(413, absl::StrCat("the request's body is larger than ", limits_.body_bytes, " bytes"));
+  }
 }
 
 void RequestParser::CheckFields() {
@@ -190,7 +195,12 @@ void RequestParser::CheckFields() {
   }
   int lengths = 0, codings = 0, hosts = 0;
   for (const auto& [name, value] : request_.headers) {
-    if (name == "content-length") ++lengths;
+    if (name == "content-length") {
+      ++lengths;
+      if (value.find_first_not_of("0123456789") != std::string::npos) {
+        return Refuse(400, "Content-Length: expected one number");
+      }
+    }
     if (name == "host") ++hosts;
     if (name == "transfer-encoding") {
       ++codings;

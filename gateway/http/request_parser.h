@@ -4,7 +4,7 @@
 // together with Transfer-Encoding, transfer codings other than chunked, versions other than 1.0
 // and 1.1, a request for another host. The limits hold while bytes arrive, so a client cannot make
 // the buffer grow beyond them. Not thread-safe; one per request.
-// Source: RFC 9112; Boost.Beast does the grammar.
+// Source: RFC 9112; Boost.Beast does the grammar of the head.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,7 @@
 #include <string>
 #include <string_view>
 
+#include "gateway/http/chunked_body.h"
 #include "gateway/http/http_request.h"
 
 namespace fathom {
@@ -42,8 +43,8 @@ class RequestParser {
   // rest followed by more bytes until done() or problem().
   size_t Parse(std::string_view bytes);
 
-  bool head_done() const;  // the body, if any, is being read
-  bool done() const;       // request() is whole
+  bool head_done() const { return part_ != Part::kHead; }
+  bool done() const { return part_ == Part::kNothing; }  // request() is whole
   const std::optional<RequestProblem>& problem() const { return problem_; }
 
   // The rest did not arrive in time.
@@ -58,6 +59,8 @@ class RequestParser {
   HttpRequest& request() { return request_; }
 
  private:
+  // What is to come.
+  enum class Part { kHead, kBody, kChunkedBody, kNothing };
   struct Grammar;  // Beast's parser
 
   void Refuse(int status, std::string message);
@@ -71,9 +74,13 @@ class RequestParser {
 
   const RequestLimits limits_;
   const std::unique_ptr<Grammar> grammar_;
+  Part part_ = Part::kHead;
+  uint64_t content_length_ = 0;
+  ChunkedBody chunked_body_;
   HttpRequest request_;
   std::optional<RequestProblem> problem_;
-  size_t scanned_bytes_ = 0;  // of a head that is not complete yet
+  size_t scanned_bytes_ = 0;         // of a head that is not complete yet
+  bool skipped_empty_line_ = false;  // or there was none to skip
   bool expects_continue_ = false;
   bool keep_alive_ = false;
   bool is_http_1_0_ = false;

@@ -36,7 +36,7 @@ struct ChoiceDelta {
 };
 
 struct ChoiceOptions {
-  DetokenizerOptions detokenizer;
+  DetokenizerOptions detokenizer = {};
   std::vector<std::string> stop;
   StopString stop_string = StopString::kLeaveOut;
   uint32_t min_tokens = 0;  // stop strings before are not seen

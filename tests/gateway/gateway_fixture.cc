@@ -25,7 +25,12 @@ GatewayTest::GatewayTest() {
   tokenizer_ = *std::move(tokenizer);
 }
 
-GatewayTest::~GatewayTest() { Stop(); }
+GatewayTest::~GatewayTest() {
+  if (gateway_ == nullptr) return;
+  StopOnce();
+  StopOnce();
+  Join();
+}
 
 void GatewayTest::Start() {
   if (gateway_ != nullptr) return;
@@ -35,10 +40,9 @@ void GatewayTest::Start() {
   thread_ = std::thread([this] { gateway_->Run(); });
 }
 
-void GatewayTest::Stop() {
-  if (gateway_ == nullptr) return;
-  gateway_->Stop();
-  gateway_->Stop();
+void GatewayTest::StopOnce() { gateway_->Stop(); }
+
+void GatewayTest::Join() {
   thread_.join();
   gateway_ = nullptr;
 }

@@ -24,7 +24,9 @@ class GatewayTest : public ::testing::Test {
 
   // Called by the first request; options_ may be changed before.
   void Start();
-  void Stop();
+  // What SIGTERM does; Join waits for the end.
+  void StopOnce();
+  void Join();
   uint16_t port();
 
   // One request on a connection of its own.

@@ -102,7 +102,7 @@ HttpResponse HttpClient::Read() {
   HttpResponse response = ReadHead();
   if (response.headers.count("content-length") > 0) {
     response.body = Take(std::stoul(response.headers["content-length"]));
-  } else if (response.headers["transfer-encoding"] == "chunked") {
+  } else if (response.headers.count("transfer-encoding") > 0) {
     while (std::optional<std::string> chunk = ReadChunk()) {
       response.body += *chunk;
       response.chunks.push_back(*std::move(chunk));
@@ -115,7 +115,10 @@ HttpResponse HttpClient::Read() {
   return response;
 }
 
-bool HttpClient::ReadsEnd() { return buffer_.empty() && !Fill() && errno != EAGAIN; }
+bool HttpClient::ReadsEnd() {
+  char byte;
+  return buffer_.empty() && recv(socket_, &byte, 1, 0) == 0;
+}
 
 void HttpClient::CloseSending() { shutdown(socket_, SHUT_WR); }
 

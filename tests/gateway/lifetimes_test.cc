@@ -1,0 +1,271 @@
+// Clients, the coordinator and the gateway itself come and go while requests run.
+#include <chrono>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "tests/gateway/gateway_fixture.h"
+
+namespace fathom {
+namespace {
+
+using ::testing::HasSubstr;
+
+class LifetimesTest : public GatewayTest {
+ protected:
+  // A coordinator that sends a token now and then nothing until it is cancelled.
+  void CoordinatorStalls() {
+    coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+      stream.SendTokens({100});
+      stream.WaitUntilCancelled();
+      return grpc::Status::OK;
+    });
+  }
+
+  void WaitUntilCalled(size_t calls) {
+    while (coordinator_.requests().size() < calls) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+
+  void ExpectCancelled(int calls) {
+    EXPECT_TRUE(CoordinatorGetsIdle());
+    EXPECT_EQ(coordinator_.num_cancelled(), calls);
+    coordinator_.SetScript(Saying({100}));
+    EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").status, 200);
+  }
+};
+
+TEST_F(LifetimesTest, CancelsTheCallWhenTheClientOfAStreamLeaves) {
+  CoordinatorStalls();
+  HttpClient client(port());
+  client.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(client.ReadHead().status, 200);
+  EXPECT_THAT(client.ReadChunk().value(), HasSubstr("data: "));
+  client.Abort();
+  ExpectCancelled(1);
+}
+
+TEST_F(LifetimesTest, CancelsTheCallsWhenTheClientOfAWholeAnswerLeaves) {
+  CoordinatorStalls();
+  {
+    HttpClient client(port());
+    client.Send(Post("/v1/completions", R"({"prompt":[[5],[6]],"n":2})"));
+    WaitUntilCalled(4);
+  }  // closes in an orderly way, before anything was written
+  ExpectCancelled(4);
+}
+
+TEST_F(LifetimesTest, NoticesAClientThatLeftBehindPipelinedRequests) {
+  CoordinatorStalls();
+  {
+    HttpClient client(port());
+    client.Send(Post("/v1/completions", R"({"prompt":[5]})") + Get("/version"));
+    WaitUntilCalled(1);
+  }
+  ExpectCancelled(1);
+}
+
+TEST_F(LifetimesTest, EndsAStreamWithAnErrorWhenTheCoordinatorDies) {
+  CoordinatorStalls();
+  HttpClient client(port());
+  client.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(client.ReadHead().status, 200);
+  client.ReadChunk();
+  coordinator_.Kill();
+  EXPECT_THAT(client.ReadChunk().value(),
+              HasSubstr(R"("type":"ServiceUnavailableError","param":null,"code":503}})"));
+  EXPECT_EQ(client.ReadChunk().value(), "data: [DONE]\n\n");
+  EXPECT_FALSE(client.ReadChunk().has_value());
+
+  // It stays down for a while, then comes back.
+  client.Send(Post("/v1/completions", R"({"prompt":[5]})"));
+  const HttpResponse refused = client.Read();
+  EXPECT_EQ(refused.status, 503);
+  EXPECT_EQ(refused.headers.count("retry-after"), 1u);
+  coordinator_.SetScript(Saying({100}));
+  coordinator_.Start();
+  int status = 0;
+  for (int i = 0; i < 1000 && status != 200; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    status = PostCompletion(R"({"prompt":[5]})").status;
+  }
+  EXPECT_EQ(status, 200);
+}
+
+TEST_F(LifetimesTest, AnswersWithAnErrorWhenTheCoordinatorDiesBeforeTheEnd) {
+  CoordinatorStalls();
+  HttpClient client(port());
+  client.Send(Post("/v1/completions", R"({"prompt":[5]})"));
+  WaitUntilCalled(1);
+  coordinator_.Kill();
+  EXPECT_EQ(client.Read().status, 503);
+}
+
+TEST_F(LifetimesTest, SaysSoWhenACallEndsWithoutAReason) {
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.SendTokens({100});
+    return grpc::Status::OK;
+  });
+  EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").status, 500);
+  const std::vector<std::string> events =
+      EventsOf(PostCompletion(R"({"prompt":[5],"stream":true})"));
+  ASSERT_EQ(events.size(), 3u);
+  EXPECT_THAT(events[1], HasSubstr("without a finish reason"));
+}
+
+TEST_F(LifetimesTest, FailsTheWholeAnswerWhenOneOfItsCallsFails) {
+  coordinator_.SetScript([this](const v1::GenerateRequest& request, FakeStream& stream) {
+    if (request.prompt_token_ids(0) == 6) {
+      WaitUntilCalled(3);
+      return grpc::Status(grpc::StatusCode::INTERNAL, "logits of the request were NaN");
+    }
+    stream.WaitUntilCancelled();
+    return grpc::Status::OK;
+  });
+  const HttpResponse response = PostCompletion(R"({"prompt":[[5],[6],[7]]})");
+  EXPECT_EQ(response.status, 500);
+  EXPECT_THAT(response.body, HasSubstr("NaN"));
+  ExpectCancelled(2);
+}
+
+TEST_F(LifetimesTest, RefusesFastWithoutACoordinator) {
+  coordinator_.Kill();
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").status, 503);
+  EXPECT_EQ(Ask(Get("/health")).status, 503);
+  EXPECT_EQ(Ask(Get("/v1/models")).status, 503);
+  EXPECT_EQ(Ask(Get("/metrics")).status, 200);
+  EXPECT_EQ(Ask(Get("/live")).status, 200);
+  // Not a measurement: each has its own deadline of at most five seconds, and none may hang.
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  coordinator_.Start();
+}
+
+// What a slow reader may hold up: itself.
+TEST_F(LifetimesTest, DisconnectsAReaderThatTakesNothingAndServesOthersMeanwhile) {
+  options_.server.write_timeout = std::chrono::milliseconds(200);
+  constexpr int kMany = 100'000;  // events of 200 bytes: more than all socket buffers hold
+  std::atomic<int> sent{0};
+  coordinator_.SetScript([&sent](const v1::GenerateRequest& request, FakeStream& stream) {
+    const int count = request.max_tokens() == 1 ? 1 : kMany;
+    for (int i = 0; i + 1 < count; ++i) {
+      if (!stream.SendTokens({100})) return grpc::Status::OK;
+      ++sent;
+    }
+    stream.SendEnd({100}, v1::FINISH_REASON_LENGTH);
+    return grpc::Status::OK;
+  });
+  HttpClient::SetReceiveBuffer(4096);
+  HttpClient slow(port());
+  HttpClient::SetReceiveBuffer(0);
+  slow.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true,"max_tokens":100})"));
+  WaitUntilCalled(1);
+  for (int i = 0; i < 10; ++i) {
+    EXPECT_EQ(PostCompletion(R"({"prompt":[5],"max_tokens":1})").status, 200);
+  }
+  EXPECT_TRUE(CoordinatorGetsIdle());
+  EXPECT_EQ(coordinator_.num_cancelled(), 1);
+  // The rest waited in the coordinator, not in the gateway.
+  EXPECT_LT(sent, kMany - 1);
+}
+
+TEST_F(LifetimesTest, ResumesAReaderThatPausedLessThanTheLimit) {
+  constexpr int kMany = 20'000;
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    for (int i = 0; i + 1 < kMany; ++i) stream.SendTokens({100});
+    stream.SendEnd({100}, v1::FINISH_REASON_LENGTH);
+    return grpc::Status::OK;
+  });
+  HttpClient::SetReceiveBuffer(4096);
+  HttpClient slow(port());
+  HttpClient::SetReceiveBuffer(0);
+  slow.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true,"max_tokens":100})"));
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  const HttpResponse response = slow.Read();
+  EXPECT_EQ(EventsOf(response).size(), kMany + 1u);
+}
+
+TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
+  std::atomic<bool> go{false};
+  coordinator_.SetScript([&go](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.SendTokens({100});
+    while (!go && !stream.cancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stream.SendEnd({101}, v1::FINISH_REASON_LENGTH);
+    return grpc::Status::OK;
+  });
+  HttpClient idle(port()), busy(port());
+  busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(busy.ReadHead().status, 200);
+  busy.ReadChunk();
+  StopOnce();
+  EXPECT_TRUE(idle.ReadsEnd());
+  go = true;
+  EXPECT_THAT(busy.ReadChunk().value(), HasSubstr(R"("finish_reason":"length")"));
+  EXPECT_EQ(busy.ReadChunk().value(), "data: [DONE]\n\n");
+  EXPECT_FALSE(busy.ReadChunk().has_value());
+  EXPECT_TRUE(busy.ReadsEnd());
+  Join();
+}
+
+TEST_F(LifetimesTest, CancelsWhatOutlastsTheDrainTimeout) {
+  options_.drain_timeout = std::chrono::milliseconds(50);
+  CoordinatorStalls();
+  HttpClient client(port());
+  client.Send(Post("/v1/completions", R"({"prompt":[5]})"));
+  WaitUntilCalled(1);
+  StopOnce();
+  Join();
+  EXPECT_EQ(client.Read().status, 0);
+  EXPECT_TRUE(CoordinatorGetsIdle());
+}
+
+TEST_F(LifetimesTest, ServesManyStreamsAtOnceWithRandomCancels) {
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    for (int i = 0; i < 20; ++i) {
+      if (!stream.SendTokens({100})) return grpc::Status::OK;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    stream.SendEnd({1}, v1::FINISH_REASON_STOP);
+    return grpc::Status::OK;
+  });
+  Start();
+  std::vector<std::thread> clients;
+  std::atomic<int> whole{0};
+  for (int i = 0; i < 32; ++i) {
+    clients.emplace_back([this, i, &whole] {
+      for (int round = 0; round < 4; ++round) {
+        HttpClient client(port());
+        client.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true,"max_tokens":50})"));
+        if ((i + round) % 3 == 0) {
+          client.ReadHead();
+          client.ReadChunk();
+          client.Abort();
+        } else if (EventsOf(client.Read()).size() == 22) {
+          ++whole;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  int expected = 0;
+  for (int i = 0; i < 32; ++i) {
+    for (int round = 0; round < 4; ++round) expected += (i + round) % 3 != 0;
+  }
+  EXPECT_EQ(whole, expected);
+  EXPECT_TRUE(CoordinatorGetsIdle());
+}
+
+TEST_F(LifetimesTest, SaysWhenThePortIsInUse) {
+  GatewayOptions options = options_;
+  options.server.port = port();
+  const absl::StatusOr<std::unique_ptr<Gateway>> second = Gateway::Create(options);
+  EXPECT_TRUE(absl::IsAlreadyExists(second.status()));
+  EXPECT_THAT(std::string(second.status().message()),
+              HasSubstr(absl::StrCat("port ", port(), " of 127.0.0.1 is in use")));
+}
+
+}  // namespace
+}  // namespace fathom
