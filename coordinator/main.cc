@@ -15,7 +15,7 @@
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/strings/str_join.h"
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "coordinator/generate_service.h"
 #include "coordinator/metrics.h"
@@ -102,9 +102,6 @@ void Complete(Flags& flags) {
   group.max_logit_rows = group.max_sequences + flags.loop.max_prompt_logprob_rows_per_step;
   group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
   group.join_timeout = absl::Seconds(flags.join_timeout_seconds);
-  // Workers refuse epochs that are not newer than what they have seen, also from a coordinator that
-  // was restarted. The wall clock is ahead of any count of groups.
-  flags.loop.first_epoch = static_cast<uint64_t>(absl::ToUnixMillis(absl::Now()));
 }
 
 sigset_t StopSignals() {

@@ -35,7 +35,6 @@ StepLoop::StepLoop(Options options, StatusBoard& board, Metrics& metrics)
       board_(board),
       metrics_(metrics),
       refusal_(absl::UnavailableError("the server is starting")),
-      epoch_(options_.first_epoch - 1),
       throughput_log_(options_.log_interval) {}
 
 StepLoop::~StepLoop() {
@@ -113,7 +112,7 @@ void StepLoop::Run() {
       EndAllRequests(cause);
       if (!stop_.stop_requested()) {
         metrics_.CountGroupFailure();
-        spdlog::error("the group of epoch {} broke: {}", epoch_, std::string(cause.message()));
+        spdlog::error("the group of epoch {} broke: {}", last_epoch_, std::string(cause.message()));
       }
       if (has_made_steps_) backoff = options_.min_backoff;
       group->reset();  // the others must leave the epoch before the next one
@@ -130,8 +129,7 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> StepLoop::FormGroup() {
     const std::lock_guard lock(mutex_);
     is_group_broken_ = false;
   }
-  ++epoch_;
-  spdlog::info("forming a group of {} workers, epoch {}", options_.group.addresses.size(), epoch_);
+  spdlog::info("forming a group of {} workers", options_.group.addresses.size());
   const auto report_progress = [this](const std::string& line) {
     spdlog::info("{}", line);
     const std::lock_guard lock(mutex_);
@@ -143,7 +141,8 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> StepLoop::FormGroup() {
     changed_.notify_all();
   };
   absl::StatusOr<std::unique_ptr<WorkerGroup>> group =
-      WorkerGroup::Form(options_.group, epoch_, stop_.get_token(), report_progress, on_broken);
+      WorkerGroup::Form(options_.group, last_epoch_, stop_.get_token(), report_progress, on_broken);
+  if (group.ok()) last_epoch_ = (*group)->epoch();
   if (!group.ok() && !stop_.stop_requested()) {
     spdlog::error("no group could form, trying again: {}", std::string(group.status().message()));
   }

@@ -45,7 +45,6 @@ class StepLoop {
     WorkerGroup::Options group;
     int max_prompt_logprob_rows_per_step = 256;
     int max_queued_requests = 1024;  // that wait; beyond it requests are refused
-    uint64_t first_epoch = 1;        // later than any epoch that the workers have seen
     absl::Duration min_backoff = absl::Milliseconds(50);  // between attempts to form a group
     absl::Duration max_backoff = absl::Seconds(5);
     absl::Duration log_interval = absl::Seconds(10);
@@ -143,7 +142,7 @@ class StepLoop {
   bool is_group_broken_ = false;
 
   // Of the thread alone.
-  uint64_t epoch_;
+  uint64_t last_epoch_ = 0;
   uint32_t vocab_size_ = 0;
   bool has_made_steps_ = false;           // with the current group
   std::unique_ptr<Scheduler> scheduler_;  // of the current group

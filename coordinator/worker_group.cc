@@ -106,7 +106,7 @@ class WorkerGroup::Stream final : public grpc::ClientBidiReactor<grpc::ByteBuffe
 };
 
 absl::StatusOr<std::unique_ptr<WorkerGroup>> WorkerGroup::Form(
-    Options options, uint64_t epoch, std::stop_token stop,
+    Options options, uint64_t last_epoch, std::stop_token stop,
     const std::function<void(const std::string& line)>& report_progress,
     std::function<void()> on_broken) {
   CHECK(!options.addresses.empty());
@@ -120,6 +120,10 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> WorkerGroup::Form(
   ASSIGN_OR_RETURN(GroupPlan plan, PlanGroup(plan_options, descriptions, options.addresses));
   for (const std::string& line : DescribePlan(plan, descriptions)) spdlog::info("{}", line);
 
+  for (const v1::DescribeResponse& description : descriptions) {
+    last_epoch = std::max(last_epoch, description.last_epoch());
+  }
+  const uint64_t epoch = last_epoch + 1;
   const absl::Status joined =
       JoinAll(options, peers, epoch, plan.num_kv_blocks, stop, report_progress);
   if (!joined.ok()) {

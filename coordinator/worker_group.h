@@ -50,14 +50,16 @@ class WorkerGroup {
     absl::Duration abort_timeout = absl::Seconds(1);
   };
 
-  // Waits as long as it takes for every worker to answer, then loads and connects them.
+  // Waits as long as it takes for every worker to answer, then loads and connects them, under an
+  // epoch later than `last_epoch` and than any that a worker has heard of (perhaps of a coordinator
+  // before this one).
   // `report_progress` gets a line now and then, from the calling thread. `on_broken` is called
   // once, from another thread, as soon as the group is found broken; it must not call the group.
   //
   // Errors name the worker: FailedPrecondition when the workers do not fit together or the plan is
   // impossible, Cancelled after `stop`, else what that worker said.
   static absl::StatusOr<std::unique_ptr<WorkerGroup>> Form(
-      Options options, uint64_t epoch, std::stop_token stop,
+      Options options, uint64_t last_epoch, std::stop_token stop,
       const std::function<void(const std::string& line)>& report_progress,
       std::function<void()> on_broken);
 

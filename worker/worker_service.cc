@@ -118,6 +118,8 @@ grpc::Status WorkerService::Describe(grpc::ServerContext*, const v1::DescribeReq
   memory.set_activation_bytes(plan->activation_bytes);
   memory.set_kv_block_bytes(plan->kv_block_bytes);
   memory.set_kv_block_capacity(plan->kv_block_capacity);
+  absl::MutexLock lock(&mutex_);
+  response->set_last_epoch(last_epoch_);
   return grpc::Status::OK;
 }
 

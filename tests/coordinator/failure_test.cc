@@ -155,6 +155,21 @@ TEST_F(FailureTest, NamesTheWorkerWhoseModelIsAnother) {
   WaitUntilServing();
 }
 
+TEST_F(FailureTest, ARestartedCoordinatorGoesOnWithLaterEpochs) {
+  StartAndWait();
+  EXPECT_EQ(ServerInfo().epoch(), 1u);
+  StopServer();
+  StartAndWait();
+  EXPECT_EQ(ServerInfo().epoch(), 2u);
+  StopServer();
+  workers_[0]->Die();
+  workers_[0]->ComeBack();  // it has forgotten, the others have not
+  StartAndWait();
+  EXPECT_EQ(ServerInfo().epoch(), 3u);
+  ExpectServed(Asking(3, 3));
+  ExpectNoViolations();
+}
+
 TEST_F(FailureTest, TriesAgainWhenAWorkerCannotJoin) {
   workers_[1]->FailNextJoin(grpc::Status(grpc::StatusCode::NOT_FOUND, "no such tensor"));
   options_.min_backoff = absl::Milliseconds(500);

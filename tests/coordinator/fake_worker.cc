@@ -127,6 +127,7 @@ grpc::Status FakeWorker::Describe(grpc::ServerContext*, const v1::DescribeReques
   const std::lock_guard lock(mutex_);
   shard_ = request->shard();
   *response = description_;
+  response->set_last_epoch(epoch_);
   return grpc::Status::OK;
 }
 
