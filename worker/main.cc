@@ -219,6 +219,7 @@ void WaitForStop(const Flags& flags, WorkerService& service) {
   const sigset_t signals = StopSignals();
   int signal;
   sigwait(&signals, &signal);
+  if (service.WaitUntilIdle(absl::Now())) return;
   spdlog::info("stopping: the coordinator has {} s to end its steps", flags.drain_timeout_seconds);
   const absl::Time deadline = absl::Now() + absl::Seconds(flags.drain_timeout_seconds);
   while (absl::Now() < deadline) {

@@ -30,6 +30,8 @@ class RefusedStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::
   void OnDone() override { delete this; }
 };
 
+double Mebibytes(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
 void ExitStuck() {
   spdlog::critical("a step did not end in time after an abort; exiting");
   spdlog::shutdown();
@@ -185,10 +187,18 @@ absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& j
     return absl::InvalidArgumentError(absl::StrCat("num_kv_blocks is ", num_kv_blocks,
                                                    ", expected 1 to ", plan.kv_block_capacity));
   }
+  spdlog::info(
+      "epoch {}: rank {} of {} takes {:.1f} MiB for weights, {:.1f} for activations, {:.1f} for {} "
+      "KV blocks of {} tokens; budget {:.1f} MiB",
+      joining.epoch(), shard.rank(), shard.world_size(), Mebibytes(plan.weight_bytes),
+      Mebibytes(plan.activation_bytes), Mebibytes(plan.kv_block_bytes * num_kv_blocks),
+      num_kv_blocks, shard.block_size(), Mebibytes(plan.budget_bytes));
+  const absl::Time start = absl::Now();
   ASSIGN_OR_RETURN(
       ModelShard * model, keeper_.Load(shard, [&](int64_t bytes_done, int64_t bytes_total) {
         joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS, bytes_done, bytes_total);
       }));
+  spdlog::info("weights are there after {:.2f} s", absl::ToDoubleSeconds(absl::Now() - start));
   joining.Report(v1::JoinProgress::PHASE_ALLOCATING_KV);
   ASSIGN_OR_RETURN(
       std::unique_ptr<KvCache> kv_cache,
