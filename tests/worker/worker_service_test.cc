@@ -221,6 +221,9 @@ TEST(WorkerServiceTest, OldEpochsAreRefused) {
   EXPECT_TRUE(CallAbort(group.worker(0).stub(), 4).ok());  // nothing of it is running
   v1::StepCommand empty;
   EXPECT_TRUE(group.Step(empty).ok()) << "the current epoch goes on";
+  v1::DescribeResponse response;
+  ASSERT_TRUE(CallDescribe(group.worker(0).stub(), group.Shard(0), &response).ok());
+  EXPECT_EQ(response.last_epoch(), 5u);
 
   v1::StepCommand stale;
   stale.set_epoch(4);
