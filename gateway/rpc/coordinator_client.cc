@@ -19,10 +19,6 @@
 namespace fathom {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-constexpr std::chrono::milliseconds kConnectPollInterval{5};
-
 // Of one call, received and not yet taken by Generation::Next.
 constexpr int kMaxWaitingResponses = 64;
 
@@ -137,16 +133,25 @@ CoordinatorClient::CoordinatorClient(CoordinatorClientOptions options, IoThread&
 // cancelled ones, can still be under way here.
 CoordinatorClient::~CoordinatorClient() { stubs_->outstanding.WaitForNone(); }
 
+// By a call, because gRPC makes progress with a TCP connection only while a call waits for it. It
+// fails at once when the coordinator is known to be away.
 Task<absl::Status> CoordinatorClient::Connect() {
-  const Clock::time_point deadline = Clock::now() + options_.connect_timeout;
-  while (true) {
-    const grpc_connectivity_state state = stubs_->channel->GetState(/*try_to_connect=*/true);
-    if (state == GRPC_CHANNEL_READY) co_return absl::OkStatus();
-    if (state == GRPC_CHANNEL_TRANSIENT_FAILURE || Clock::now() >= deadline) {
-      co_return absl::UnavailableError("the coordinator cannot be reached; try again shortly");
-    }
-    co_await io_thread_.Sleep(kConnectPollInterval);
+  Stubs& stubs = *stubs_;
+  if (stubs.channel->GetState(/*try_to_connect=*/true) == GRPC_CHANNEL_READY) {
+    co_return absl::OkStatus();
   }
+  auto start = [&stubs](grpc::ClientContext* context, const v1::GetServerInfoRequest* request,
+                        v1::ServerInfo* response, std::function<void(grpc::Status)> done) {
+    stubs.generate->async()->GetServerInfo(context, request, response, std::move(done));
+  };
+  v1::GetServerInfoRequest request;
+  const absl::StatusOr<v1::ServerInfo> response =
+      co_await Stubs::CallOnce<v1::GetServerInfoRequest, v1::ServerInfo>(
+          stubs, io_thread_, options_.connect_timeout, std::move(request), start);
+  if (absl::IsUnavailable(response.status()) || absl::IsDeadlineExceeded(response.status())) {
+    co_return absl::UnavailableError("the coordinator cannot be reached; try again shortly");
+  }
+  co_return absl::OkStatus();
 }
 
 Task<absl::Status> CoordinatorClient::CheckHealth() {

@@ -57,6 +57,7 @@ std::string FakeCoordinator::address() const { return "unix:" + folder_ + "/sock
 void FakeCoordinator::Start() {
   grpc::ServerBuilder builder;
   builder.AddListeningPort(address(), grpc::InsecureServerCredentials());
+  builder.AddListeningPort(tcp_address(), grpc::InsecureServerCredentials(), &port_);
   builder.RegisterService(this);
   server_ = builder.BuildAndStart();
   CHECK(server_ != nullptr);

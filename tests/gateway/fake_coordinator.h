@@ -1,4 +1,4 @@
-// A coordinator that does what the test says, behind the real protocol on a unix socket.
+// A coordinator that does what the test says, behind the real protocol on a unix socket and a port.
 #pragma once
 
 #include <atomic>
@@ -44,6 +44,7 @@ class FakeCoordinator : public v1::Generate::Service {
   ~FakeCoordinator() override;
 
   std::string address() const;
+  std::string tcp_address() const { return "127.0.0.1:" + std::to_string(port_); }
   void SetScript(Script script);
   void SetServing(bool serving);
 
@@ -67,6 +68,7 @@ class FakeCoordinator : public v1::Generate::Service {
                           v1::MetricsText* text) override;
 
   std::string folder_;
+  int port_ = 0;  // the same after Kill and Start
   v1::ModelInfo model_info_;
   std::unique_ptr<grpc::Server> server_;
   mutable std::mutex mutex_;

@@ -145,6 +145,17 @@ TEST_F(LifetimesTest, RefusesFastWithoutACoordinator) {
 }
 
 // What a slow reader may hold up: itself.
+TEST_F(LifetimesTest, ReachesACoordinatorOverTcp) {
+  options_.coordinator.address = coordinator_.tcp_address();
+  EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").status, 200);
+  coordinator_.Kill();
+  EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").status, 503);
+  coordinator_.Start();
+  while (PostCompletion(R"({"prompt":[5]})").status != 200) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+}
+
 TEST_F(LifetimesTest, DisconnectsAReaderThatTakesNothingAndServesOthersMeanwhile) {
   options_.server.write_timeout = std::chrono::milliseconds(200);
   constexpr int kMany = 100'000;  // events of 200 bytes: more than all socket buffers hold
