@@ -2,12 +2,17 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "absl/status/statusor.h"
+#include "deploy/launcher/child_process.h"
 
 namespace fathom {
 
 // Mode 0700, removed with what is in it at the end. Movable.
+//
+// A launcher that is killed leaves its directory behind. The next one removes it: a directory made
+// by Create holds a file `lock` that its owner keeps locked for life.
 class RunDirectory {
  public:
   // A new directory under `parent`, or under /tmp when that one cannot be used or its name is so
@@ -27,8 +32,11 @@ class RunDirectory {
  private:
   RunDirectory(std::string path, bool is_ours) : path_(std::move(path)), is_ours_(is_ours) {}
 
+  absl::Status Lock();
+
   std::string path_;  // empty after a move
   bool is_ours_;      // made by us: removed at the end; else only what is in it
+  UniqueFd lock_;
 };
 
 }  // namespace fathom

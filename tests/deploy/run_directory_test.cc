@@ -35,6 +35,28 @@ TEST(RunDirectoryTest, IsPrivateAndGoesWithItsOwner) {
   EXPECT_FALSE(std::filesystem::exists(path));
 }
 
+TEST(RunDirectoryTest, ClearsAwayWhatAKilledLauncherLeft) {
+  const std::string parent = ::testing::TempDir() + "/fathom_parent";
+  std::filesystem::remove_all(parent);
+  std::filesystem::create_directories(parent);
+  const std::string abandoned = parent + "/fathom-aaaaaa";
+  const std::string unfinished = parent + "/fathom-bbbbbb";  // about to be locked
+  const std::string foreign = parent + "/fathom-notours";
+  for (const std::string& path : {abandoned, unfinished, foreign}) {
+    std::filesystem::create_directory(path);
+  }
+  std::ofstream(abandoned + "/lock") << "fathom\n";
+  std::ofstream(abandoned + "/worker-0.sock") << "x";
+  std::ofstream(unfinished + "/lock");
+  const absl::StatusOr<RunDirectory> living = RunDirectory::Create(parent, 5);
+  const absl::StatusOr<RunDirectory> another = RunDirectory::Create(parent, 5);
+  ASSERT_TRUE(living.ok() && another.ok());
+  EXPECT_FALSE(std::filesystem::exists(abandoned));
+  EXPECT_TRUE(std::filesystem::exists(unfinished));
+  EXPECT_TRUE(std::filesystem::exists(foreign));
+  EXPECT_TRUE(std::filesystem::exists(living->path()));
+}
+
 TEST(RunDirectoryTest, FallsBackWhenTheParentCannotBeUsed) {
   const absl::StatusOr<RunDirectory> missing = RunDirectory::Create("/nowhere", 20);
   ASSERT_TRUE(missing.ok());
