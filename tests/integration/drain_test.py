@@ -133,3 +133,10 @@ def wait_until(condition, timeout_seconds=10):
     while not condition():
         assert time.monotonic() < deadline, "it did not come to be"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("level", ["debug", "info", "warn", "error"])
+def test_every_log_level_suits_every_process(model, level):
+    """The launcher passes its level on to programs that must know it."""
+    with FathomServer(model, "--log-level", level) as server:
+        server.client.complete(prompt=[1], max_tokens=1)
