@@ -37,7 +37,16 @@ class Case:
     tokens: list
     greedy: list
     logprobs: np.ndarray  # of the prompt's tokens from the second on, then of the greedy ones
-    smallest_gap: float   # over the greedy tokens: best minus second logit
+    gaps: list            # of each greedy token: best minus second logit
+
+    @property
+    def smallest_gap(self):
+        """How clear the least clear greedy token is."""
+        return min(self.gaps)
+
+    def num_clear(self, gap):
+        """How many greedy tokens come before the first whose gap is below this."""
+        return next((i for i, own in enumerate(self.gaps) if own < gap), len(self.gaps))
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Reference(reference_model.ReferenceModel):
     def case(self, tokens, num_greedy):
         """The answers for one prompt."""
         greedy, _, gaps = self.greedy(tokens, num_greedy)
-        return Case(tokens, greedy, self.prompt_logprobs(tokens + greedy), min(gaps))
+        return Case(tokens, greedy, self.prompt_logprobs(tokens + greedy), gaps)
 
     def clear_case(self, length, num_greedy, rng):
         """A random prompt on which no choice is a near tie."""
@@ -128,8 +137,7 @@ def _golden_case(golden, prompt, reference):
     golden_logprobs = log_softmax(logits)[np.arange(len(known)), known]
     assert np.abs(logprobs[:len(known)] - golden_logprobs).max() < 1e-4, "the oracle disagrees"
     logprobs[:len(known)] = golden_logprobs
-    smallest_gap = float(golden[f"{prompt}.greedy_gap"].numpy().min())
-    return Case(tokens, greedy, logprobs, smallest_gap)
+    return Case(tokens, greedy, logprobs, golden[f"{prompt}.greedy_gap"].numpy().tolist())
 
 
 def make_checkpoint(recipe, folder, lengths=(1, 9, 40), num_greedy=12):

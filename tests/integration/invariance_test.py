@@ -110,3 +110,29 @@ def test_with_any_block_size_as_with_16(model, alone, block_size):
     flags = ["--block-size", block_size]
     with FathomServer(model, *flags, tensor_parallel_size=2) as server:
         assert ask_together(server.client, PROBES) == alone
+
+
+@pytest.mark.parametrize("flags", [
+    ("--dtype", "bfloat16"),
+    ("--kv-cache-dtype", "bfloat16"),
+    ("--quantization", "fp8"),
+    ("--enable-expert-parallel",),
+    ("--collectives", "gloo"),
+    ("--threads", "2"),
+], ids=" ".join)
+def test_in_other_kinds_of_server_too(model, flags):
+    """Alone, in a batch of 64, and in chunks of 7: other kernels, the same promise."""
+    probes = [*PROBES, *fillers(64 - len(PROBES))]
+    with FathomServer(model, *flags, tensor_parallel_size=2) as server:
+        answers = ask_one_by_one(server.client)
+        assert ask_together(server.client, probes)[:len(PROBES)] == answers
+    with FathomServer(model, *flags, "--max-num-batched-tokens", 7,
+                      tensor_parallel_size=2) as server:
+        assert ask_together(server.client, PROBES) == answers
+
+
+@pytest.mark.parametrize("flags", [("--threads", "2"), ("--collectives", "gloo")], ids=" ".join)
+def test_the_same_numbers_however_the_work_is_shared_out(model, alone, flags):
+    """Neither threads nor the way ranks add up change a bit; sums are in rank order."""
+    with FathomServer(model, *flags, tensor_parallel_size=2) as server:
+        assert ask_one_by_one(server.client) == alone
