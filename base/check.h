@@ -31,10 +31,17 @@ class CheckFailure {
   std::ostringstream message_;
 };
 
+// Turns a streamed message into an expression of type void, so that CHECK can stand anywhere.
+struct CheckSink {
+  void operator&(std::ostream&) const {}
+};
+
 }  // namespace fathom
 
-#define CHECK(condition) \
-  while (!(condition)) ::fathom::CheckFailure(__FILE__, __LINE__, #condition).stream()
+#define CHECK(condition)     \
+  (condition)                \
+      ? static_cast<void>(0) \
+      : ::fathom::CheckSink() & ::fathom::CheckFailure(__FILE__, __LINE__, #condition).stream()
 #define CHECK_EQ(a, b) CHECK((a) == (b)) << "(" << (a) << " vs " << (b) << ") "
 #define CHECK_NE(a, b) CHECK((a) != (b)) << "(" << (a) << " vs " << (b) << ") "
 #define CHECK_LT(a, b) CHECK((a) < (b)) << "(" << (a) << " vs " << (b) << ") "
