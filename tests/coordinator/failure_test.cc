@@ -1,4 +1,11 @@
 // What clients see when workers break, hang, die or do not fit together.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <iostream>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -125,6 +132,53 @@ TEST_F(FailureTest, SurvivesTheSameFailureManyTimes) {
     WaitUntilServing();
     ExpectServed(Asking(5, 5));
   }
+  ExpectNoViolations();
+}
+
+TEST_F(FailureTest, TellsEveryClientTheTruthWhileWorkersBreakAtRandom) {
+  const uint64_t seed = std::random_device()();
+  std::cout << "seed " << seed << "\n";
+  StartAndWait();
+  std::atomic<int> num_served = 0;
+  std::vector<std::thread> clients;
+  for (int c = 0; c < 12; ++c) {
+    clients.emplace_back([&, c] {
+      std::mt19937_64 random(seed + c);
+      while (num_served < 100) {
+        const auto request = Asking(1 + random() % 100, 1 + random() % 40, random());
+        const bool must_cancel = random() % 4 == 0;
+        const Answer answer =
+            Generate(request, [&](const v1::GenerateResponse&) { return !must_cancel; });
+        std::vector<uint32_t> expected = ExpectedTokens(request);
+        if (answer.status.ok()) {
+          ++num_served;
+        } else {
+          EXPECT_TRUE(answer.status.error_code() == grpc::StatusCode::UNAVAILABLE ||
+                      (must_cancel && answer.status.error_code() == grpc::StatusCode::CANCELLED))
+              << answer.status.error_message();
+          ASSERT_LE(answer.token_ids.size(), expected.size());
+          expected.resize(answer.token_ids.size());
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        }
+        EXPECT_EQ(answer.token_ids, expected);
+      }
+    });
+  }
+  // Between two faults somebody is served: groups that break before their first step, one after the
+  // other, would only test the backoff.
+  std::mt19937_64 random(seed);
+  while (num_served < 100) {
+    workers_[random() % kNumWorkers]->BreakAtNextStep(
+        grpc::Status(grpc::StatusCode::INTERNAL, "broken at random"));
+    const int num_served_before = num_served;
+    const int num_more = 1 + static_cast<int>(random() % 15);
+    while (num_served < std::min(100, num_served_before + num_more)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  for (std::thread& client : clients) client.join();
+  WaitUntilServing();
+  WaitUntilAllIsFree();
   ExpectNoViolations();
 }
 
