@@ -1,0 +1,163 @@
+// How long one layer's decoding attention takes on this GPU, and what share of its memory bandwidth
+// that is. The bandwidth is a device-to-device copy measured in the same run (bytes read +
+// written).
+//
+//   mla_decode_bench [--json]     one row per (batch, context); random data, caches rotated past
+//   the L2
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/mla_decode_sm90.h"
+
+namespace fathom {
+namespace {
+
+constexpr int kLayers = 60;  // launches of one graph
+constexpr int kCaches = 4;   // distinct layers of cache among them
+constexpr int64_t kTokenBytes = 576 * 2;
+
+struct Row {
+  int batch;
+  int context_len;
+  double flash_mla_us;  // FlashMLA dense decode at 16 heads on one H200; 0: not measured
+};
+constexpr Row kRows[] = {{1, 2304, 16.3},    {8, 2304, 18.2},  {64, 2304, 51.5},
+                         {256, 2304, 168.5}, {1, 32768, 44.5}, {1, 131072, 70.5}};
+
+template <typename T>
+T* Allocate(size_t count) {
+  T* data = nullptr;
+  CUDA_CHECK(cudaMalloc(&data, count * sizeof(T)));
+  return data;
+}
+
+template <typename T>
+void Upload(T* target, const std::vector<T>& values) {
+  CUDA_CHECK(cudaMemcpy(target, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+}
+
+// Median milliseconds of a graph of what `record` puts on the stream.
+template <typename Record>
+double MedianMs(cudaStream_t stream, Record record) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  record();
+  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int i = 0; i < 23; ++i) {
+    CUDA_CHECK(cudaEventRecord(begin, stream));
+    CUDA_CHECK(cudaGraphLaunch(executable, stream));
+    CUDA_CHECK(cudaEventRecord(end, stream));
+    CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 3) times.push_back(ms);
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  CUDA_CHECK(cudaGraphExecDestroy(executable));
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  return times[times.size() / 2];
+}
+
+int Main(bool json) {
+  cudaDeviceProp device;
+  CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+  if (!MlaDecodeSm90::Supports(device)) {
+    std::fprintf(stderr, "%s is no Hopper GPU: nothing to measure\n", device.name);
+    return 1;
+  }
+  cudaStream_t stream;
+  CUDA_CHECK(cudaStreamCreate(&stream));
+  const int64_t num_blocks = 256 * 36 + 1;
+  const int64_t cache_bytes = num_blocks * MlaDecodeSm90::kBlockSize * kTokenBytes;
+  char* caches = Allocate<char>(kCaches * cache_bytes);
+
+  std::mt19937 random(20261123);
+  {  // random BF16 of both signs with exponents near 1
+    std::vector<uint16_t> values(1 << 24);
+    for (uint16_t& value : values) value = static_cast<uint16_t>(0x3E80 | (random() & 0x817F));
+    for (int64_t at = 0; at < kCaches * cache_bytes; at += values.size() * 2) {
+      const int64_t bytes = std::min<int64_t>(values.size() * 2, kCaches * cache_bytes - at);
+      CUDA_CHECK(cudaMemcpy(caches + at, values.data(), bytes, cudaMemcpyHostToDevice));
+    }
+  }
+  const double copy_ms = MedianMs(stream, [&] {
+    CUDA_CHECK(cudaMemcpyAsync(caches, caches + 2 * cache_bytes, 2 * cache_bytes,
+                               cudaMemcpyDeviceToDevice, stream));
+  });
+  const double copy_gbps = 4.0 * cache_bytes / copy_ms / 1e6;
+
+  const int sms = device.multiProcessorCount;
+  char* workspace = Allocate<char>(MlaDecodeSm90::WorkspaceBytes(kLayers, sms));
+  auto* queries = Allocate<__nv_bfloat16>(256 * 16 * 576);
+  auto* out = Allocate<__nv_bfloat16>(256 * 16 * 512);
+  CUDA_CHECK(cudaMemcpy(queries, caches, 256 * 16 * 576 * 2, cudaMemcpyDeviceToDevice));
+  int* tables = Allocate<int>(num_blocks);
+  int* lens = Allocate<int>(256);
+  const MlaDecodeSm90 decode(workspace, kLayers, sms);
+  std::vector<MlaDecodeSm90::CacheMaps> maps;
+  for (int i = 0; i < kCaches; ++i) {
+    maps.push_back(MlaDecodeSm90::MapCache(caches + i * cache_bytes, num_blocks));
+  }
+
+  if (!json) {
+    std::printf("%s, copy %.0f GB/s; one layer, 16 heads, BF16 cache\n", device.name, copy_gbps);
+    std::printf("%6s %8s %10s %10s %10s %8s %14s\n", "batch", "context", "us", "GB/s", "of copy",
+                "floor us", "FlashMLA us");
+  }
+  for (const Row& row : kRows) {
+    const int blocks = (row.context_len + 63) / 64;
+    std::vector<int> table(static_cast<size_t>(row.batch) * blocks);
+    for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int>(i);
+    std::shuffle(table.begin(), table.end(), random);
+    Upload(tables, table);
+    Upload(lens, std::vector<int>(row.batch, row.context_len));
+    const double us = 1e3 / kLayers * MedianMs(stream, [&] {
+                        decode.Schedule(lens, row.batch, stream);
+                        for (int layer = 0; layer < kLayers; ++layer) {
+                          decode.Run(maps[layer % kCaches],
+                                     {.index = layer,
+                                      .q_latent = queries,
+                                      .q_rope = queries + 256 * 16 * 512,
+                                      .block_tables = tables,
+                                      .max_blocks = blocks,
+                                      .context_lens = lens,
+                                      .scale = 0.1352337788608801f / 8,
+                                      .out = out},
+                                     stream);
+                        }
+                      });
+    const double bytes = static_cast<double>(row.batch) * row.context_len * kTokenBytes;
+    const double gbps = bytes / us / 1e3;
+    const double floor_us = bytes / copy_gbps / 1e3;
+    if (json) {
+      std::printf(
+          "{\"batch\":%d,\"context\":%d,\"us\":%.2f,\"gbps\":%.0f,\"share_of_copy\":%.3f,"
+          "\"floor_us\":%.2f,\"flash_mla_us\":%.1f}\n",
+          row.batch, row.context_len, us, gbps, gbps / copy_gbps, floor_us, row.flash_mla_us);
+    } else {
+      std::printf("%6d %8d %10.2f %10.0f %9.0f%% %8.1f %14.1f\n", row.batch, row.context_len, us,
+                  gbps, 100 * gbps / copy_gbps, floor_us, row.flash_mla_us);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace fathom
+
+int main(int argc, char** argv) {
+  return fathom::Main(argc > 1 && std::strcmp(argv[1], "--json") == 0);
+}

@@ -1,0 +1,19 @@
+// CUDA_CHECK: a CUDA call that fails after start is the device's fault. The process says so in one
+// line and exits; the group forms again without it. (Running out of memory while starting is the
+// operator's fault and a Status instead: see Device::Allocate.)
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace fathom {
+
+[[noreturn]] void CudaFailed(const char* file, int line, const char* call, cudaError_t error);
+
+}  // namespace fathom
+
+#define CUDA_CHECK(call)                                       \
+  do {                                                         \
+    if (cudaError_t error_ = (call); error_ != cudaSuccess) {  \
+      ::fathom::CudaFailed(__FILE__, __LINE__, #call, error_); \
+    }                                                          \
+  } while (false)

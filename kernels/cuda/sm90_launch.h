@@ -1,0 +1,43 @@
+// The host's side of sm90.cuh: tensor maps, and launches that overlap the end of the kernel before.
+// Thread-safe.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/cuda_check.h"
+
+namespace fathom::sm90 {
+
+// A matrix, rows one after another, as the copy engine cuts boxes from it.
+struct MatrixMap {
+  void* data = nullptr;  // 16-byte aligned
+  CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  int element_bytes = 1;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int box_rows = 0;
+  int box_columns = 0;  // 128 bytes worth: a box is a swizzled tile
+};
+CUtensorMap MapMatrix(const MatrixMap& matrix);
+
+// Launches a kernel that calls WaitForPredecessors() before it reads what others wrote.
+template <typename... Parameters, typename... Values>
+void LaunchDependent(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
+                     cudaStream_t stream, const Values&... values) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, values...));
+}
+
+}  // namespace fathom::sm90
