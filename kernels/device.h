@@ -50,14 +50,20 @@ class Device {
 
   virtual std::string name() const = 0;  // cpu, cuda
   virtual Ops& ops() = 0;
+  // Whether the device's memory is the host's, so that neither side needs a copy to read it.
+  virtual bool shares_host_memory() const = 0;
 
   // ResourceExhausted when there is no room; names the number of bytes.
   virtual absl::StatusOr<Buffer> Allocate(int64_t num_bytes) = 0;
   // Bytes that could be allocated now.
   virtual int64_t AvailableBytes() const = 0;
 
+  // Copies take their turn among the operations. On return `host` may be changed or read.
+  // `host` is dense; of a tensor only the first dimension may have gaps on a GPU.
   virtual void CopyFromHost(const void* host, const Tensor& tensor) = 0;
   virtual void CopyToHost(const Tensor& tensor, void* host) = 0;
+  // Between tensors of this device, of equal size; `from` is dense.
+  virtual void Copy(const Tensor& from, const Tensor& to) = 0;
 };
 
 absl::StatusOr<std::unique_ptr<Device>> OpenCpuDevice(const DeviceOptions& options);

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -83,7 +84,8 @@ void DeclareModel(CLI::App& app, Flags& flags) {
                  "folder with config.json and *.safetensors")
       ->required();
   app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
-  app.add_option("--dtype", flags.dtype, "of activations; auto is float32 on the CPU")
+  app.add_option("--dtype", flags.dtype,
+                 "of activations; auto is float32 on the CPU, bfloat16 on a GPU")
       ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
   app.add_option("--quantization", flags.quantization,
                  "fp8: quantise linear layers in 128x128 blocks while loading")
@@ -119,7 +121,9 @@ void DeclareCheck(CLI::App& app, Flags& flags) {
 
 void Complete(Flags& flags) {
   ShardKeeperOptions& keeper = flags.keeper;
-  keeper.dtype = flags.dtype == "bfloat16" ? DType::kBF16 : DType::kF32;
+  const bool is_cuda = flags.device == "cuda";
+  keeper.dtype =
+      flags.dtype == "bfloat16" || (flags.dtype == "auto" && is_cuda) ? DType::kBF16 : DType::kF32;
   keeper.kv_cache_dtype = flags.kv_cache_dtype == "auto"       ? keeper.dtype
                           : flags.kv_cache_dtype == "bfloat16" ? DType::kBF16
                                                                : DType::kF32;
@@ -127,7 +131,16 @@ void Complete(Flags& flags) {
   if (flags.kv_cache_memory_bytes > 0) {
     keeper.memory.kv_cache_memory_bytes = flags.kv_cache_memory_bytes;
   }
-  keeper.host_bytes = HostMemoryBytes();
+}
+
+// What the memory plan divides.
+void MeasureMemory(const Device& device, ShardKeeperOptions& keeper) {
+  if (device.shares_host_memory()) {
+    keeper.host_bytes = HostMemoryBytes();
+    return;
+  }
+  keeper.host_bytes = device.AvailableBytes();
+  keeper.memory.default_kv_cache_limit_bytes = std::numeric_limits<int64_t>::max();
 }
 
 int Fail(int exit_status, const absl::Status& status) {
@@ -239,7 +252,7 @@ int Serve(const Flags& flags, ShardKeeper& keeper) {
   spdlog::info("fathom-worker {} listens on {}: {}, dtype {}, kv-cache-dtype {}", FATHOM_VERSION,
                flags.listen_address, keeper.config().architecture, FlagNameOf(flags.keeper.dtype),
                FlagNameOf(flags.keeper.kv_cache_dtype));
-  if (!flags.keeper.memory.kv_cache_memory_bytes.has_value()) {
+  if (flags.device == "cpu" && !flags.keeper.memory.kv_cache_memory_bytes.has_value()) {
     spdlog::info("KV blocks take at most {} MiB; --kv-cache-memory-bytes gives them more",
                  flags.keeper.memory.default_kv_cache_limit_bytes >> 20);
   }
@@ -291,6 +304,7 @@ int Main(int argc, char** argv) {
                                                        ? OpenCudaDevice(flags.device_options)
                                                        : OpenCpuDevice(flags.device_options);
   if (!device.ok()) return Fail(EX_USAGE, device.status());
+  MeasureMemory(**device, flags.keeper);
   absl::StatusOr<std::unique_ptr<ShardKeeper>> keeper =
       ShardKeeper::Open(flags.keeper, *std::move(device));
   if (!keeper.ok()) return Fail(EX_CONFIG, keeper.status());

@@ -17,6 +17,7 @@
 #include "worker/feed_forward.h"
 #include "worker/mla_attention.h"
 #include "worker/rotary_table.h"
+#include "worker/step_tensors.h"
 
 namespace fathom {
 namespace {
@@ -181,13 +182,6 @@ void WarnOfUnknownTensors(const ModelShardOptions& options, const ModelConfig& c
   }
 }
 
-// Host memory of the batch as a tensor: on the CPU device they are one. Only read.
-Tensor View(const std::vector<int32_t>& values, std::initializer_list<int64_t> shape) {
-  const Tensor tensor(const_cast<int32_t*>(values.data()), DType::kI32, shape);
-  CHECK_EQ(tensor.num_elements(), static_cast<int64_t>(values.size()));
-  return tensor;
-}
-
 class LoadedModelShard final : public ModelShard {
  public:
   LoadedModelShard(const ModelShardOptions& options, const ModelConfig& config,
@@ -197,7 +191,8 @@ class LoadedModelShard final : public ModelShard {
         layout_(layout),
         device_(device),
         ops_(device.ops()),
-        weights_(config, layout) {}
+        weights_(config, layout),
+        step_tensors_(device) {}
 
   absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
   absl::Status AllocateActivations();
@@ -207,7 +202,8 @@ class LoadedModelShard final : public ModelShard {
 
  private:
   void CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const;
-  absl::StatusOr<Tensor> Logits(const Tensor& hidden, const std::vector<int32_t>& logit_rows,
+  // Of the rows of `hidden` that logit_rows names, in device memory; absent on other ranks than 0.
+  absl::StatusOr<Tensor> Logits(const Tensor& hidden, const Tensor& logit_rows,
                                 Communicator& communicator);
 
   const ModelShardOptions options_;
@@ -220,6 +216,8 @@ class LoadedModelShard final : public ModelShard {
   std::vector<Buffer> weight_buffers_;
   Activations activations_;
   Buffer activation_buffer_;
+  StepTensors step_tensors_;
+  std::vector<float> host_logits_;  // where the device's memory is not the host's
 };
 
 absl::Status LoadedModelShard::LoadWeights(const Checkpoint& checkpoint,
@@ -255,22 +253,19 @@ void LoadedModelShard::CheckBatch(const StepBatch& batch, const KvCache& kv_cach
 absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache& kv_cache,
                                                  Communicator& communicator) {
   CheckBatch(batch, kv_cache);
-  const int64_t tokens = batch.num_tokens(), sequences = batch.num_sequences();
-  const AttentionStep step = {
-      .positions = View(batch.positions, {tokens}),
-      .places = View(batch.places, {tokens}),
-      .cos_sin = activations_.cos_sin,
-      .batch = {.block_tables = View(batch.block_tables, {sequences, batch.max_blocks}),
-                .query_start = View(batch.query_start, {sequences + 1}),
-                .context_lens = View(batch.context_lens, {sequences}),
-                .block_size = batch.block_size}};
+  RETURN_IF_ERROR(step_tensors_.Set(batch));
+  const int64_t tokens = batch.num_tokens();
+  const AttentionStep step = {.positions = step_tensors_.positions(),
+                              .places = step_tensors_.places(),
+                              .cos_sin = activations_.cos_sin,
+                              .batch = step_tensors_.attention()};
   const Tensor hidden = activations_.hidden.Slice(0, 0, tokens);
   const Tensor normed = activations_.normed.Slice(0, 0, tokens);
   const Tensor branch = activations_.branch.Slice(0, 0, tokens);
   const float eps = config_.rms_norm_eps;
 
   // Each rank embeds the tokens of its vocabulary rows.
-  ops_.Embed(View(batch.token_ids, {tokens}), weights_.embed_tokens,
+  ops_.Embed(step_tensors_.token_ids(), weights_.embed_tokens,
              static_cast<int>(layout_.vocabulary().begin), hidden);
   RETURN_IF_ERROR(communicator.AllReduceSum(hidden));
 
@@ -286,18 +281,21 @@ absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache
     RETURN_IF_ERROR(communicator.AllReduceSum(branch));
     ops_.Add(hidden, branch);
   }
-  return Logits(hidden, batch.logit_rows, communicator);
+  ASSIGN_OR_RETURN(const Tensor logits, Logits(hidden, step_tensors_.logit_rows(), communicator));
+  if (!logits.present() || device_.shares_host_memory()) return logits;
+  host_logits_.resize(logits.num_elements());
+  device_.CopyToHost(logits, host_logits_.data());
+  return Tensor(host_logits_.data(), DType::kF32, {logits.dim(0), logits.dim(1)});
 }
 
-absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden,
-                                                const std::vector<int32_t>& logit_rows,
+absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden, const Tensor& logit_rows,
                                                 Communicator& communicator) {
-  const int64_t rows = static_cast<int64_t>(logit_rows.size());
+  const int64_t rows = logit_rows.dim(0);
   if (rows == 0) return Tensor();
   const Activations::Head& head = activations_.head;
   const Tensor last = head.rows.Slice(0, 0, rows);
   const Tensor part = head.part.Slice(0, 0, rows);
-  ops_.GatherRows(hidden, View(logit_rows, {rows}), last);
+  ops_.GatherRows(hidden, logit_rows, last);
   ops_.RmsNorm(last, weights_.norm, config_.rms_norm_eps, last);
   ops_.Linear(last, {.values = weights_.lm_head}, part);
   if (layout_.world_size() == 1) return part;
@@ -313,8 +311,7 @@ absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden,
   const Tensor logits = head.logits.Slice(0, 0, rows);
   RETURN_IF_ERROR(communicator.GatherToRank0(part, gathered));
   for (int64_t rank = 0; rank < world; ++rank) {
-    device_.CopyFromHost(gathered[rank].raw(),
-                         logits.Slice(1, rank * part_size, (rank + 1) * part_size));
+    device_.Copy(gathered[rank], logits.Slice(1, rank * part_size, (rank + 1) * part_size));
   }
   return logits;
 }

@@ -81,9 +81,10 @@ absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) co
                    ModelShard::Plan(ShardOptions(spec), config_, layout, *checkpoint_));
   const KvCacheOptions kv_cache = {.dtype = options_.kv_cache_dtype,
                                    .block_size = static_cast<int>(spec.block_size())};
+  const uint32_t sharing = device_->shares_host_memory() ? spec.workers_on_this_host() : 1;
   return PlanWorkerMemory(options_.memory,
                           {.host_bytes = options_.host_bytes,
-                           .workers_on_this_host = static_cast<int>(spec.workers_on_this_host()),
+                           .workers_on_this_host = static_cast<int>(sharing),
                            .weight_bytes = footprint.weight_bytes,
                            .activation_bytes = footprint.activation_bytes,
                            .kv_block_bytes = KvCache::BlockBytes(kv_cache, config_),

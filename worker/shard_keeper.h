@@ -29,7 +29,9 @@ struct ShardKeeperOptions {
   DType kv_cache_dtype = DType::kF32;  // kF32 or kBF16
   Quantization quantization = Quantization::kNone;
   MemoryPlanOptions memory = {};
-  int64_t host_bytes = 0;  // memory that the workers of this host share
+  // Memory that the workers of this host share; of a GPU, which a worker has to itself, what is
+  // there for it.
+  int64_t host_bytes = 0;
 };
 
 // What loading decided on, by value, so that it can be compared.
@@ -64,6 +66,7 @@ class ShardKeeper {
   // The shard, loaded now unless it is there already. It stays until another one is loaded.
   absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, LoadProgress progress);
   absl::StatusOr<std::unique_ptr<KvCache>> CreateKvCache(int block_size, int num_kv_blocks);
+  Device& device() { return *device_; }
 
  private:
   ShardKeeper(const ShardKeeperOptions& options, ModelConfig config,

@@ -402,10 +402,7 @@ absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, const LinearS
   const int64_t local_head = head - wish.heads.begin;
   device_.CopyFromHost(columns_first.data(), (*wish.w_uk)[local_head]);
 
-  const Tensor values = plain.Slice(0, wish.nope_dim, rows);
-  std::vector<char> value_rows(values.num_bytes());
-  device_.CopyToHost(values, value_rows.data());
-  device_.CopyFromHost(value_rows.data(), (*wish.w_uv)[local_head]);
+  device_.Copy(plain.Slice(0, wish.nope_dim, rows), (*wish.w_uv)[local_head]);
   return absl::OkStatus();
 }
 

@@ -15,6 +15,7 @@
 #include "worker/gloo_communicator.h"
 #include "worker/remote_blackboard.h"
 #include "worker/shm_communicator.h"
+#include "worker/staged_communicator.h"
 #include "worker/step_stream.h"
 
 namespace fathom {
@@ -249,6 +250,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& jo
   const absl::Status status = communicator->Connect(*blackboard, absl::Now() + timeout);
   joining.SetCommunicator(nullptr);
   RETURN_IF_ERROR(status);
+  if (!keeper_.device().shares_host_memory()) {
+    return MakeStagedCommunicator(keeper_.device(), std::move(communicator));
+  }
   return communicator;
 }
 

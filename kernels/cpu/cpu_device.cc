@@ -55,6 +55,7 @@ class CpuDevice final : public Device {
 
   std::string name() const override { return "cpu"; }
   Ops& ops() override { return ops_; }
+  bool shares_host_memory() const override { return true; }
 
   absl::StatusOr<Buffer> Allocate(int64_t num_bytes) override {
     CHECK_GE(num_bytes, 0);
@@ -94,6 +95,12 @@ class CpuDevice final : public Device {
     for (int64_t i = 0; i < tensor.dim(0); ++i) {
       CopyFromHost(static_cast<const char*>(host) + i * tensor[i].num_bytes(), tensor[i]);
     }
+  }
+
+  void Copy(const Tensor& from, const Tensor& to) override {
+    CHECK(from.dense()) << from.DebugString();
+    CHECK_EQ(from.num_bytes(), to.num_bytes());
+    CopyFromHost(from.raw(), to);
   }
 
   void CopyToHost(const Tensor& tensor, void* host) override {

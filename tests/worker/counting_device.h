@@ -22,6 +22,7 @@ class CountingDevice final : public Device {
 
   std::string name() const override { return device_->name(); }
   Ops& ops() override { return device_->ops(); }
+  bool shares_host_memory() const override { return device_->shares_host_memory(); }
 
   absl::StatusOr<Buffer> Allocate(int64_t num_bytes) override {
     constexpr int64_t kAlignment = 64;
@@ -41,6 +42,7 @@ class CountingDevice final : public Device {
     device_->CopyFromHost(host, tensor);
   }
   void CopyToHost(const Tensor& tensor, void* host) override { device_->CopyToHost(tensor, host); }
+  void Copy(const Tensor& from, const Tensor& to) override { device_->Copy(from, to); }
 
   int64_t live_bytes() const { return live_bytes_; }
   int64_t peak_bytes() const { return peak_bytes_; }

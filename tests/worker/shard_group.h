@@ -14,17 +14,27 @@
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/device.h"
+#include "tests/worker/distant_device.h"
 #include "tests/worker/thread_communicator.h"
 #include "worker/kv_cache.h"
 #include "worker/model_config.h"
 #include "worker/model_shard.h"
 #include "worker/safetensors.h"
 #include "worker/shard_layout.h"
+#include "worker/staged_communicator.h"
 #include "worker/step_batch.h"
 
 namespace fathom {
 
+enum class DeviceKind { kCpu, kDistantCpu, kCuda };
+
+inline absl::StatusOr<std::unique_ptr<Device>> OpenDevice(DeviceKind kind) {
+  if (kind == DeviceKind::kDistantCpu) return std::make_unique<DistantDevice>();
+  return kind == DeviceKind::kCuda ? OpenCudaDevice({}) : OpenCpuDevice({});
+}
+
 struct ShardGroupOptions {
+  DeviceKind device = DeviceKind::kCpu;  // with kCuda all ranks share one GPU
   int world_size = 1;
   bool enable_expert_parallel = false;
   ModelShardOptions shard = {
@@ -60,12 +70,15 @@ class ShardGroup {
                                .enable_expert_parallel = options.enable_expert_parallel},
                               group->config_));
       Rank& one = group->ranks_.emplace_back();
-      ASSIGN_OR_RETURN(one.device, OpenCpuDevice({}));
+      ASSIGN_OR_RETURN(one.device, OpenDevice(options.device));
       ASSIGN_OR_RETURN(one.shard, ModelShard::Load(options.shard, group->config_, layout,
                                                    *checkpoint, *one.device, nullptr));
       ASSIGN_OR_RETURN(one.kv_cache,
                        KvCache::Create(options.kv_cache, group->config_, *one.device));
       one.communicator = std::make_unique<ThreadCommunicator>(rank, group->meeting_);
+      if (!one.device->shares_host_memory()) {
+        one.communicator = MakeStagedCommunicator(*one.device, std::move(one.communicator));
+      }
     }
     return group;
   }
@@ -141,7 +154,7 @@ class ShardGroup {
     std::unique_ptr<Device> device;
     std::unique_ptr<ModelShard> shard;
     std::unique_ptr<KvCache> kv_cache;
-    std::unique_ptr<ThreadCommunicator> communicator;
+    std::unique_ptr<Communicator> communicator;
   };
 
   explicit ShardGroup(const ShardGroupOptions& options)

@@ -101,7 +101,7 @@ class WorkerProgramTest(unittest.TestCase):
                       ["--listen", "unix:x", "--frobnicate"]):
             self.refused(64, flags[2].lstrip("-") + ".*see fathom-worker --help", *flags)
         self.refused(64, "--listen is required")
-        self.refused(64, "no CUDA backend", "--check", "--device", "cuda")
+        self.refused(64, "expected .*--device cpu", "--check", "--device", "cuda")
         self.refused(64, "is no address", "--listen", "nonsense")
         self.refused(64, "reachable from other hosts", "--listen", "0.0.0.0:0")
 
