@@ -40,7 +40,18 @@ pkg_check_modules(xxhash REQUIRED IMPORTED_TARGET libxxhash)
 
 # fathom_warnings(TARGET): our own code compiles without a warning; generated code is not ours.
 function(fathom_warnings target)
-  target_compile_options(${target} PRIVATE -Wall -Wextra -Werror -Wvla -Wnon-virtual-dtor)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Werror -Wvla -Wnon-virtual-dtor>)
+endfunction()
+
+# fathom_kernels_for(NAME ARCHITECTURES SOURCES...): .cu files compiled for these GPUs. They see no
+# header of Abseil: nvcc is slow enough without.
+function(fathom_kernels_for name architectures)
+  add_library(${name} OBJECT ${ARGN})
+  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_STANDARD 20)
+  target_compile_options(${name} PRIVATE
+    --compiler-options=-Wall,-Wextra --Werror=all-warnings --expt-relaxed-constexpr)
 endfunction()
 
 # fathom_library(NAME SOURCES... DEPENDS...): the library of one folder.

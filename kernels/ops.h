@@ -8,7 +8,8 @@
 //
 // Rows are independent: what is computed for a token depends on nothing but that token (and, in
 // attention, on the sequence before it), bit by bit: not on T, on its place in the batch, or on how
-// the prompt was cut into chunks. Outputs must not overlap inputs unless it says "in place".
+// the prompt was cut into chunks. (On a GPU only to rounding: cuda/cuda_ops.h.) Outputs must not
+// overlap inputs unless it says "in place".
 //
 // Not thread-safe; asynchronous on a GPU, complete on return on the CPU.
 #pragma once
@@ -49,7 +50,7 @@ struct RoutingConfig {
 };
 
 // Where the tokens of a step stand in their sequences. Sequence s owns tokens
-// [query_start[s], query_start[s + 1]), the last ones of its context_lens[s] tokens.
+// [query_start[s], query_start[s + 1]), at least one, the last ones of its context_lens[s] tokens.
 // Example: a prompt of 5 tokens computed at once beside a sequence that decodes its 9th token:
 // query_start = [0, 5, 6], context_lens = [5, 9].
 struct AttentionBatch {

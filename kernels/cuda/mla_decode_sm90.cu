@@ -1,8 +1,9 @@
+#include "kernels/cuda/mla_decode_sm90.h"
+
 #include <cmath>
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_check.h"
-#include "kernels/cuda/mla_decode_sm90.h"
 #include "kernels/cuda/sm90.cuh"
 #include "kernels/cuda/sm90_launch.h"
 
@@ -184,11 +185,11 @@ __device__ int HeadOfSlot(const Place& place, int slot) {
 __device__ void LoadQuery(const MlaDecodeSm90::Layer& layer, int sequence, const Place& place,
                           SharedMemory& shared) {
   const __nv_bfloat16* latent = layer.q_latent + int64_t{sequence} * kOutputs;
-  const __nv_bfloat16* rope = layer.q_rope + int64_t{sequence} * kHeads * 64;
+  const __nv_bfloat16* rope = layer.q_rope + sequence * layer.q_rope_token_stride;
   for (int i = place.thread; i < kBoxes * kHeads * 8; i += kConsumers) {
     const int box = i / (kHeads * 8), head = i / 8 % kHeads, piece = i % 8;
-    const __nv_bfloat16* source =
-        box < kBoxes - 1 ? latent + head * kRank + box * 64 : rope + head * 64;
+    const __nv_bfloat16* source = box < kBoxes - 1 ? latent + head * kRank + box * 64
+                                                   : rope + head * layer.q_rope_head_stride;
     *reinterpret_cast<uint4*>(shared.query + box * kQueryBoxBytes + head * 128 +
                               ((piece ^ (head & 7)) * 16)) =
         *reinterpret_cast<const uint4*>(source + piece * 8);

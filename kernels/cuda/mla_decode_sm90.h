@@ -53,8 +53,10 @@ class MlaDecodeSm90 {
   struct Layer {
     int index = 0;  // below num_layers: layers of one step may overlap and must not share counters
     const __nv_bfloat16* q_latent = nullptr;  // [num_sequences, 16, 512]
-    const __nv_bfloat16* q_rope = nullptr;    // [num_sequences, 16, 64], rotated
-    const int* block_tables = nullptr;        // [num_sequences, max_blocks]
+    const __nv_bfloat16* q_rope = nullptr;    // [num_sequences, 16, 64], rotated, 16-byte aligned
+    int64_t q_rope_token_stride = kHeads * kRopeHeadDim;  // elements, a multiple of 8
+    int64_t q_rope_head_stride = kRopeHeadDim;            // the same
+    const int* block_tables = nullptr;                    // [num_sequences, max_blocks]
     int max_blocks = 0;
     const int* context_lens = nullptr;  // [num_sequences], as given to Schedule
     float scale = 0.0f;                 // of the scores
