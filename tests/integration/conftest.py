@@ -9,16 +9,19 @@ from fathom_server import FathomServer
 
 
 def pytest_addoption(parser):
-    """--bin and --long."""
+    """--bin, --device and --long."""
     parser.addoption("--bin", default=str(checkpoints.ROOT / "build/cpu/bin"),
                      help="folder with fathom and its daemons")
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"),
+                     help="where workers compute; cuda needs programs built with preset cuda")
     parser.addoption("--long", action="store_true",
                      help="the full set: every world size, 2 minutes of soak, 20 faults of a kind")
 
 
 def pytest_configure(config):
-    """Tells the harness where the programs are."""
+    """Tells the harness where the programs are and where they compute."""
     FathomServer.binaries = Path(config.getoption("--bin")).resolve()
+    FathomServer.device = config.getoption("--device")
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ class ServerDied(Exception):
 class FathomServer:
     """One running system. Not thread-safe, but `client` is."""
 
-    binaries = None  # the folder with the programs; set once by conftest.py
+    # Set once by conftest.py.
+    binaries = None  # the folder with the programs
+    device = "cpu"
 
     def __init__(self, model, *flags, tensor_parallel_size=1, port=None,
                  startup_timeout_seconds=120):
@@ -44,6 +46,8 @@ class FathomServer:
         self.command = [str(self.binaries / "fathom"), "serve", str(model), "--host", HOST,
                         "--port", str(self.port), "--tensor-parallel-size",
                         str(tensor_parallel_size), *map(str, flags)]
+        if self.device != "cpu":
+            self.command += ["--device", self.device]
         self.startup_timeout_seconds = startup_timeout_seconds
         self.process = None
         self._stopped = False

@@ -5,6 +5,7 @@
     tests/integration/run.py golden faults      golden_test.py and faults_test.py
     tests/integration/run.py soak --long        the full variant; whatever else pytest takes
     tests/integration/run.py --bin DIR …        programs from elsewhere than build/cpu/bin
+    tests/integration/run.py golden --device cuda --bin build/cuda/bin
 """
 
 import os
