@@ -29,6 +29,8 @@ ErrorKind KindOf(const absl::Status& status) {
     case absl::StatusCode::kResourceExhausted:
       return {429, "TooManyRequestsError"};
     case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kCancelled:  // by the coordinator: what we cancel is not reported
       return {503, "ServiceUnavailableError"};
     default:
       return {500, "InternalServerError"};

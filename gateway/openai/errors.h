@@ -6,6 +6,8 @@
 // | NotFound           | 404  | NotFoundError                                                    |
 // | ResourceExhausted  | 429  | TooManyRequestsError, with Retry-After                           |
 // | Unavailable        | 503  | ServiceUnavailableError, with Retry-After                        |
+// | DeadlineExceeded   | 503  | the same                                                         |
+// | Cancelled          | 503  | the same                                                         |
 // | others             | 500  | InternalServerError                                              |
 #pragma once
 
