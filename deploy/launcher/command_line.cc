@@ -141,7 +141,8 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
       ->capture_default_str()
       ->check(OneOf({"cpu", "cuda"}));
   app.add_option("--dtype", options.dtype,
-                 "Type of activations: auto, float32, bfloat16; auto is float32 on a CPU")
+                 "Type of activations: auto, float32, bfloat16; auto is float32 on a CPU, "
+                 "bfloat16 on a GPU")
       ->capture_default_str()
       ->check(OneOf({"auto", "float32", "float", "bfloat16"},
                     {{"half",
