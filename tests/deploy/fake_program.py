@@ -6,7 +6,8 @@ It is copied under those names into a folder. What it does is told by files ther
   refusal            if it is there: --check prints it on stderr and exits 78
   NAME.exit          if it is there: NAME prints a line and exits with this code at once
   NAME.stubborn      if it is there: NAME ignores SIGTERM
-and what it did is appended to `events`: lines `start NAME PID`, `term NAME`.
+  NAME.slow          if it is there: NAME takes half a second to drain
+and what it did is appended to `events`: lines `start NAME PID`, `term NAME`, `drained NAME`.
 """
 
 import http.server
@@ -14,6 +15,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 PROGRAM = pathlib.Path(sys.argv[0])
 FOLDER = PROGRAM.parent
@@ -54,6 +56,9 @@ class Health(http.server.BaseHTTPRequestHandler):
 
 def on_term(*unused):
     record(f"term {name()}")
+    if (FOLDER / f"{name()}.slow").exists():
+        time.sleep(0.5)
+        record(f"drained {name()}")
     if not (FOLDER / f"{name()}.stubborn").exists():
         os._exit(0)
 

@@ -14,6 +14,7 @@ import time
 import unittest
 
 HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 BIN = pathlib.Path(sys.argv[sys.argv.index("--bin") + 1])
 PATIENCE_SECONDS = 30  # for what takes a fraction of a second on an idle machine
 
@@ -85,6 +86,12 @@ class LauncherTest(unittest.TestCase):
     def wait_for_log(self, pattern):
         return eventually(lambda: re.search(pattern, self.log.read_text()), pattern)
 
+    def wait_until_ready(self):
+        """The gateway here is healthy by itself, the others may start later."""
+        self.wait_for_log("Fathom is ready")
+        for name in ("worker-0", "worker-1", "coordinator", "gateway"):
+            self.wait_for_log(f"this is {name}\n")
+
     def end(self, expected):
         self.assertEqual(self.launcher.wait(PATIENCE_SECONDS), expected, self.log.read_text())
 
@@ -100,6 +107,7 @@ class LauncherTest(unittest.TestCase):
         url = self.wait_for_log(r"Fathom is ready: (http://127\.0\.0\.1:\d+)/v1").group(1)
         eventually(ready_file.exists, "the ready file")
         self.assertEqual(ready_file.read_text().strip(), url)
+        self.wait_until_ready()
         log = self.log.read_text()
         self.assertIn("KV cache size: 1,149,440 tokens", log)
         self.assertIn("Maximum concurrency for 32,768 tokens per request: 35.08x", log)
@@ -122,7 +130,7 @@ class LauncherTest(unittest.TestCase):
 
     def test_restarts_whatever_is_killed(self):
         self.launch()
-        self.wait_for_log("Fathom is ready")
+        self.wait_until_ready()
         for round_, name in enumerate(("worker-1", "coordinator", "gateway"), start=1):
             pid = self.pids()[name]
             os.kill(pid, signal.SIGKILL)
@@ -150,7 +158,7 @@ class LauncherTest(unittest.TestCase):
 
     def test_nothing_survives_a_launcher_that_is_killed(self):
         self.launch()
-        self.wait_for_log("Fathom is ready")
+        self.wait_until_ready()
         self.launcher.kill()
         self.end(-signal.SIGKILL)
         eventually(lambda: not any(is_alive(pid) for pid in self.pids().values()),
@@ -159,7 +167,7 @@ class LauncherTest(unittest.TestCase):
     def test_a_second_signal_kills_what_is_still_draining(self):
         (self.folder / "gateway.stubborn").touch()
         self.launch()
-        self.wait_for_log("Fathom is ready")
+        self.wait_until_ready()
         self.launcher.send_signal(signal.SIGTERM)
         eventually(lambda: "term gateway" in self.events(), "the gateway hears SIGTERM")
         self.launcher.send_signal(signal.SIGTERM)
@@ -169,17 +177,76 @@ class LauncherTest(unittest.TestCase):
     def test_what_does_not_drain_in_time_is_killed(self):
         (self.folder / "coordinator.stubborn").touch()
         self.launch("--drain-timeout", "1")
-        self.wait_for_log("Fathom is ready")
+        self.wait_until_ready()
         self.launcher.send_signal(signal.SIGTERM)
         self.end(0)
         self.assertIn("coordinator did not end in time: killing it", self.log.read_text())
 
     def test_ctrl_c_on_the_terminal_reaches_the_launcher_alone(self):
         self.launch()
-        self.wait_for_log("Fathom is ready")
+        self.wait_until_ready()
         os.killpg(self.launcher.pid, signal.SIGINT)
         self.end(0)
         self.assertEqual(len([event for event in self.events() if event.startswith("term")]), 4)
+
+    def quickstart(self, *flags):
+        """deploy/quickstart over the programs here: nothing is installed or built."""
+        root = self.folder / "root"
+        for folder in ("deploy", "oracle", "build/cpu", "stubs"):
+            (root / folder).mkdir(parents=True)
+        (root / "build/cpu/bin").symlink_to(self.folder)
+        shutil.copy(ROOT / "deploy/quickstart", root / "deploy")
+        event = 'data: {"choices": [{"text": " deep"}]}'
+        for path, body in (("deploy/install-dependencies", ""), ("stubs/cmake", ""),
+                           ("stubs/curl", f"echo '{event}'")):
+            (root / path).write_text(f"#!/bin/sh\n{body}\n")
+            (root / path).chmod(0o755)
+        (root / "oracle/make_checkpoint.py").write_text(
+            "import pathlib, sys\n"
+            "pathlib.Path(sys.argv[1]).mkdir()\n"
+            "pathlib.Path(sys.argv[1], 'config.json').write_text('{}')\n")
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.launcher = subprocess.Popen(
+                [root / "deploy/quickstart", *flags], stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, env=os.environ | {
+                    "PATH": f"{root}/stubs:{os.environ['PATH']}",
+                    "XDG_RUNTIME_DIR": str(self.folder / "run")})
+        self.addCleanup(self.clean_up)
+
+    def test_ctrl_c_in_the_quickstart_drains(self):
+        (self.folder / "gateway.slow").touch()
+        self.quickstart("--keep", "--workers", "2")
+        self.wait_for_log("Serving at http.* until Ctrl-C")
+        self.wait_until_ready()
+        self.assertRegex(self.log.read_text(), "\nThe sea is deep\n")
+        os.killpg(self.launcher.pid, signal.SIGINT)  # as a terminal does
+        self.end(130)
+        self.assertIn("drained gateway", self.events())
+        self.assertFalse(any(is_alive(pid) for pid in self.pids().values()))
+
+    def test_a_second_ctrl_c_in_the_quickstart_kills(self):
+        (self.folder / "gateway.stubborn").touch()
+        self.quickstart("--keep", "--workers", "2")
+        self.wait_for_log("Serving at http.* until Ctrl-C")
+        self.wait_until_ready()
+        os.killpg(self.launcher.pid, signal.SIGINT)
+        eventually(lambda: "term gateway" in self.events(), "the gateway hears SIGTERM")
+        os.killpg(self.launcher.pid, signal.SIGINT)
+        self.end(130)
+        self.assertFalse(any(is_alive(pid) for pid in self.pids().values()))
+
+    def test_the_quickstart_judges_its_flags_before_anything_else(self):
+        for flags, code, pattern in (
+                (["--help"], 0, "fewer workers: 1, 2, 4 or 8"),
+                (["--port"], 64, "^quickstart: --port wants a number"),
+                (["--port", "99999"], 64, "^quickstart: --port 99999: expected 0 to 65535"),
+                (["--workers", "3"], 64, "^quickstart: --workers 3: expected 1, 2, 4 or 8"),
+                (["--frobnicate"], 64, "^quickstart: unknown argument '--frobnicate'")):
+            result = subprocess.run([ROOT / "deploy/quickstart", *flags], capture_output=True,
+                                    text=True, timeout=PATIENCE_SECONDS)
+            self.assertEqual(result.returncode, code, flags)
+            self.assertRegex((result.stdout + result.stderr).splitlines()[-1], pattern)
+            self.assertNotIn("packages (", result.stdout)
 
     def test_tells_systemd_when_it_is_ready(self):
         path = str(self.folder / "notify")
