@@ -16,6 +16,11 @@ namespace {
 // For handlers to notice that their clients were closed.
 constexpr std::chrono::milliseconds kCloseTimeout{10'000};
 
+// Of the model's files, not of the options.
+absl::Status Unusable(const absl::Status& status) {
+  return absl::FailedPreconditionError(std::string(status.message()));
+}
+
 }  // namespace
 
 // Destroyed from the bottom up: the I/O thread last, since everything refers to it.
@@ -41,14 +46,17 @@ struct Gateway::Parts {
 };
 
 absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options) {
-  ASSIGN_OR_RETURN(ModelText text, ModelText::Load(options.model_dir));
-  ASSIGN_OR_RETURN(const SamplingDefaults defaults, LoadSamplingDefaults(options.model_dir));
+  absl::StatusOr<ModelText> loaded = ModelText::Load(options.model_dir);
+  if (!loaded.ok()) return Unusable(loaded.status());
+  const absl::StatusOr<SamplingDefaults> defaults = LoadSamplingDefaults(options.model_dir);
+  if (!defaults.ok()) return Unusable(defaults.status());
+  ModelText& text = *loaded;
   if (text.tokenizer() == nullptr) {
     spdlog::info("{} has no tokenizer.json: serving token ids only", options.model_dir);
   } else if (const absl::Status chat = text.CheckHasChat(); !chat.ok()) {
     spdlog::info("serving without chat: {}", std::string(chat.message()));
   }
-  auto parts = std::make_unique<Parts>(std::move(options), std::move(text), defaults);
+  auto parts = std::make_unique<Parts>(std::move(options), std::move(text), *defaults);
   Parts& p = *parts;
   ASSIGN_OR_RETURN(p.coordinator, CoordinatorClient::Create(p.options.coordinator, p.io_thread));
   p.model = std::make_unique<ServedModel>(p.options.model, *p.coordinator);

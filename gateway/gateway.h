@@ -27,8 +27,9 @@ struct GatewayOptions {
 
 class Gateway {
  public:
-  // Reads the model's text files and listens. InvalidArgument: a file or an option is unusable;
-  // AlreadyExists: the port is in use.
+  // Reads the model's text files and listens. FailedPrecondition: a file of the model cannot be
+  // used; InvalidArgument, NotFound: an option cannot (an address, a TLS file); AlreadyExists: the
+  // port is in use.
   static absl::StatusOr<std::unique_ptr<Gateway>> Create(GatewayOptions options);
   ~Gateway();
 

@@ -114,7 +114,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--log-level", flags.log_level, "debug, info, warn or error")
       ->check(CLI::IsMember({"debug", "info", "warn", "error"}))
       ->capture_default_str();
-  app.set_version_flag("--version", std::string("fathom-gateway ") + FATHOM_VERSION);
+  app.set_version_flag("--version", FATHOM_VERSION);
 }
 
 // Every connection is a file descriptor.
@@ -126,7 +126,8 @@ void RaiseFileLimit() {
 }
 
 int ExitCodeOf(const absl::Status& status) {
-  return absl::IsInvalidArgument(status) || absl::IsNotFound(status) ? kExitConfig : 1;
+  if (absl::IsFailedPrecondition(status)) return kExitConfig;
+  return absl::IsInvalidArgument(status) || absl::IsNotFound(status) ? kExitUsage : 1;
 }
 
 int Main(int argc, char** argv) {
