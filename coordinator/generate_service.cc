@@ -14,6 +14,7 @@
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/server_builder.h"
+#include "proto/status.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
@@ -26,10 +27,6 @@ constexpr int kMaxEntriesPerMessage = 32768;
 
 // For clients that have ended but not read everything yet, when the server stops.
 constexpr std::chrono::seconds kLastWords(1);
-
-grpc::Status ToGrpc(const absl::Status& status) {
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
-}
 
 // Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
 uint64_t SplitMix64(uint64_t x) {

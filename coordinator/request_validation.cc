@@ -118,7 +118,7 @@ absl::Status TooLong(uint64_t num_prompt_tokens, uint64_t max_tokens, uint64_t m
   return Invalid("You passed ", num_prompt_tokens, " input tokens and requested ", max_tokens,
                  " output tokens. However, the model's context length is only ", max_model_len,
                  " tokens, resulting in a maximum input length of ", max_prompt_tokens,
-                 " tokens. Please reduce the length of the input prompt.");
+                 " tokens. Please reduce the length of the input prompt, or max_tokens.");
 }
 
 // The number of tokens to generate.

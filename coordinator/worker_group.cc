@@ -11,6 +11,7 @@
 #include "coordinator/worker_group_calls.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "proto/status.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
@@ -81,9 +82,7 @@ class WorkerGroup::Stream final : public grpc::ClientBidiReactor<grpc::ByteBuffe
   }
 
   void OnDone(const grpc::Status& status) override {
-    group_.OnStreamEnded(
-        peer_.rank,
-        absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message()));
+    group_.OnStreamEnded(peer_.rank, FromGrpc(status));
     // Notifies with the lock held: the waiter may destroy this as soon as it can take it.
     const std::lock_guard lock(mutex_);
     is_done_ = true;

@@ -15,6 +15,7 @@
 #include "base/status_macros.h"
 #include "coordinator/load_progress.h"
 #include "grpcpp/client_context.h"
+#include "proto/status.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
@@ -286,8 +287,8 @@ struct AbortCall {
 }  // namespace
 
 absl::Status FromWorker(const std::string& name, const grpc::Status& status) {
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
-                      absl::StrCat(name, ": ", status.error_message()));
+  const absl::Status same = FromGrpc(status);
+  return absl::Status(same.code(), absl::StrCat(name, ": ", same.message()));
 }
 
 absl::StatusOr<std::vector<WorkerPeer>> DialAll(const WorkerGroup::Options& options) {

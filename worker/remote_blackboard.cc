@@ -13,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "grpcpp/client_context.h"
+#include "proto/status.h"
 #include "proto/worker.grpc.pb.h"
 
 namespace fathom {
@@ -20,9 +21,9 @@ namespace {
 
 constexpr absl::Duration kPublishTimeout = absl::Seconds(10);
 
-absl::Status FromGrpc(const grpc::Status& status, const std::string& address) {
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()),
-                      absl::StrCat("rank 0 at ", address, ": ", status.error_message()));
+absl::Status FromRank0(const grpc::Status& status, const std::string& address) {
+  const absl::Status same = FromGrpc(status);
+  return absl::Status(same.code(), absl::StrCat("rank 0 at ", address, ": ", same.message()));
 }
 
 class RemoteBlackboard final : public Blackboard {
@@ -39,7 +40,7 @@ class RemoteBlackboard final : public Blackboard {
     request.set_key(key);
     request.set_value(value);
     v1::PublishResponse response;
-    return FromGrpc(stub_->Publish(&context, request, &response), address_);
+    return FromRank0(stub_->Publish(&context, request, &response), address_);
   }
 
   absl::StatusOr<std::string> Lookup(const std::string& key, absl::Time deadline) override {
@@ -50,7 +51,7 @@ class RemoteBlackboard final : public Blackboard {
     request.set_epoch(epoch_);
     request.set_key(key);
     v1::LookupResponse response;
-    RETURN_IF_ERROR(FromGrpc(stub_->Lookup(&context, request, &response), address_));
+    RETURN_IF_ERROR(FromRank0(stub_->Lookup(&context, request, &response), address_));
     return std::move(*response.mutable_value());
   }
 

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "grpcpp/server_context.h"
+#include "proto/status.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
@@ -15,10 +16,6 @@ namespace {
 constexpr absl::Duration kUnreadTime = absl::Milliseconds(100);
 
 }  // namespace
-
-grpc::Status ToGrpcStatus(const absl::Status& status) {
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
-}
 
 StepStream::StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepRunner> runner,
                        std::function<void(StepStream*)> on_ended)
@@ -89,7 +86,7 @@ void StepStream::MakeSteps() {
     spdlog::warn("left epoch {}: {}", epoch, std::string(status.message()));
   }
   on_ended_(this);
-  Finish(ToGrpcStatus(status));
+  Finish(ToGrpc(status));
 }
 
 std::unique_ptr<v1::StepCommand> StepStream::NextCommand() {

@@ -19,8 +19,6 @@
 
 namespace fathom {
 
-grpc::Status ToGrpcStatus(const absl::Status& status);
-
 class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::StepResult> {
  public:
   // `on_ended` is called once, from the stream's thread, when no step runs any more and the runner

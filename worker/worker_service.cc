@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "proto/status.h"
 #include "spdlog/spdlog.h"
 #include "worker/gloo_communicator.h"
 #include "worker/remote_blackboard.h"
@@ -27,7 +28,7 @@ constexpr absl::Duration kLongestLookup = absl::Minutes(1);
 // A call that is over at once.
 class RefusedStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::StepResult> {
  public:
-  explicit RefusedStream(const absl::Status& reason) { Finish(ToGrpcStatus(reason)); }
+  explicit RefusedStream(const absl::Status& reason) { Finish(ToGrpc(reason)); }
   void OnDone() override { delete this; }
 };
 
@@ -111,7 +112,7 @@ grpc::Status WorkerService::Describe(grpc::ServerContext*, const v1::DescribeReq
   const absl::StatusOr<WorkerMemoryPlan> plan = keeper_.Plan(request->shard());
   if (!plan.ok()) {
     spdlog::error("cannot be this shard: {}", std::string(plan.status().message()));
-    return ToGrpcStatus(plan.status());
+    return ToGrpc(plan.status());
   }
   response->set_version(options_.version);
   keeper_.Describe(*response);
@@ -130,7 +131,7 @@ grpc::Status WorkerService::Join(grpc::ServerContext* context, const v1::JoinReq
                                  grpc::ServerWriter<v1::JoinProgress>* writer) {
   Joining joining(*request, *context, *writer);
   absl::Status status = BeginJoin(joining);
-  if (!status.ok()) return ToGrpcStatus(status);
+  if (!status.ok()) return ToGrpc(status);
   status = AwaitTurn(joining);
   const bool has_turn = status.ok();
   if (has_turn) {
@@ -144,7 +145,7 @@ grpc::Status WorkerService::Join(grpc::ServerContext* context, const v1::JoinReq
   }
   if (!status.ok()) {
     spdlog::warn("did not join epoch {}: {}", joining.epoch(), std::string(status.message()));
-    return ToGrpcStatus(status);
+    return ToGrpc(status);
   }
   spdlog::info("joined epoch {} as rank {} of {}", joining.epoch(), joining.shard().rank(),
                joining.shard().world_size());
@@ -337,7 +338,7 @@ grpc::Status WorkerService::Abort(grpc::ServerContext*, const v1::AbortRequest* 
 
 grpc::Status WorkerService::Publish(grpc::ServerContext*, const v1::PublishRequest* request,
                                     v1::PublishResponse*) {
-  return ToGrpcStatus(blackboard_.Publish(request->epoch(), request->key(), request->value()));
+  return ToGrpc(blackboard_.Publish(request->epoch(), request->key(), request->value()));
 }
 
 grpc::Status WorkerService::Lookup(grpc::ServerContext* context, const v1::LookupRequest* request,
@@ -347,7 +348,7 @@ grpc::Status WorkerService::Lookup(grpc::ServerContext* context, const v1::Looku
   absl::StatusOr<std::string> value =
       blackboard_.Lookup(request->epoch(), request->key(), deadline);
   if (value.ok()) response->set_value(*std::move(value));
-  return ToGrpcStatus(value.status());
+  return ToGrpc(value.status());
 }
 
 bool WorkerService::WaitUntilIdle(absl::Time deadline) {

@@ -392,7 +392,7 @@ absl::Status CheckPrompt(const std::vector<uint32_t>& prompt, std::optional<uint
       absl::StrCat("You passed ", prompt.size(), " input tokens and requested ", requested,
                    " output tokens. However, the model's context length is only ", max_model_len,
                    " tokens, resulting in a maximum input length of ", longest,
-                   " tokens. Please reduce the length of the input prompt."));
+                   " tokens. Please reduce the length of the input prompt, or max_tokens."));
 }
 
 }  // namespace fathom

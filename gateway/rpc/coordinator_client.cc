@@ -15,18 +15,13 @@
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/client_callback.h"
 #include "proto/generate.grpc.pb.h"
+#include "proto/status.h"
 
 namespace fathom {
 namespace {
 
 // Of one call, received and not yet taken by Generation::Next.
 constexpr int kMaxWaitingResponses = 64;
-
-// The two enumerations number the same codes.
-absl::Status ToAbsl(const grpc::Status& status) {
-  if (status.ok()) return absl::OkStatus();
-  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
-}
 
 // Counts what gRPC still holds, so that the client can wait for it before it goes. Thread-safe.
 class Outstanding {
@@ -114,7 +109,7 @@ Task<absl::StatusOr<Response>> CoordinatorClient::Stubs::CallOnce(Stubs& stubs, 
           outstanding.Remove();
         });
   while (!state->done) co_await state->wakeup.Wait();
-  if (!state->status.ok()) co_return ToAbsl(state->status);
+  if (!state->status.ok()) co_return FromGrpc(state->status);
   co_return std::move(state->response);
 }
 
@@ -275,7 +270,7 @@ class Generation::Call : public grpc::ClientReadReactor<v1::GenerateResponse>,
 
   void OnDone(const grpc::Status& status) override {
     Outstanding& outstanding = outstanding_;  // `this` may be gone once the I/O thread has it
-    io_thread_.Post([self = std::move(self_), status = ToAbsl(status)]() mutable {
+    io_thread_.Post([self = std::move(self_), status = FromGrpc(status)]() mutable {
       self->Deliver({self->index_, std::nullopt, std::move(status)});
     });
     outstanding.Remove();

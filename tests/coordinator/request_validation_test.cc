@@ -58,7 +58,7 @@ TEST(RequestValidationTest, RefusesPromptsAndLengthsOutOfRange) {
       {3, "max_tokens: 98",
        "You passed 3 input tokens and requested 98 output tokens. However, the model's context "
        "length is only 100 tokens, resulting in a maximum input length of 2 tokens. Please reduce "
-       "the length of the input prompt."},
+       "the length of the input prompt, or max_tokens."},
       {3, "max_tokens: 4294967295",
        "requested 4294967295 output tokens. However, the model's context length is only 100 "
        "tokens, resulting in a maximum input length of 0 tokens"},

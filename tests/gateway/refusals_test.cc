@@ -88,7 +88,7 @@ TEST_F(RefusalsTest, PromptsThatAreTooLongOrTooMany) {
   ExpectRefused("/v1/completions", absl::StrCat("{\"prompt\":[", ids, "]}"),
                 "You passed 113 input tokens and requested 16 output tokens. However, the model's "
                 "context length is only 128 tokens, resulting in a maximum input length of 112 "
-                "tokens. Please reduce the length of the input prompt.",
+                "tokens. Please reduce the length of the input prompt, or max_tokens.",
                 "BadRequestError", "input_tokens");
   std::string prompts = "[5]";
   for (int i = 1; i < 129; ++i) prompts += ",[5]";
