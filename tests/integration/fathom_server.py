@@ -116,6 +116,10 @@ class FathomServer:
         """Pids of the children that run this program, e.g. "fathom-worker"."""
         return [pid for pid in self.descendants() if program_of(pid) == role]
 
+    def pids_of_children(self):
+        """Pids of the coordinator, the workers and the gateway, as far as they run."""
+        return [pid for role in ROLES for pid in self.pids(role)]
+
     def rss_bytes(self):
         """Resident memory: {(program, pid): bytes} of the launcher and all below it."""
         pids = [self.process.pid, *self.descendants()]

@@ -83,6 +83,19 @@ def wait_until_back(server):
     return time.monotonic() - started
 
 
+def wait_until_served(server):
+    """Asks until it is answered: right after a kill /health may not know of it yet."""
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while True:
+        try:
+            if server.client.post("/v1/completions", dict(prompt=[1], max_tokens=1)).status == 200:
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        assert time.monotonic() < deadline, server.log()[-4000:]
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("role", ["fathom-worker", "fathom-coordinator", "fathom-gateway"])
 def test_kill_9_is_told_to_every_client_and_healed(model, role, long, report):
     """3 rounds of each kind (--long: 20)."""
@@ -145,3 +158,22 @@ def test_a_silent_worker_is_noticed_and_taken_back(model):
             os.kill(stopped, signal.SIGCONT)
         wait_until_back(server)
         assert stopped in server.pids("fathom-worker")
+
+
+def test_kills_at_random_times_are_healed_too(model, long):
+    """One to three kills within a second, in the middle of recovering as well."""
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    with FathomServer(model, "--max-model-len", 5000, tensor_parallel_size=4) as server:
+        for _ in range(20 if long else 4):
+            clients = start_load(server)
+            for _ in range(rng.randrange(1, 4)):
+                time.sleep(rng.uniform(0, 0.4))
+                children = server.pids_of_children()
+                if children:
+                    os.kill(rng.choice(children), signal.SIGKILL)
+            wait_until_ends(clients, time.monotonic())
+            wait_until_served(server)
+        server.wait_until_idle()
+        assert len(server.pids_of_children()) == 6

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from checkpoints import oracle, safetensors_file
 from fathom_server import FathomServer
 
 # Bytes of KV per token of v3_tiny: 4 layers x (64 latent + 16 rope) x 4 bytes.
@@ -136,3 +137,40 @@ def test_the_same_numbers_however_the_work_is_shared_out(model, alone, flags):
     """Neither threads nor the way ranks add up change a bit; sums are in rank order."""
     with FathomServer(model, *flags, tensor_parallel_size=2) as server:
         assert ask_one_by_one(server.client) == alone
+
+
+POISON = 300
+
+
+@pytest.fixture(scope="module", params=[float("nan"), float("inf")], ids=str)
+def poisoned_model(request, tmp_path_factory):
+    """v3_tiny whose embedding of one token is not a number."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    tensors = oracle.make_checkpoint(str(folder), num_nextn_predict_layers=0)
+    name = "model.embed_tokens.weight"
+    values = tensors[name].to_float64()
+    values[POISON] = request.param
+    tensors[name] = safetensors_file.Stored.bfloat16(values)
+    safetensors_file.save(str(folder / "model.safetensors"), tensors)
+    return folder
+
+
+def test_a_request_gone_wrong_harms_no_other(poisoned_model):
+    """NaN or Inf ends that request with an error; its neighbours and its heirs keep their bits."""
+    probes = [dict(prompt=[token for token in probe["prompt"] if token != POISON],
+                   max_tokens=30, temperature=0) for probe in PROBES]
+    bad = dict(COMMON, prompt=[5, POISON, 6], max_tokens=30, temperature=0)
+    # Room for the probes and little more: the bad requests' blocks are used again.
+    flags = ["--kv-cache-memory-bytes", 800 * TOKEN_BYTES, "--max-model-len", 352]
+    with FathomServer(poisoned_model, *flags, tensor_parallel_size=2) as server:
+        expected = [ask(server.client, probe) for probe in probes]
+        for _ in range(3):
+            with ThreadPoolExecutor(16) as pool:
+                wrong = [pool.submit(server.client.post, "/v1/completions", bad)
+                         for _ in range(8)]
+                right = [pool.submit(ask, server.client, probe) for probe in probes]
+            assert [future.result() for future in right] == expected
+            for future in wrong:
+                assert future.result().status == 500
+                assert "finite" in future.result().error()["message"]
+        server.wait_until_idle()
