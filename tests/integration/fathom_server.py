@@ -20,6 +20,9 @@ from pathlib import Path
 
 from http_client import HOST, Client
 
+# What a process prints when it finds a bug of ours; the restart would hide it from the test.
+BUG_SIGNS = r"CHECK failed|Sanitizer|runtime error:|Assertion `|terminate called|SIGSEGV|SIGABRT"
+
 ROLES = ("fathom-coordinator", "fathom-worker", "fathom-gateway")
 
 
@@ -151,6 +154,7 @@ class FathomServer:
         self._tear_down()
         assert returncode == 0, f"exit code {returncode} after SIGTERM:\n{log[-4000:]}"
         assert not left, f"left behind: {left}\n{log[-4000:]}"
+        assert not re.search(BUG_SIGNS, log), log[re.search(BUG_SIGNS, log).start() - 200:][:4000]
 
     def terminate(self):
         """SIGTERM, without waiting."""
