@@ -4,6 +4,7 @@
 #include <sysexits.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -153,6 +154,7 @@ absl::StatusOr<int> Run(const std::vector<std::string>& arguments) {
 }  // namespace fathom
 
 int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);  // serving goes on when nobody reads the log any more
   const absl::StatusOr<int> exit_code = fathom::Run({argv + 1, argv + argc});
   if (exit_code.ok()) return *exit_code;
   std::fprintf(stderr, "fathom: %s\n", std::string(exit_code.status().message()).c_str());

@@ -189,6 +189,21 @@ class LauncherTest(unittest.TestCase):
         self.end(0)
         self.assertEqual(len([event for event in self.events() if event.startswith("term")]), 4)
 
+    def test_goes_on_when_nobody_reads_its_log(self):
+        os.remove(self.log)
+        os.mkfifo(self.log)
+        reader = os.open(self.log, os.O_RDONLY | os.O_NONBLOCK)
+        ready_file = self.folder / "ready"
+        self.launch("--ready-file", ready_file)
+        os.close(reader)
+        eventually(ready_file.exists, "the ready file")
+        eventually(lambda: len(self.pids()) == 4, "all start")
+        pid = self.pids()["worker-0"]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: self.pids()["worker-0"] != pid, "worker 0 starts again")
+        self.launcher.send_signal(signal.SIGTERM)
+        self.assertEqual(self.launcher.wait(PATIENCE_SECONDS), 0)
+
     def quickstart(self, *flags):
         """deploy/quickstart over the programs here: nothing is installed or built."""
         root = self.folder / "root"
