@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -88,6 +89,7 @@ std::vector<absl::Status> RunInProcesses(int world_size, const MakeCommunicator&
     children[rank] = fork();
     CHECK(children[rank] >= 0);
     if (children[rank] != 0) continue;
+    signal(SIGPIPE, SIG_IGN);  // as fathom-worker does; Gloo writes to peers that are gone
     FileBlackboard blackboard(folder);
     const std::unique_ptr<GroupCommunicator> communicator = make(rank, world_size);
     absl::Status status = communicator->Connect(blackboard, absl::Now() + kConnectTime);
@@ -105,7 +107,12 @@ std::vector<absl::Status> RunInProcesses(int world_size, const MakeCommunicator&
   }
   std::vector<absl::Status> statuses;
   for (int rank = 0; rank < world_size; ++rank) {
-    waitpid(children[rank], nullptr, 0);
+    int wait_status = 0;
+    waitpid(children[rank], &wait_status, 0);
+    if (WIFSIGNALED(wait_status)) {
+      std::snprintf(reports[rank].message, sizeof reports[rank].message, "killed by signal %d",
+                    WTERMSIG(wait_status));
+    }
     const auto code = static_cast<absl::StatusCode>(reports[rank].code);
     statuses.emplace_back(code, reports[rank].message);
   }
