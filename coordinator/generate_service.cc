@@ -238,7 +238,8 @@ absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Opti
   if (server->server_ == nullptr) {
     return absl::AlreadyExistsError(
         absl::StrCat("cannot listen on '", absl::StrJoin(options.addresses, "', '"),
-                     "': the port is in use, or the address is not of this host"));
+                     "': the port is in use, the address is not of this host, or ",
+                     "--tls-… name no valid PEM files"));
   }
   server->SetServing(false);
   return server;

@@ -6,12 +6,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/human_bytes.h"
 #include "base/status_macros.h"
 
 namespace fathom {
 namespace {
-
-constexpr double kGibibyte = 1 << 30;
 
 std::string EosText(const v1::DescribeResponse& description) {
   std::string text;
@@ -132,13 +131,11 @@ std::vector<std::string> DescribePlan(const GroupPlan& plan,
                                       const std::vector<v1::DescribeResponse>& descriptions) {
   const v1::MemoryPlan& memory = descriptions[0].plan();
   std::vector<std::string> lines;
-  lines.push_back(absl::StrFormat(
-      "Memory plan per worker: %.2f GiB of %.2f GiB for weights, %.2f GiB for activations, "
-      "%.2f GiB for %d KV blocks of %d tokens",
-      memory.weight_bytes() / kGibibyte, memory.budget_bytes() / kGibibyte,
-      memory.activation_bytes() / kGibibyte,
-      static_cast<double>(memory.kv_block_bytes()) * plan.num_kv_blocks / kGibibyte,
-      plan.num_kv_blocks, plan.block_size));
+  lines.push_back(absl::StrCat(
+      "Memory of each worker: ", HumanBytes(memory.weight_bytes()), " weights + ",
+      HumanBytes(memory.activation_bytes()), " activations + ",
+      HumanBytes(memory.kv_block_bytes() * plan.num_kv_blocks), " KV cache (", plan.num_kv_blocks,
+      " blocks of ", plan.block_size, " tokens), of ", HumanBytes(memory.budget_bytes())));
   lines.push_back(absl::StrFormat("KV cache size: %d tokens", plan.kv_cache_tokens()));
   lines.push_back(absl::StrFormat(
       "Maximum concurrency for %d tokens per request: %.2fx", plan.model.max_model_len(),

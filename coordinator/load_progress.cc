@@ -4,18 +4,9 @@
 #include <cstdint>
 
 #include "absl/strings/str_format.h"
+#include "base/human_bytes.h"
 
 namespace fathom {
-namespace {
-
-std::string Bytes(double bytes) {
-  constexpr double kGibibyte = 1 << 30;
-  constexpr double kMebibyte = 1 << 20;
-  if (bytes >= kGibibyte) return absl::StrFormat("%.1f GiB", bytes / kGibibyte);
-  return absl::StrFormat("%.1f MiB", bytes / kMebibyte);
-}
-
-}  // namespace
 
 std::string LoadProgress::Line(absl::Duration now) const {
   int num_ready = 0;
@@ -43,11 +34,11 @@ std::string LoadProgress::Line(absl::Duration now) const {
   const double bytes_per_second = seconds > 0 ? bytes_done / seconds : 0;
   std::string line = absl::StrFormat(
       "loading weights: %.0f %% (%s of %s", 100.0 * bytes_done / bytes_total,
-      Bytes(static_cast<double>(bytes_done)), Bytes(static_cast<double>(bytes_total)));
+      HumanBytes(static_cast<double>(bytes_done)), HumanBytes(static_cast<double>(bytes_total)));
   if (bytes_per_second > 0) {
     const double bytes_left =
         static_cast<double>(bytes_total) - static_cast<double>(std::min(bytes_done, bytes_total));
-    absl::StrAppendFormat(&line, ", %s/s, %.0f s left", Bytes(bytes_per_second),
+    absl::StrAppendFormat(&line, ", %s/s, %.0f s left", HumanBytes(bytes_per_second),
                           bytes_left / bytes_per_second);
   }
   return line + ")";

@@ -1,5 +1,5 @@
 // Progress of all workers' loading as one line, e.g.
-//   loading weights: 43 % (12.3 of 28.6 GiB, 1.20 GiB/s, 14 s left)
+//   loading weights: 43 % (12.3 GiB of 28.6 GiB, 1.2 GiB/s, 14 s left)
 //   connecting: 6 of 8 workers ready
 //
 // Time is an argument. Not thread-safe.

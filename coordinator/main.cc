@@ -40,10 +40,10 @@ struct Flags {
   double join_timeout_seconds = 60;
   double drain_timeout_seconds = 30;
   uint64_t seed = 0;
+  bool check = false;
 };
 
 void Declare(CLI::App& app, Flags& flags) {
-  app.option_defaults()->always_capture_default();
   WorkerGroup::Options& group = flags.loop.group;
   app.add_option("--listen", flags.server.addresses,
                  "unix:/path or host:port; several times to listen in several places")
@@ -54,6 +54,7 @@ void Declare(CLI::App& app, Flags& flags) {
   app.add_option("--workers", group.addresses, "addresses of the workers, by rank")
       ->required()
       ->delimiter(',');
+  app.option_defaults()->always_capture_default();
   app.add_option("--max-model-len", group.max_model_len,
                  "tokens of prompt and output together; 0: the model's limit, or what fits")
       ->check(CLI::NonNegativeNumber);
@@ -88,7 +89,11 @@ void Declare(CLI::App& app, Flags& flags) {
   app.add_option("--tls-authority", tls.authority_file, "PEM, who signs the peers");
   app.add_flag("--insecure", tls.allow_insecure_tcp, "speak in the clear with other hosts");
   app.add_option("--log-level", flags.log_level, "least severe messages to log")
-      ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
+      ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
+  app.add_flag("--plan-is-known", group.is_plan_known,
+               "the operator was told the memory plan: log it at debug only");
+  app.add_flag("--check", flags.check,
+               "try flags, files and addresses, and the workers' addresses for their form; exit");
   app.set_version_flag("--version", FATHOM_VERSION);
 }
 
@@ -159,6 +164,7 @@ int Serve(const Flags& flags) {
   absl::StatusOr<std::unique_ptr<GenerateServer>> server =
       GenerateServer::Start(flags.server, service);
   if (!server.ok()) return ReportFailure(server.status());
+  if (flags.check) return 0;
   server_for_health = server->get();
   spdlog::info("fathom-coordinator {} listens on {}", FATHOM_VERSION,
                absl::StrJoin(flags.server.addresses, " and "));
@@ -180,7 +186,9 @@ int Main(int argc, char** argv) {
   try {  // CLI11 throws; this is the one place where it is caught
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kExitUsage;
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    std::fprintf(stderr, "%s (see fathom-coordinator --help)\n", error.what());
+    return kExitUsage;
   }
   Complete(flags);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("coordinator"));

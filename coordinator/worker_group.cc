@@ -117,7 +117,8 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> WorkerGroup::Form(
                                       .max_sequences = options.max_sequences,
                                       .max_model_len = options.max_model_len};
   ASSIGN_OR_RETURN(GroupPlan plan, PlanGroup(plan_options, descriptions, options.addresses));
-  for (const std::string& line : DescribePlan(plan, descriptions)) spdlog::info("{}", line);
+  const auto level = options.is_plan_known ? spdlog::level::debug : spdlog::level::info;
+  for (const std::string& line : DescribePlan(plan, descriptions)) spdlog::log(level, "{}", line);
 
   for (const v1::DescribeResponse& description : descriptions) {
     last_epoch = std::max(last_epoch, description.last_epoch());

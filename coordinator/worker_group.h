@@ -41,8 +41,9 @@ class WorkerGroup {
     int block_size = 16;  // tokens per KV block
     int max_tokens_per_step = 2048;
     int max_sequences = 256;
-    int max_logit_rows = 512;  // per step
-    int max_model_len = 0;     // 0: the model's own, or what the KV cache can hold
+    int max_logit_rows = 512;    // per step
+    int max_model_len = 0;       // 0: the model's own, or what the KV cache can hold
+    bool is_plan_known = false;  // to the operator: it is then logged for debugging only
     absl::Duration describe_timeout = absl::Seconds(30);  // of one attempt; they go on forever
     absl::Duration join_timeout = absl::Seconds(60);      // for finding each other, after loading
     absl::Duration join_silence_timeout = absl::Seconds(180);  // between two reports of progress

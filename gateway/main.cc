@@ -24,6 +24,7 @@ constexpr int kExitConfig = 78;  // EX_CONFIG
 struct Flags {
   GatewayOptions gateway;
   std::string log_level = "info";
+  bool check = false;
 };
 
 void AddNumber(CLI::App& app, const std::string& name, size_t& value, size_t low, size_t high,
@@ -114,6 +115,8 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_option("--log-level", flags.log_level, "debug, info, warn or error")
       ->check(CLI::IsMember({"debug", "info", "warn", "error"}))
       ->capture_default_str();
+  app.add_flag("--check", flags.check,
+               "Try flags, files and addresses, the coordinator's for its form only; exit");
   app.set_version_flag("--version", FATHOM_VERSION);
 }
 
@@ -131,13 +134,15 @@ int ExitCodeOf(const absl::Status& status) {
 }
 
 int Main(int argc, char** argv) {
-  CLI::App app("OpenAI-compatible HTTP server for a Fathom coordinator");
+  CLI::App app("OpenAI-compatible HTTP server for a Fathom coordinator", "fathom-gateway");
   Flags flags;
   AddFlags(app, flags);
   try {
     app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {  // CLI11 has no other way to say it
-    return app.exit(error) == 0 ? 0 : kExitUsage;
+  } catch (const CLI::ParseError& error) {                   // CLI11 has no other way to say it
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    std::fprintf(stderr, "%s (see fathom-gateway --help)\n", error.what());
+    return kExitUsage;
   }
   spdlog::set_default_logger(spdlog::stderr_logger_mt("gateway"));
   spdlog::set_pattern("%L %H:%M:%S.%e %v");
@@ -156,6 +161,7 @@ int Main(int argc, char** argv) {
     spdlog::error("{}", std::string(gateway.status().message()));
     return ExitCodeOf(gateway.status());
   }
+  if (flags.check) return 0;
   (*gateway)->StopOnSignals();
   spdlog::info("listening on http://{}:{} for the coordinator at {}", host, (*gateway)->port(),
                coordinator);

@@ -64,7 +64,8 @@ struct Flags {
 };
 
 void DeclareServing(CLI::App& app, Flags& flags) {
-  app.add_option("--listen", flags.listen_address, "unix:/path or host:port");
+  app.add_option("--listen", flags.listen_address,
+                 "unix:/path or host:port; required, except with --check");
   app.add_option("--threads", flags.device_options.num_threads, "threads that share each operation")
       ->check(CLI::Range(1, 1024));
   app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
@@ -75,7 +76,7 @@ void DeclareServing(CLI::App& app, Flags& flags) {
   app.add_option("--tls-authority", flags.tls.authority_file, "PEM, who signs the peers");
   app.add_flag("--insecure", flags.tls.allow_insecure_tcp, "speak in the clear with other hosts");
   app.add_option("--log-level", flags.log_level, "least severe messages to log")
-      ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error"}));
+      ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
   app.set_version_flag("--version", std::string(FATHOM_VERSION));
 }
 

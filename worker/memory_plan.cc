@@ -1,33 +1,23 @@
 #include "worker/memory_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
 #include <limits>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "base/check.h"
+#include "base/human_bytes.h"
 #include "base/status_macros.h"
 
 namespace fathom {
 namespace {
 
-std::string Human(int64_t bytes) {
-  double value = static_cast<double>(bytes);
-  for (const char* unit : {"bytes", "KiB", "MiB"}) {
-    if (std::abs(value) < 1024) return absl::StrFormat("%.4g %s", value, unit);
-    value /= 1024;
-  }
-  return absl::StrFormat("%.4g GiB", value);
-}
-
 std::string WhatIsTaken(const MemoryNeeds& needs, int64_t budget_bytes) {
-  return absl::StrCat("The budget of this worker is ", Human(budget_bytes), " (", budget_bytes,
-                      " bytes), of which the weights take ", Human(needs.weight_bytes),
-                      " and the activations ", Human(needs.activation_bytes), ".");
+  return absl::StrCat("The budget of this worker is ", HumanBytes(budget_bytes), " (", budget_bytes,
+                      " bytes), of which the weights take ", HumanBytes(needs.weight_bytes),
+                      " and the activations ", HumanBytes(needs.activation_bytes), ".");
 }
 
 // Bytes that are left for KV blocks; budget_bytes is out.
@@ -39,10 +29,11 @@ absl::StatusOr<int64_t> KvBytes(const MemoryPlanOptions& options, const MemoryNe
     budget_bytes = fixed_bytes + *options.kv_cache_memory_bytes;
     if (budget_bytes <= share_bytes) return *options.kv_cache_memory_bytes;
     return absl::ResourceExhaustedError(absl::StrCat(
-        "weights, activations and --kv-cache-memory-bytes add up to ", Human(budget_bytes), " (",
-        budget_bytes, " bytes) per worker, but ", needs.workers_on_this_host,
-        " workers share a host of ", Human(needs.host_bytes), ". Try decreasing ",
-        "--kv-cache-memory-bytes to at most ", std::max<int64_t>(0, share_bytes - fixed_bytes)));
+        "weights, activations and --kv-cache-memory-bytes add up to ", HumanBytes(budget_bytes),
+        " (", budget_bytes, " bytes) per worker, but ", needs.workers_on_this_host,
+        needs.workers_on_this_host == 1 ? " worker has a host of " : " workers share a host of ",
+        HumanBytes(needs.host_bytes), ". Try decreasing ", "--kv-cache-memory-bytes to at most ",
+        std::max<int64_t>(0, share_bytes - fixed_bytes)));
   }
   budget_bytes =
       static_cast<int64_t>(options.gpu_memory_utilization * static_cast<double>(share_bytes));
@@ -80,12 +71,12 @@ absl::StatusOr<WorkerMemoryPlan> PlanWorkerMemory(const MemoryPlanOptions& optio
     const int64_t blocks = (needs.max_model_len + needs.block_size - 1) / needs.block_size;
     return absl::ResourceExhaustedError(absl::StrCat(
         "To serve at least one request with the model's max seq len (", needs.max_model_len, "), ",
-        Human(blocks * needs.kv_block_bytes), " KV cache is needed, which is larger than the ",
-        "available KV cache memory (", Human(kv_bytes), "). ",
+        HumanBytes(blocks * needs.kv_block_bytes), " KV cache is needed, which is larger than the ",
+        "available KV cache memory (", HumanBytes(kv_bytes), "). ",
         WhatIsTaken(needs, plan.budget_bytes),
         " Based on the available memory, the estimated maximum model length is ", kv_tokens,
         ". Try increasing --kv-cache-memory-bytes (without it a CPU worker takes at most ",
-        Human(options.default_kv_cache_limit_bytes),
+        HumanBytes(options.default_kv_cache_limit_bytes),
         ") or --gpu-memory-utilization, or decreasing ", "--max-model-len"));
   }
   plan.max_model_len =

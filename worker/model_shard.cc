@@ -130,9 +130,9 @@ absl::StatusOr<ModelShardOptions> Resolved(ModelShardOptions options, const Mode
   CHECK(options.dtype == DType::kF32 || options.dtype == DType::kBF16) << NameOf(options.dtype);
   if (options.max_model_len == 0) options.max_model_len = config.max_position_embeddings;
   if (options.max_model_len < 1 || options.max_model_len > config.max_position_embeddings) {
-    return absl::InvalidArgumentError(absl::StrCat("max_model_len is ", options.max_model_len,
-                                                   ", expected 1 to max_position_embeddings, ",
-                                                   config.max_position_embeddings));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "max_model_len is ", options.max_model_len, ", expected 1 to max_position_embeddings, ",
+        config.max_position_embeddings, ": see --max-model-len"));
   }
   if (options.max_tokens_per_step < 1 || options.max_tokens_per_step > kMostTokensPerStep) {
     return absl::InvalidArgumentError(absl::StrCat("max_tokens_per_step is ",

@@ -63,6 +63,7 @@ void StepStream::MakeSteps() {
     runner = runner_;
   }
   absl::Status status;
+  bool is_asked_to_leave = false;
   while (status.ok()) {
     const std::unique_ptr<v1::StepCommand> command = NextCommand();
     if (command == nullptr) break;
@@ -76,12 +77,16 @@ void StepStream::MakeSteps() {
   const uint64_t epoch = runner->epoch();
   {
     absl::MutexLock lock(&mutex_);
+    // A coordinator that vanished cancels the stream; whoever else stops it means to.
+    is_asked_to_leave = !stop_reason_.ok() && !absl::IsCancelled(stop_reason_);
     if (!stop_reason_.ok()) status = stop_reason_;
     runner_.reset();
   }
   runner.reset();
   if (status.ok()) {
     spdlog::info("left epoch {}: the coordinator closed the stream", epoch);
+  } else if (is_asked_to_leave) {
+    spdlog::info("left epoch {}: {}", epoch, std::string(status.message()));
   } else {
     spdlog::warn("left epoch {}: {}", epoch, std::string(status.message()));
   }

@@ -332,7 +332,7 @@ grpc::Status WorkerService::Abort(grpc::ServerContext*, const v1::AbortRequest* 
     joining_->Cancel();
     joining_ = nullptr;
   }
-  LeaveEpoch(absl::AbortedError(absl::StrCat("epoch ", request->epoch(), " was aborted")));
+  LeaveEpoch(absl::AbortedError(absl::StrCat("the coordinator ended epoch ", request->epoch())));
   return grpc::Status::OK;
 }
 

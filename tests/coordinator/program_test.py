@@ -64,6 +64,15 @@ class CoordinatorProgramTest(unittest.TestCase):
                             "--workers=10.0.0.1:5000", "--tls-certificate=/nowhere/certificate",
                             "--tls-private-key=/nowhere/key", "--tls-authority=/nowhere/authority")
 
+    def test_check_says_whether_it_could_start(self):
+        flags = ["--check", self.workers]
+        result = run(*flags, f"--listen=unix:{self.socket}")
+        self.assertEqual((result.returncode, result.stdout), (0, ""), result.stderr)
+        self.expect_refused(64, "--insecure", *flags, "--listen=0.0.0.0:0")
+        self.expect_refused(64, "'nowhere' is no address", *flags, "--listen=nowhere")
+        tls = [f"--tls-{name}={__file__}" for name in ("certificate", "private-key", "authority")]
+        self.expect_refused(1, "no valid PEM files", *flags, "--listen=0.0.0.0:0", *tls)
+
     def test_does_not_take_a_place_that_another_has(self):
         self.start(f"--listen=unix:{self.socket}", self.workers)
         self.expect_refused(1, "another process listens", f"--listen=unix:{self.socket}",

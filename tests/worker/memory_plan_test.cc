@@ -88,7 +88,7 @@ TEST(MemoryPlanTest, NoRoomForABlockIsRefused) {
   EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(plan.status().message()),
               AllOf(HasSubstr("No available memory for the cache blocks"),
-                    HasSubstr("the weights take 5 GiB"), HasSubstr("4.5 GiB")));
+                    HasSubstr("the weights take 5.0 GiB"), HasSubstr("4.5 GiB")));
 }
 
 TEST(MemoryPlanTest, ALengthBeyondTheModelIsRefused) {

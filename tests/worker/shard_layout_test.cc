@@ -72,7 +72,8 @@ TEST(ShardLayoutTest, WholeExpertsLeaveSharedOnesSliced) {
 TEST(ShardLayoutTest, WhatCannotBeSplitIsNamedWithBothNumbers) {
   const ModelConfig config = DeepSeekV3();
   EXPECT_THAT(Refusal({.world_size = 3}, config),
-              HasSubstr("world size 3 does not divide num_attention_heads 128"));
+              HasSubstr("world size 3 does not divide num_attention_heads 128: "
+                        "--tensor-parallel-size can be 1, 2, 4, 8, 16, 32, 64, 128 for"));
   const auto refusal = [&](int ModelConfig::*field, int value, bool whole_experts) {
     ModelConfig edited = config;
     edited.*field = value;

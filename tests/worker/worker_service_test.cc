@@ -279,7 +279,7 @@ TEST(WorkerServiceTest, AbortEndsAStepThatWaitsForAnotherRank) {
   EXPECT_TRUE(CallAbort(group.worker(0).stub(), 1).ok());
   const grpc::Status status = group.Finish(0);
   EXPECT_EQ(status.error_code(), grpc::StatusCode::ABORTED);
-  EXPECT_THAT(status.error_message(), HasSubstr("epoch 1 was aborted"));
+  EXPECT_THAT(status.error_message(), HasSubstr("the coordinator ended epoch 1"));
   EXPECT_TRUE(CallAbort(group.worker(1).stub(), 1).ok());
   EXPECT_EQ(group.Finish(1).error_code(), grpc::StatusCode::ABORTED);
 
