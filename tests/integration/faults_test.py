@@ -116,6 +116,19 @@ def test_kill_9_is_told_to_every_client_and_healed(model, role, long, report):
     report(f"{role}: slowest end {slowest_end:.2f} s, slowest return {slowest_return:.2f} s")
 
 
+def test_a_worker_killed_among_gloo_peers_is_healed(model, long):
+    """TCP between ranks instead of shared memory: the same promise."""
+    with FathomServer(model, "--collectives", "gloo", tensor_parallel_size=4) as server:
+        for _ in range(20 if long else 3):
+            clients = start_load(server)
+            server.kill_one("fathom-worker")
+            wait_until_ends(clients, time.monotonic())
+            for client in clients:
+                check_end(client.end, "fathom-worker")
+            wait_until_back(server)
+        server.wait_until_idle()
+
+
 def check_end(end, role):
     """A gateway can say why; without one the connection closes."""
     kind, detail = end
