@@ -6,7 +6,6 @@
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <utility>
 
 #include "absl/algorithm/container.h"
@@ -52,77 +51,87 @@ Validator Between(int64_t low, int64_t high) {
   return [=](const std::string& value) -> std::string {
     int64_t number = 0;
     if (absl::SimpleAtoi(value, &number) && number >= low && number <= high) return std::string();
-    return absl::StrCat("'", value, "' is out of range: expected ", low, " to ", high);
+    const bool is_number = absl::SimpleAtoi(value, &number);
+    return absl::StrCat("'", value, "' is ", is_number ? "out of range" : "no whole number",
+                        ": expected ", low, " to ", high);
   };
 }
 
-// A flag that vLLM has and that has nothing to set here.
-struct ForeignFlag {
-  enum class Answer { kAccept, kRefuse };
+// A flag of vLLM for what cannot be had here.
+struct RefusedFlag {
   const char* name;
-  // The values with which it is accepted, though it changes nothing, as "a|b"; others are refused.
-  // None for a flag without a value.
-  std::optional<std::string> accepted_values;
-  Answer answer;  // to a flag without a value; kRefuse with accepted_values "": to any value
   const char* reason;
 };
 
-constexpr auto kAccept = ForeignFlag::Answer::kAccept;
-constexpr auto kRefuse = ForeignFlag::Answer::kRefuse;
+constexpr RefusedFlag kRefusedFlags[] = {
+    {"--no-enable-chunked-prefill", "prompts are always cut to the token budget"},
+    {"--enable-prefix-caching", "requests do not share KV blocks in this version"},
+    {"--enable-auto-tool-choice", "tool calls come with a later version"},
+    {"--tool-call-parser", "tool calls come with a later version"},
+    {"--reasoning-parser", "reasoning output comes with a later version"},
+    {"--speculative-config", "speculative decoding comes with a later version"},
+    {"--tokenizer", "the tokenizer is the tokenizer.json of the model folder"},
+    {"--chat-template", "DeepSeek's encodings are built in, no template is executed"},
+    {"--api-key", "keys come with a later version; put a proxy in front that checks"},
+};
 
-const std::vector<ForeignFlag>& ForeignFlags() {
-  static const auto* const flags = new std::vector<ForeignFlag>{
-      {"--trust-remote-code", {}, kAccept, "the architecture is built in, no model's code is run"},
-      {"--enable-chunked-prefill", {}, kAccept, "prompts are always cut to the token budget"},
-      {"--no-enable-chunked-prefill", {}, kRefuse, "prompts are always cut to the token budget"},
-      {"--enable-prefix-caching", {}, kRefuse, "requests do not share KV blocks in this version"},
-      {"--no-enable-prefix-caching", {}, kAccept, "requests do not share KV blocks"},
-      {"--enforce-eager", {}, kAccept, "there are no graphs to capture on this device"},
-      {"--disable-log-requests", {}, kAccept, "requests are not logged"},
-      {"--enable-auto-tool-choice", {}, kRefuse, "tool calls come with a later version"},
-      {"--load-format", "auto|safetensors", kAccept, "checkpoints are read from safetensors only"},
-      {"--tokenizer-mode", "auto", kAccept, "the tokenizer is chosen by the model folder"},
-      {"--distributed-executor-backend", "mp", kAccept, "workers are processes of this host"},
-      {"--pipeline-parallel-size", "1", kAccept,
-       "layers are not split over workers, see --tensor-parallel-size"},
-      {"--data-parallel-size", "1", kAccept, "attention is not data parallel in this version"},
-      {"--nnodes", "1", kAccept, "this runs on one host; deploy/systemd has units for several"},
-      {"--cpu-offload-gb", "0", kAccept, "weights are held in the workers' own memory"},
-      {"--swap-space", "0", kAccept, "preempted requests are recomputed, not swapped"},
-      {"--tokenizer", "", kRefuse, "the tokenizer is the tokenizer.json of the model folder"},
-      {"--chat-template", "", kRefuse,
-       "DeepSeek's encodings are built in, no template is executed"},
-      {"--api-key", "", kRefuse,
-       "keys come with a later version; put a proxy in front that checks"},
-      {"--speculative-config", "", kRefuse, "speculative decoding comes with a later version"},
-      {"--tool-call-parser", "", kRefuse, "tool calls come with a later version"},
-      {"--reasoning-parser", "", kRefuse, "reasoning output comes with a later version"},
-  };
-  return *flags;
+// A flag of vLLM that asks for what happens anyway.
+struct NeedlessFlag {
+  const char* name;
+  const char* values;  // that ask for it, as "a|b"; others are refused. "": it takes no value
+  const char* reason;
+};
+
+constexpr NeedlessFlag kNeedlessFlags[] = {
+    {"--trust-remote-code", "", "the architecture is built in, no model's code is run"},
+    {"--enable-chunked-prefill", "", "prompts are always cut to the token budget"},
+    {"--no-enable-prefix-caching", "", "requests do not share KV blocks"},
+    {"--enforce-eager", "", "there are no graphs to capture on this device"},
+    {"--disable-log-requests", "",
+     "prompts and parameters are never logged; one line per request is, see --log-level"},
+    {"--load-format", "auto|safetensors", "checkpoints are read from safetensors only"},
+    {"--tokenizer-mode", "auto", "the tokenizer is chosen by the model folder"},
+    {"--distributed-executor-backend", "mp", "workers are processes of this host"},
+    {"--pipeline-parallel-size", "1",
+     "layers are not split over workers, see --tensor-parallel-size"},
+    {"--data-parallel-size", "1", "attention is not data parallel in this version"},
+    {"--nnodes", "1", "this runs on one host; deploy/systemd has units for several"},
+    {"--cpu-offload-gb", "0", "weights are held in the workers' own memory"},
+    {"--swap-space", "0", "preempted requests are recomputed, not swapped"},
+};
+
+// Before parsing, so that no message repeats what stands behind such a flag: it may be a secret.
+absl::Status RefuseForeignFlags(const std::vector<std::string>& arguments) {
+  for (const std::string& argument : arguments) {
+    const std::string name = argument.substr(0, argument.find('='));
+    for (const RefusedFlag& flag : kRefusedFlags) {
+      if (name != flag.name) continue;
+      return absl::InvalidArgumentError(absl::StrCat(name, " is refused: ", flag.reason));
+    }
+  }
+  return absl::OkStatus();
 }
 
-void AddForeignFlags(CLI::App& app) {
-  for (const ForeignFlag& flag : ForeignFlags()) {
-    CLI::Option* option =
-        flag.accepted_values.has_value() ? app.add_option(flag.name) : app.add_flag(flag.name);
+void AddNeedlessFlags(CLI::App& app) {
+  for (const NeedlessFlag& flag : kNeedlessFlags) {
+    const bool is_switch = *flag.values == '\0';
+    CLI::Option* option = is_switch ? app.add_flag(flag.name) : app.add_option(flag.name);
     option->group("");  // not in --help
   }
 }
 
-absl::Status AnswerForeignFlags(const CLI::App& app, std::vector<std::string>& notes) {
-  for (const ForeignFlag& flag : ForeignFlags()) {
+absl::Status NoteNeedlessFlags(const CLI::App& app, std::vector<std::string>& notes) {
+  for (const NeedlessFlag& flag : kNeedlessFlags) {
     const CLI::Option* option = app.get_option(flag.name);
     if (option->count() == 0) continue;
     std::string given = flag.name;
-    bool is_accepted = flag.answer == kAccept;
-    if (flag.accepted_values.has_value()) {
+    if (*flag.values != '\0') {
       const std::string& value = option->results().front();
       absl::StrAppend(&given, " ", value);
-      const std::vector<std::string> accepted = absl::StrSplit(*flag.accepted_values, '|');
-      is_accepted = is_accepted && absl::c_linear_search(accepted, value);
-    }
-    if (!is_accepted) {
-      return absl::InvalidArgumentError(absl::StrCat(given, " is refused: ", flag.reason));
+      const std::vector<std::string> harmless = absl::StrSplit(flag.values, '|');
+      if (!absl::c_linear_search(harmless, value)) {
+        return absl::InvalidArgumentError(absl::StrCat(given, " is refused: ", flag.reason));
+      }
     }
     notes.push_back(absl::StrCat(given, " changes nothing: ", flag.reason));
   }
@@ -140,23 +149,21 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--device", options.device, "Where workers compute: cpu, cuda")
       ->capture_default_str()
       ->check(OneOf({"cpu", "cuda"}));
+  const std::string no_float16 =
+      "the numbers of these models leave the range of float16; use bfloat16 or float32";
   app.add_option("--dtype", options.dtype,
                  "Type of activations: auto, float32, bfloat16; auto is float32 on a CPU, "
                  "bfloat16 on a GPU")
       ->capture_default_str()
       ->check(OneOf({"auto", "float32", "float", "bfloat16"},
-                    {{"half",
-                      "the numbers of these models leave the range of float16; use "
-                      "bfloat16 or float32"},
-                     {"float16",
-                      "the numbers of these models leave the range of float16; use "
-                      "bfloat16 or float32"}}));
+                    {{"half", no_float16}, {"float16", no_float16}}));
   app.add_option("--quantization,-q", options.quantization,
                  "none, or fp8: weights become FP8 in blocks of 128x128 while loading")
       ->capture_default_str()
       ->check(OneOf({"none", "fp8"}));
   app.add_option("--tensor-parallel-size", options.tensor_parallel_size,
-                 "Workers that share each layer; must divide heads, experts' width and vocabulary")
+                 "Workers that share each layer; must divide heads, experts' width and vocabulary; "
+                 "-tp for short")
       ->capture_default_str()
       ->check(Between(1, 1024));
   app.add_flag("--enable-expert-parallel", options.enable_expert_parallel,
@@ -205,21 +212,24 @@ void AddMemoryFlags(CLI::App& app, ServeOptions& options) {
       ->capture_default_str()
       ->check(OneOf({"auto", "float32", "bfloat16"},
                     {{"fp8", no_fp8_kv}, {"fp8_e4m3", no_fp8_kv}, {"fp8_e5m2", no_fp8_kv}}));
-  app.add_option("--block-size", options.block_size,
-                 absl::StrCat("Tokens per KV block: 1, 16, 32, 64, 128 [", kDefaultBlockSize, "]"))
+  app.add_option("--block-size", options.block_size, "Tokens per KV block: 1, 16, 32, 64, 128")
+      ->default_str(absl::StrCat(BlockSizeOf(options)))
       ->check(OneOf({"1", "16", "32", "64", "128"}));
 }
 
 void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
   constexpr int64_t kMostAtOnce = 1 << 20;
-  app.add_option("--max-num-seqs", "Sequences in one step [256]")
+  app.add_option("--max-num-seqs", "Sequences in one step")
       ->type_name("COUNT")
+      ->default_str(absl::StrCat(options.max_num_seqs))
       ->check(CountInto(&options.max_num_seqs, 1, 65536));
-  app.add_option("--max-num-batched-tokens", "Tokens in one step, e.g. 8k [2048]")
+  app.add_option("--max-num-batched-tokens", "Tokens in one step, e.g. 8k")
       ->type_name("COUNT")
+      ->default_str(absl::StrCat(options.max_num_batched_tokens))
       ->check(CountInto(&options.max_num_batched_tokens, 1, kMostAtOnce));
-  app.add_option("--max-queued-requests", "Requests that may wait; more are refused [1024]")
+  app.add_option("--max-queued-requests", "Requests that may wait; more are refused")
       ->type_name("COUNT")
+      ->default_str(absl::StrCat(options.max_queued_requests))
       ->check(CountInto(&options.max_queued_requests, 1, kMostAtOnce));
   app.add_option("--step-timeout-seconds", options.step_timeout_seconds,
                  "A worker silent for so long in a step is lost")
@@ -258,34 +268,35 @@ void AddServerFlags(CLI::App& app, ServeOptions& options) {
                  "Written when ready; holds the URL, is removed at the end");
 }
 
-// A limit of the HTTP server, passed on to it. The bounds are the gateway's own, told here so that
-// a bad value is refused before anything starts.
+// A limit of the HTTP server, passed on to it. Defaults and bounds are the gateway's own, told here
+// for --help and so that a bad value is refused before anything starts.
 struct GatewayLimit {
   const char* name;
+  const char* default_value;
   double low;
   double high;
   const char* description;
 };
 
 constexpr GatewayLimit kGatewayLimits[] = {
-    {"--max-connections", 1, 1e6, "Connections at a time; more get a 503"},
-    {"--max-header-bytes", 1024, 1 << 20, "Bytes of a request's line and headers"},
-    {"--max-header-fields", 8, 10'000, "Header fields of a request"},
-    {"--max-uri-bytes", 64, 1 << 16, "Bytes of a request's URI"},
-    {"--max-body-bytes", 1024, 1 << 30, "Bytes of a request's body"},
-    {"--header-timeout-seconds", 0.01, 1e6, "For a request's headers to arrive"},
-    {"--body-timeout-seconds", 0.01, 1e6, "For a request's body to arrive"},
-    {"--keep-alive-timeout-seconds", 0.01, 1e6, "Between the requests of a connection"},
-    {"--write-timeout-seconds", 0.01, 1e6, "For a client that reads nothing"},
-    {"--max-json-depth", 4, 1024, "Nesting of a request's JSON"},
-    {"--max-messages", 1, 1e6, "Messages of a chat"},
-    {"--max-n", 1, 10'000, "Largest n of a request"},
-    {"--max-prompts", 1, 1e6, "Prompts of a request"},
-    {"--max-choices", 1, 1e6, "Prompts times n of a request"},
-    {"--max-stop-strings", 1, 1e6, "Stop strings of a request"},
-    {"--max-stop-string-bytes", 1, 1e6, "Bytes of a stop string"},
-    {"--max-logprobs", 0, 20, "Most logprobs, top_logprobs and prompt_logprobs"},
-    {"--text-threads", 1, 64, "Threads that tokenize prompts"},
+    {"--max-connections", "20000", 1, 1e6, "Connections at a time; more get a 503"},
+    {"--max-header-bytes", "16384", 1024, 1 << 20, "Bytes of a request's line and headers"},
+    {"--max-header-fields", "100", 8, 10'000, "Header fields of a request"},
+    {"--max-uri-bytes", "2048", 64, 1 << 16, "Bytes of a request's URI"},
+    {"--max-body-bytes", "8388608", 1024, 1 << 30, "Bytes of a request's body"},
+    {"--header-timeout-seconds", "10", 0.01, 1e6, "For a request's headers to arrive"},
+    {"--body-timeout-seconds", "30", 0.01, 1e6, "For a request's body to arrive"},
+    {"--keep-alive-timeout-seconds", "60", 0.01, 1e6, "Between the requests of a connection"},
+    {"--write-timeout-seconds", "30", 0.01, 1e6, "For a client that reads nothing"},
+    {"--max-json-depth", "64", 4, 1024, "Nesting of a request's JSON"},
+    {"--max-messages", "2048", 1, 1e6, "Messages of a chat"},
+    {"--max-n", "128", 1, 10'000, "Largest n of a request"},
+    {"--max-prompts", "128", 1, 1e6, "Prompts of a request"},
+    {"--max-choices", "256", 1, 1e6, "Prompts times n of a request"},
+    {"--max-stop-strings", "16", 1, 1e6, "Stop strings of a request"},
+    {"--max-stop-string-bytes", "1024", 1, 1e6, "Bytes of a stop string"},
+    {"--max-logprobs", "20", 0, 20, "Most logprobs, top_logprobs and prompt_logprobs"},
+    {"--text-threads", "2", 1, 64, "Threads that tokenize prompts"},
 };
 
 void AddGatewayLimits(CLI::App& app, ServeOptions& options) {
@@ -308,20 +319,21 @@ void AddGatewayLimits(CLI::App& app, ServeOptions& options) {
     app.add_option(limit.name, limit.description)
         ->group("Limits of the HTTP server")
         ->type_name("NUMBER")
+        ->default_str(limit.default_value)
         ->check(pass_on);
   }
 }
 
-// Rewrites what vLLM's parser accepts and ours would not: -tp, and underscores for dashes.
+// Rewrites what vLLM's parser accepts and ours would not: -tp, -q=…, and underscores for dashes.
 std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
   std::vector<std::string> normalized;
   for (std::string argument : arguments) {
-    if (argument == "-tp") argument = "--tensor-parallel-size";
-    if (absl::StartsWith(argument, "--")) {
-      const size_t end = std::min(argument.find('='), argument.size());
-      std::replace(argument.begin(), argument.begin() + end, '_', '-');
-    }
-    normalized.push_back(std::move(argument));
+    const size_t end = std::min(argument.find('='), argument.size());
+    std::string name = argument.substr(0, end);
+    if (name == "-tp") name = "--tensor-parallel-size";
+    if (name == "-q") name = "--quantization";
+    if (absl::StartsWith(name, "--")) std::replace(name.begin(), name.end(), '_', '-');
+    normalized.push_back(name + argument.substr(end));
   }
   return normalized;
 }
@@ -444,7 +456,7 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
     AddSchedulingFlags(*command, result.serve);
     AddServerFlags(*command, result.serve);
     AddGatewayLimits(*command, result.serve);
-    AddForeignFlags(*command);
+    AddNeedlessFlags(*command);
     return command;
   };
   CLI::App* serve = add_command("serve", "Start coordinator, workers and gateway, and keep them");
@@ -456,13 +468,15 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
     result.text = app.help();
     return result;
   }
-  RETURN_IF_ERROR(Parse(app, Normalized(arguments), result));
+  const std::vector<std::string> normalized = Normalized(arguments);
+  RETURN_IF_ERROR(RefuseForeignFlags(normalized));
+  RETURN_IF_ERROR(Parse(app, normalized, result));
   if (version_command->parsed()) result.text = absl::StrCat("fathom ", version, "\n");
   if (!result.text.empty()) return result;
 
   const CLI::App* chosen = serve->parsed() ? serve : check;
   result.command = chosen == serve ? Command::kServe : Command::kCheck;
-  RETURN_IF_ERROR(AnswerForeignFlags(*chosen, result.notes));
+  RETURN_IF_ERROR(NoteNeedlessFlags(*chosen, result.notes));
   if (result.serve.dtype == "float") result.serve.dtype = "float32";
   if (result.serve.host == "localhost") result.serve.host = "127.0.0.1";
   RETURN_IF_ERROR(CheckTogether(result.serve));

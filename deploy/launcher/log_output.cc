@@ -33,6 +33,13 @@ bool TellsProgress(absl::string_view line) {
   return loading != absl::string_view::npos && line.find(" %", loading) != absl::string_view::npos;
 }
 
+absl::string_view WithoutLogPrefix(absl::string_view line) {
+  constexpr size_t kPrefixBytes = sizeof("E 14:02:03.123 ") - 1;
+  const bool has_prefix = line.size() > kPrefixBytes && line[1] == ' ' && line[4] == ':' &&
+                          line[7] == ':' && line[10] == '.';
+  return has_prefix ? line.substr(kPrefixBytes) : line;
+}
+
 LogOutput::~LogOutput() {
   if (progress_is_shown_) Write("\n");
 }

@@ -15,6 +15,9 @@ namespace fathom {
 // Whether a line of a process tells progress: it has a percentage behind "loading".
 bool TellsProgress(absl::string_view line);
 
+// A line of a process's log without its "E 14:02:03.123 ", if it has one.
+absl::string_view WithoutLogPrefix(absl::string_view line);
+
 // Not thread-safe.
 class LogOutput {
  public:

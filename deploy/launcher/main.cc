@@ -21,6 +21,7 @@
 #include "deploy/launcher/health_probe.h"
 #include "deploy/launcher/log_output.h"
 #include "deploy/launcher/memory_plan.h"
+#include "deploy/launcher/preflight.h"
 #include "deploy/launcher/process_plan.h"
 #include "deploy/launcher/run_directory.h"
 #include "deploy/launcher/service_notifier.h"
@@ -93,7 +94,8 @@ void WriteReadyFile(const std::string& path, const std::string& url) {
   std::filesystem::rename(unfinished, path, ignored);
 }
 
-int Supervise(const ServeOptions& options, const Places& places, LogOutput& log) {
+// The exit code; or why a process could not go on.
+absl::StatusOr<int> Supervise(const ServeOptions& options, const Places& places, LogOutput& log) {
   const ServiceNotifier notifier(Environment("NOTIFY_SOCKET"));
   HealthProbe probe(options.host, options.port);
   const Supervisor::Listeners listeners = {
@@ -111,7 +113,9 @@ int Supervise(const ServeOptions& options, const Places& places, LogOutput& log)
   const int exit_code = supervisor.Run();
   std::error_code ignored;
   if (!options.ready_file.empty()) std::filesystem::remove(options.ready_file, ignored);
-  return exit_code;
+  if (supervisor.reason().empty()) return exit_code;
+  return exit_code == EX_USAGE ? absl::InvalidArgumentError(supervisor.reason())
+                               : absl::FailedPreconditionError(supervisor.reason());
 }
 
 // Everything that can be known to be wrong is found out before the first process starts.
@@ -121,7 +125,7 @@ absl::StatusOr<int> Serve(const CommandLine& command_line, LogOutput& log) {
   ASSIGN_OR_RETURN(const std::string program_dir, ProgramDir());
   RETURN_IF_ERROR(CheckModelFolder(options));
   ASSIGN_OR_RETURN(options.port, FindFreePort(options.host, options.port));
-  ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(options, program_dir));
+  ASSIGN_OR_RETURN(const MemoryPlan plan, CheckPrograms(options, program_dir));
   for (const std::string& line : DescribeMemoryPlan(plan, options)) log.Own(line);
   if (command_line.command == Command::kCheck) return 0;
   ASSIGN_OR_RETURN(const RunDirectory run_directory, MakeRunDirectory(options));

@@ -1,22 +1,14 @@
 #include "deploy/launcher/memory_plan.h"
 
 #include <simdjson.h>
-#include <sys/wait.h>
-#include <sysexits.h>
 
-#include <array>
 #include <filesystem>
-#include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
+#include "base/human_bytes.h"
 #include "base/status_macros.h"
-#include "deploy/launcher/child_process.h"
-#include "deploy/launcher/process_plan.h"
 
 namespace fathom {
 namespace {
@@ -45,18 +37,6 @@ std::string DescribeBlockSize(const ServeOptions& options) {
                       ")");
 }
 
-// What a worker's log says, without the "E 14:02:03.123 " before each line.
-std::string WithoutLogPrefixes(absl::string_view log) {
-  constexpr size_t kPrefixBytes = sizeof("E 14:02:03.123 ") - 1;
-  std::vector<std::string> lines;
-  for (absl::string_view line : absl::StrSplit(absl::StripAsciiWhitespace(log), '\n')) {
-    const bool has_prefix = line.size() > kPrefixBytes && line[1] == ' ' && line[4] == ':' &&
-                            line[7] == ':' && line[10] == '.';
-    lines.emplace_back(has_prefix ? line.substr(kPrefixBytes) : line);
-  }
-  return absl::StrJoin(lines, "\n");
-}
-
 }  // namespace
 
 absl::StatusOr<MemoryPlan> ParseMemoryPlan(const std::string& json) {
@@ -83,18 +63,6 @@ absl::StatusOr<MemoryPlan> ParseMemoryPlan(const std::string& json) {
     return absl::InvalidArgumentError("the worker's plan has max_model_len 0");
   }
   return plan;
-}
-
-absl::StatusOr<MemoryPlan> PlanMemory(const ServeOptions& options, const std::string& program_dir) {
-  ASSIGN_OR_RETURN(const FinishedProcess check, RunToEnd(CheckArguments(options, program_dir)));
-  if (check.wait_status == 0) return ParseMemoryPlan(check.output);
-  const std::string errors = WithoutLogPrefixes(check.errors);
-  const bool refused =
-      WIFEXITED(check.wait_status) &&
-      (WEXITSTATUS(check.wait_status) == EX_CONFIG || WEXITSTATUS(check.wait_status) == EX_USAGE);
-  if (refused) return absl::FailedPreconditionError(errors);
-  return absl::InternalError(
-      absl::StrCat("fathom-worker --check ", DescribeExit(check.wait_status), "\n", errors));
 }
 
 std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeOptions& options) {
@@ -149,17 +117,6 @@ std::string WithThousands(int64_t number) {
   std::string text = absl::StrCat(number);
   for (int at = static_cast<int>(text.size()) - 3; at > 0; at -= 3) text.insert(at, 1, ',');
   return text;
-}
-
-std::string HumanBytes(int64_t bytes) {
-  constexpr std::array<const char*, 5> kUnits = {"B", "KiB", "MiB", "GiB", "TiB"};
-  double value = static_cast<double>(bytes);
-  size_t unit = 0;
-  while (value >= 1024 && unit + 1 < kUnits.size()) {
-    value /= 1024;
-    ++unit;
-  }
-  return absl::StrFormat(value < 10 && unit > 0 ? "%.1f %s" : "%.0f %s", value, kUnits[unit]);
 }
 
 }  // namespace fathom

@@ -29,10 +29,6 @@ struct MemoryPlan {
 // The one line of JSON that --check prints. InvalidArgument when it is something else.
 absl::StatusOr<MemoryPlan> ParseMemoryPlan(const std::string& json);
 
-// Runs the check. Its reasons for refusing a model come back as FailedPrecondition; anything else
-// that goes wrong as another error.
-absl::StatusOr<MemoryPlan> PlanMemory(const ServeOptions& options, const std::string& program_dir);
-
 // The lines operators know, and those that say which values are in force and why.
 std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeOptions& options);
 
@@ -44,8 +40,5 @@ bool IsFp8Checkpoint(const std::string& model_dir);
 
 // 1149440 -> "1,149,440".
 std::string WithThousands(int64_t number);
-
-// "13.9 GiB", "312 MiB".
-std::string HumanBytes(int64_t bytes);
 
 }  // namespace fathom

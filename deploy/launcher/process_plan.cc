@@ -70,13 +70,15 @@ ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int ra
           .stop_stage = 1};
 }
 
-ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places) {
+// `own_address` is where the gateway reaches it.
+ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
+                            const std::string& own_address) {
   std::vector<std::string> workers;
   for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
     workers.push_back("unix:" + WorkerSocket(places.run_dir, rank));
   }
   Arguments arguments(places.program_dir + "/fathom-coordinator");
-  arguments.Add("--listen", "unix:" + CoordinatorSocket(places.run_dir))
+  arguments.Add("--listen", own_address)
       .AddUnless<std::string>("", "--listen", options.grpc_listen)
       .Add("--workers", absl::StrJoin(workers, ","))
       .Add("--served-model-name", ServedModelName(options))
@@ -92,6 +94,7 @@ ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places) {
       .Add("--drain-timeout-seconds", options.drain_timeout_seconds)
       .Add("--seed", options.seed)
       .AddIf(options.grpc_reflection, "--grpc-reflection")
+      .AddIf(true, "--plan-is-known")
       .AddUnless<std::string>("", "--tls-certificate", options.tls_certificate)
       .AddUnless<std::string>("", "--tls-private-key", options.tls_private_key)
       .AddUnless<std::string>("", "--tls-authority", options.tls_authority)
@@ -123,13 +126,13 @@ std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places
   for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
     processes.push_back(PlanWorker(options, places, rank));
   }
-  processes.push_back(PlanCoordinator(options, places));
+  processes.push_back(
+      PlanCoordinator(options, places, "unix:" + CoordinatorSocket(places.run_dir)));
   processes.push_back(PlanGateway(options, places));
   return processes;
 }
 
-std::vector<std::string> CheckArguments(const ServeOptions& options,
-                                        const std::string& program_dir) {
+ProcessSpec PlanWorkerCheck(const ServeOptions& options, const std::string& program_dir) {
   Arguments arguments = WorkerArguments(options, program_dir);
   arguments.AddIf(true, "--check")
       .Add("--rank", 0)
@@ -139,7 +142,20 @@ std::vector<std::string> CheckArguments(const ServeOptions& options,
       .Add("--max-model-len", options.max_model_len)
       .Add("--max-num-seqs", options.max_num_seqs)
       .Add("--max-num-batched-tokens", options.max_num_batched_tokens);
-  return std::move(arguments).list();
+  return {.name = "worker", .arguments = std::move(arguments).list()};
+}
+
+ProcessSpec PlanCoordinatorCheck(const ServeOptions& options, const std::string& program_dir) {
+  // There is no run directory yet; any address that is free will do.
+  ProcessSpec process = PlanCoordinator(options, {program_dir, ""}, "127.0.0.1:0");
+  process.arguments.push_back("--check");
+  return process;
+}
+
+ProcessSpec PlanGatewayCheck(const ServeOptions& options, const std::string& program_dir) {
+  ProcessSpec process = PlanGateway(options, {program_dir, ""});
+  process.arguments.push_back("--check");
+  return process;
 }
 
 size_t LongestSocketPath(const ServeOptions& options, const std::string& run_dir) {

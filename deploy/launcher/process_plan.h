@@ -24,9 +24,11 @@ struct Places {
 // All of them, in the order of start. `options.port` is final (not 0). Pure.
 std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places& places);
 
-// `fathom-worker --check` for rank 0: validates the model and plans the memory.
-std::vector<std::string> CheckArguments(const ServeOptions& options,
-                                        const std::string& program_dir);
+// The programs' own `--check`, with the flags that PlanProcesses gives them. The worker's is for
+// rank 0 and plans the memory; the others listen where they would, for a moment.
+ProcessSpec PlanWorkerCheck(const ServeOptions& options, const std::string& program_dir);
+ProcessSpec PlanCoordinatorCheck(const ServeOptions& options, const std::string& program_dir);
+ProcessSpec PlanGatewayCheck(const ServeOptions& options, const std::string& program_dir);
 
 // The longest socket path that PlanProcesses would use, in bytes.
 size_t LongestSocketPath(const ServeOptions& options, const std::string& run_dir);

@@ -146,7 +146,8 @@ void Supervisor::OnExit(Child& child, int wait_status) {
   }
   LookForHealth(Clock::now());
   if (IsHopeless(wait_status)) {
-    log_.Own(absl::StrCat(what, ", starting it again would not help: ", child.last_line));
+    reason_ = absl::StrCat(child.spec.name, ": ", WithoutLogPrefix(child.last_line));
+    log_.Own(absl::StrCat(what, ", starting it again would not help"));
     BeginStop(WEXITSTATUS(wait_status));
     return;
   }

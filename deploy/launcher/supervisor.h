@@ -48,6 +48,9 @@ class Supervisor {
   // Runs until everything has ended. Returns the exit code for the launcher: 0 after a signal.
   int Run();
 
+  // Why a child could not go on, after Run; empty after a signal.
+  const std::string& reason() const { return reason_; }
+
  private:
   struct Child;
   enum class Goal { kServe, kStop };
@@ -77,6 +80,7 @@ class Supervisor {
 
   Goal goal_ = Goal::kServe;
   int exit_code_ = 0;
+  std::string reason_;
   int stop_stage_ = 0;
   Clock::time_point stage_deadline_;
 

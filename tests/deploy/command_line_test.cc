@@ -11,6 +11,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 CommandLine Parsed(std::vector<std::string> arguments) {
   absl::StatusOr<CommandLine> result = ParseCommandLine(arguments, "1.2.3");
@@ -99,6 +100,8 @@ TEST(CommandLineTest, ReadsAKnownCommandLine) {
 
 TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
   EXPECT_EQ(Served({"-tp", "4"}).tensor_parallel_size, 4);
+  EXPECT_EQ(Served({"-tp=4"}).tensor_parallel_size, 4);
+  EXPECT_EQ(Served({"-q=fp8"}).quantization, "fp8");
   EXPECT_EQ(Served({"--max_num_seqs", "7"}).max_num_seqs, 7);
   EXPECT_EQ(Served({"--max_model_len=10"}).max_model_len, 10);
   EXPECT_EQ(Served({"--max-model-len", "auto"}).max_model_len, 0);
@@ -118,6 +121,7 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
   EXPECT_THAT(Refusal({"--quantization", "awq"}), HasSubstr("not one of none, fp8"));
   EXPECT_THAT(Refusal({"--tensor-parallel-size", "0"}), HasSubstr("expected 1 to 1024"));
   EXPECT_THAT(Refusal({"--port", "65536"}), HasSubstr("expected 0 to 65535"));
+  EXPECT_THAT(Refusal({"--port", "abc"}), HasSubstr("'abc' is no whole number: expected 0 to"));
   EXPECT_THAT(Refusal({"--gpu-memory-utilization", "1.5"}), HasSubstr("expected 0 < F <= 1"));
   EXPECT_THAT(Refusal({"--gpu-memory-utilization", "nan"}), HasSubstr("expected 0 < F <= 1"));
   EXPECT_THAT(Refusal({"--max-model-len", "-5"}), HasSubstr("--max-model-len"));
@@ -127,7 +131,8 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
 }
 
 TEST(CommandLineTest, RefusesWhatOnlyVllmCanDoWithTheReason) {
-  EXPECT_THAT(Refusal({"--api-key", "secret"}), HasSubstr("--api-key secret is refused: keys"));
+  EXPECT_THAT(Refusal({"--api-key", "secret"}), HasSubstr("--api-key is refused: keys"));
+  EXPECT_THAT(Refusal({"--api_key=hush", "--api-key", "hush", "hush"}), Not(HasSubstr("hush")));
   EXPECT_THAT(Refusal({"--enable-prefix-caching"}), HasSubstr("do not share KV blocks"));
   EXPECT_THAT(Refusal({"--pipeline-parallel-size", "2"}), HasSubstr("--tensor-parallel-size"));
 }

@@ -3,7 +3,7 @@
 
 It is copied under those names into a folder. What it does is told by files there:
   plan.json          what `fathom-worker --check` prints
-  refusal            if it is there: --check prints it on stderr and exits 78
+  PROGRAM.refusal    if it is there: PROGRAM --check prints it on stderr and exits 78
   NAME.exit          if it is there: NAME prints a line and exits with this code at once
   NAME.stubborn      if it is there: NAME ignores SIGTERM
   NAME.slow          if it is there: NAME takes half a second to drain
@@ -37,10 +37,12 @@ def record(event):
 
 
 def check():
-    if (FOLDER / "refusal").exists():
-        print((FOLDER / "refusal").read_text(), file=sys.stderr)
+    refusal = FOLDER / f"{PROGRAM.name.removeprefix('fathom-')}.refusal"
+    if refusal.exists():
+        print(refusal.read_text(), file=sys.stderr)
         sys.exit(78)
-    print((FOLDER / "plan.json").read_text())
+    if PROGRAM.name == "fathom-worker":
+        print((FOLDER / "plan.json").read_text())
     sys.exit(0)
 
 

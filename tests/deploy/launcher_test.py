@@ -153,7 +153,10 @@ class LauncherTest(unittest.TestCase):
         (self.folder / "worker-1.exit").write_text("78")
         self.launch()
         self.end(78)
-        self.assertRegex(self.log.read_text(), "worker 1 exited with 78, .*worker-1 cannot go on")
+        self.assertIn("worker 1 exited with 78, starting it again would not help",
+                      self.log.read_text())
+        self.assertEqual(self.log.read_text().splitlines()[-1],
+                         "fathom: worker 1: worker-1 cannot go on")
         self.assertFalse([name for name, pid in self.pids().items() if is_alive(pid)])
 
     def test_nothing_survives_a_launcher_that_is_killed(self):
@@ -276,10 +279,18 @@ class LauncherTest(unittest.TestCase):
         self.end(0)
 
     def test_refuses_a_model_that_the_worker_refuses(self):
-        (self.folder / "refusal").write_text(
+        (self.folder / "worker.refusal").write_text(
             "E 14:02:03.123 num_attention_heads 8 is not divisible by 3")
         self.launch()
         self.refused(78, "^fathom: num_attention_heads 8 is not divisible by 3$")
+
+    def test_refuses_what_the_coordinator_or_the_gateway_refuses(self):
+        for program, flag in (("coordinator", "--grpc-listen: "), ("gateway", "")):
+            refusal = self.folder / f"{program}.refusal"
+            refusal.write_text("E1123 14:02:03.12 noise of a library\nE 14:02:03.123 cannot be")
+            self.launch("--grpc-listen", "127.0.0.1:0")
+            self.refused(78, f"^fathom: {flag}cannot be$")
+            refusal.unlink()
 
     def test_refuses_a_port_in_use(self):
         with socket.socket() as other:

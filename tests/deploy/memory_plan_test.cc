@@ -4,6 +4,7 @@
 #include <fstream>
 #include <string>
 
+#include "base/human_bytes.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -40,7 +41,7 @@ TEST(MemoryPlanTest, IsReadFromTheWorkersLineAndToldInKnownWords) {
   EXPECT_THAT(lines, Contains("KV cache size: 1,149,440 tokens"));
   EXPECT_THAT(lines, Contains("Maximum concurrency for 32,768 tokens per request: 35.08x"));
   EXPECT_THAT(lines, Contains("Workers: 8 on cpu, expert parallel"));
-  EXPECT_THAT(lines, Contains(HasSubstr("16 GiB weights + 100 MiB activations + 1.4 GiB KV")));
+  EXPECT_THAT(lines, Contains(HasSubstr("16.0 GiB weights + 100 MiB activations + 1.4 GiB KV")));
   EXPECT_THAT(lines, Contains(HasSubstr("Block size: 16 tokens per KV block (the default")));
 }
 
@@ -79,7 +80,8 @@ TEST(MemoryPlanTest, WritesNumbersForPeople) {
   EXPECT_EQ(WithThousands(1234567), "1,234,567");
   EXPECT_EQ(HumanBytes(1), "1 B");
   EXPECT_EQ(HumanBytes(1536), "1.5 KiB");
-  EXPECT_EQ(HumanBytes(int64_t{80} << 30), "80 GiB");
+  EXPECT_EQ(HumanBytes(312 << 20), "312 MiB");
+  EXPECT_EQ(HumanBytes(int64_t{80} << 30), "80.0 GiB");
 }
 
 }  // namespace

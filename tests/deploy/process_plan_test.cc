@@ -82,7 +82,7 @@ TEST(ProcessPlanTest, TheCheckSeesWhatTheWorkersWillSee) {
   ServeOptions options = Workers(8);
   options.dtype = "bfloat16";
   options.max_model_len = 4096;
-  const std::vector<std::string> check = CheckArguments(options, kPlaces.program_dir);
+  const std::vector<std::string> check = PlanWorkerCheck(options, kPlaces.program_dir).arguments;
   EXPECT_EQ(check[0], "/opt/fathom/bin/fathom-worker");
   EXPECT_THAT(check, Contains("--check"));
   EXPECT_THAT(ValuesOf(check, "--world-size"), ElementsAre("8"));
