@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -67,6 +68,23 @@ class CheckTest(unittest.TestCase):
         self.refused(78, "--tensor-parallel-size can be 1, 2, 4, 8", "--tensor-parallel-size", "3")
         self.refused(78, "is 32000, .*--max-model-len", "--max-model-len", "32k")
         self.refused(78, "1 worker has a host of", "--kv-cache-memory-bytes", "900T")
+
+    def test_a_clean_stop_warns_of_nothing(self):
+        server = subprocess.Popen(
+            [BIN / "fathom", "serve", MODEL, "-tp=2", "--port", "0", "--host", "127.0.0.1",
+             "--kv-cache-memory-bytes", "16M"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True)
+        self.addCleanup(server.stdout.close)
+        self.addCleanup(server.kill)
+        log = []
+        for line in server.stdout:
+            log.append(line)
+            if "Fathom is ready" in line:
+                server.send_signal(signal.SIGTERM)
+        self.assertEqual(server.wait(PATIENCE_SECONDS), 0)
+        self.assertEqual(sum("the coordinator ended epoch" in line for line in log), 2, log)
+        self.assertEqual([line for line in log if re.search(r"\| [WE] \d", line)], [])
+        self.assertEqual(sum("KV cache size" in line for line in log), 1, log)
 
     def test_help_has_the_gateways_defaults(self):
         ours = limits_of(BIN / "fathom", "serve", "--help")
