@@ -170,6 +170,20 @@ absl::Status CheckFixedFields(const Fields& fields) {
   return absl::OkStatus();
 }
 
+// May be absent; else it names the same family as `architecture`. Kimi K2 is a DeepSeek-V3.
+absl::Status CheckModelType(const Fields& fields, const std::string& architecture) {
+  std::string model_type;
+  RETURN_IF_ERROR(fields.TakeString("model_type", model_type));
+  const std::set<std::string> accepted = architecture == kV3
+                                             ? std::set<std::string>{"deepseek_v3", "kimi_k2"}
+                                             : std::set<std::string>{"deepseek_v2"};
+  if (fields.Find("model_type") == nullptr || accepted.contains(model_type)) {
+    return absl::OkStatus();
+  }
+  return fields.Refuse("model_type", absl::StrCat("\"", absl::StrJoin(accepted, "\" or \""),
+                                                  "\" beside architecture ", architecture));
+}
+
 absl::Status TakeArchitecture(const Fields& fields, ModelConfig& config) {
   const element* value = fields.Find("architectures");
   simdjson::dom::array names;
@@ -185,7 +199,7 @@ absl::Status TakeArchitecture(const Fields& fields, ModelConfig& config) {
   }
   if (name != kV2 && name != kV3) return fields.Refuse("architectures", expectation);
   config.architecture = std::string(name);
-  return absl::OkStatus();
+  return CheckModelType(fields, config.architecture);
 }
 
 absl::Status TakeSizes(const Fields& fields, ModelConfig& config) {
@@ -211,6 +225,8 @@ absl::Status TakeSizes(const Fields& fields, ModelConfig& config) {
   }
   RETURN_IF_ERROR(
       fields.TakeInt("q_lora_rank", 1, kMaxWidth, /*required=*/false, config.q_lora_rank));
+  RETURN_IF_ERROR(fields.TakeInt("num_nextn_predict_layers", 0, kMaxLayers, /*required=*/false,
+                                 config.num_nextn_predict_layers));
   if (config.qk_rope_head_dim % 2 != 0) {
     return fields.Refuse("qk_rope_head_dim", "an even number: rotary embedding turns pairs");
   }

@@ -35,6 +35,7 @@ struct ModelConfig {
   int vocab_size = 0;
   int hidden_size = 0;
   int num_hidden_layers = 0;
+  int num_nextn_predict_layers = 0;  // for multi-token prediction; they follow and stay unread
   int max_position_embeddings = 0;
   bool tie_word_embeddings = false;  // the head is the embedding table
   std::vector<int> eos_token_ids;    // ascending, of config.json and generation_config.json

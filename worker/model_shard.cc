@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
@@ -156,8 +157,8 @@ int LayerOf(std::string_view name) {
   return absl::SimpleAtoi(std::string(name.substr(0, name.find('.'))), &layer) ? layer : -1;
 }
 
-// Tensors that no rank wants. Those of layers past the last (multi-token prediction) and what a
-// tied head or an old exporter leaves are known and not counted.
+// Tensors that no rank wants. Those of layers for multi-token prediction and what an old exporter
+// leaves are known and not counted.
 void WarnOfUnknownTensors(const ModelShardOptions& options, const ModelConfig& config,
                           const Checkpoint& checkpoint) {
   const absl::StatusOr<ShardLayout> whole = ShardLayout::Create({}, config);
@@ -175,6 +176,10 @@ void WarnOfUnknownTensors(const ModelShardOptions& options, const ModelConfig& c
     if (name.ends_with("rotary_emb.inv_freq")) continue;
     if (LayerOf(name) >= config.num_hidden_layers) continue;
     if (num_unknown++ == 0) example = name.substr(0, 200);
+  }
+  if (config.tie_word_embeddings && checkpoint.Find("lm_head.weight") != nullptr) {
+    spdlog::warn("{}: lm_head.weight is ignored: tie_word_embeddings is true in config.json",
+                 checkpoint.directory());
   }
   if (num_unknown > 0) {
     spdlog::warn("{}: {} tensors are not part of {} and stay unread, the first is \"{}\"",
@@ -317,6 +322,28 @@ absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden, const Tens
 }
 
 }  // namespace
+
+absl::Status ModelShard::CheckAgreement(const ModelConfig& config, const Checkpoint& checkpoint) {
+  const int num_layers = config.num_hidden_layers + config.num_nextn_predict_layers;
+  bool has_fp8 = false;
+  for (const auto& [name, entry] : checkpoint.tensors()) {
+    has_fp8 = has_fp8 || entry.info->dtype == NameOf(DType::kF8E4M3);
+    if (LayerOf(name) >= num_layers) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("config.json: num_hidden_layers is ", config.num_hidden_layers,
+                       " and num_nextn_predict_layers is ", config.num_nextn_predict_layers,
+                       ", expected more: tensor \"", absl::CEscape(name.substr(0, 200)), "\" of ",
+                       entry.file->path(), " is of layer ", LayerOf(name)));
+    }
+  }
+  if (config.fp8_weights && !has_fp8) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("config.json: quantization_config.quant_method is \"fp8\", expected no "
+                     "quantization_config: no tensor of ",
+                     checkpoint.directory(), " is ", NameOf(DType::kF8E4M3)));
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<ModelShard::Footprint> ModelShard::Plan(const ModelShardOptions& options,
                                                        const ModelConfig& config,

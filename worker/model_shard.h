@@ -32,6 +32,10 @@ struct ModelShardOptions {
 
 class ModelShard {
  public:
+  // Whether config.json and the checkpoint tell of the same model, as far as no single shard can
+  // see: InvalidArgument for a layer past the last, and for FP8 announced but nowhere stored.
+  static absl::Status CheckAgreement(const ModelConfig& config, const Checkpoint& checkpoint);
+
   // What a shard will occupy, exactly; nothing is read but the checkpoint's headers.
   struct Footprint {
     int64_t weight_bytes = 0;

@@ -435,6 +435,13 @@ absl::Status Checkpoint::CheckIndex(const std::map<std::string, std::string>& we
                                                      " says that it is there"));
     }
   }
+  for (const auto& [name, entry] : tensors_) {
+    if (!weight_map.contains(name)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(directory_, "/", kIndexName, ": weight_map lacks tensor ", Quoted(name),
+                       ", expected every tensor of its files; it is in ", entry.file->path()));
+    }
+  }
   return absl::OkStatus();
 }
 

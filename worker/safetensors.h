@@ -58,7 +58,7 @@ class SafetensorsFile {
 };
 
 // All tensors of a model folder: model.safetensors.index.json and its shards if there is an index,
-// else model.safetensors. Thread-safe once open.
+// else model.safetensors. An index names every tensor of its shards. Thread-safe once open.
 class Checkpoint {
  public:
   struct Entry {

@@ -42,6 +42,7 @@ absl::StatusOr<std::unique_ptr<ShardKeeper>> ShardKeeper::Open(const ShardKeeper
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(options.model_directory));
   ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint,
                    Checkpoint::Open(options.model_directory));
+  RETURN_IF_ERROR(ModelShard::CheckAgreement(config, *checkpoint));
   return std::unique_ptr<ShardKeeper>(
       new ShardKeeper(options, std::move(config), std::move(checkpoint), std::move(device)));
 }

@@ -47,8 +47,8 @@ struct LoadedShard {
 
 class ShardKeeper {
  public:
-  // Reads config.json and the checkpoint's headers. Errors as of ReadModelConfig and
-  // Checkpoint::Open.
+  // Reads config.json and the checkpoint's headers. Errors as of ReadModelConfig,
+  // Checkpoint::Open and ModelShard::CheckAgreement.
   static absl::StatusOr<std::unique_ptr<ShardKeeper>> Open(const ShardKeeperOptions& options,
                                                            std::unique_ptr<Device> device);
 

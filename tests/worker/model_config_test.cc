@@ -91,6 +91,8 @@ TEST(ModelConfigTest, ReadsDeepSeekV3) {
   EXPECT_EQ(config.vocab_size, 129280);
   EXPECT_EQ(config.qk_head_dim(), 192);
   EXPECT_EQ(config.kv_dim(), 576);
+  EXPECT_EQ(config.num_hidden_layers, 61);
+  EXPECT_EQ(config.num_nextn_predict_layers, 1);
   EXPECT_EQ(config.routing.num_experts_per_tok, 8);
   EXPECT_EQ(config.routing.n_group, 8);
   EXPECT_EQ(config.routing.topk_group, 4);
@@ -149,6 +151,12 @@ TEST(ModelConfigTest, AbsentFieldsMeanWhatTheModellingCodeMeans) {
   EXPECT_FALSE(v2.routing.norm_topk_prob);
 }
 
+TEST(ModelConfigTest, ModelTypeNamesTheFamilyOrIsAbsent) {
+  for (const char* model_type : {"", "null", R"("deepseek_v3")", R"("kimi_k2")"}) {
+    EXPECT_TRUE(ParseModelConfig(Edited({{"model_type", model_type}}), "").ok()) << model_type;
+  }
+}
+
 TEST(ModelConfigTest, WithoutRoutedExpertsEveryLayerIsDense) {
   const ModelConfig config = Parsed({{"n_routed_experts", ""},
                                      {"n_shared_experts", ""},
@@ -193,6 +201,21 @@ const std::vector<Hostile>& HostileConfigs() {
       {"v32",
        {{"architectures", R"(["DeepseekV32ForCausalLM"])"}},
        "sparse attention is not supported yet"},
+      {"llama_that_claims_to_be_v3",
+       {{"model_type", R"("llama")"}},
+       R"(model_type is "llama", expected "deepseek_v3" or "kimi_k2" beside architecture )"
+       "DeepseekV3ForCausalLM"},
+      {"v2_that_claims_to_be_v3",
+       {{"model_type", R"("deepseek_v2")"}},
+       R"(model_type is "deepseek_v2", expected "deepseek_v3")"},
+      {"v3_that_claims_to_be_v2",
+       {{"architectures", R"(["DeepseekV2ForCausalLM"])"}, {"model_type", R"("deepseek_v3")"}},
+       R"(model_type is "deepseek_v3", expected "deepseek_v2" beside architecture Deepseek)"},
+      {"model_type_number", {{"model_type", "3"}}, "model_type is 3, expected a string"},
+      {"model_type_empty", {{"model_type", R"("")"}}, R"(model_type is "", expected)"},
+      {"negative_prediction_layers",
+       {{"num_nextn_predict_layers", "-1"}},
+       "num_nextn_predict_layers is -1, expected an integer from 0"},
       {"sparse_attention_in_v3", {{"index_topk", "2048"}}, "index_topk is 2048, expected null"},
       {"gelu", {{"hidden_act", R"("gelu")"}}, R"(hidden_act is "gelu", expected "silu")"},
       {"attention_bias", {{"attention_bias", "true"}}, "attention_bias is true, expected false"},

@@ -179,9 +179,43 @@ TEST(ModelVariantTest, ShardsAndASingleFileAreTheSame) {
 TEST(ModelVariantTest, TensorsOfNoLayerAreLeftUnread) {
   const Variant plain("v3_tiny_noqlora");
   Variant extended("v3_tiny_noqlora");
+  extended.Set("num_nextn_predict_layers", "1");
   extended.tensors()["model.layers.1.self_attn.unheard_of"] = {"I64", {1}, std::string(8, '\1')};
   extended.tensors()["model.layers.3.enorm.weight"] = {"BF16", {1}, std::string(2, '\1')};
   EXPECT_EQ(extended.Logits({}), plain.Logits({}));
+}
+
+TEST(ModelVariantTest, LayersThatTheConfigurationDoesNotCountAreRefused) {
+  Variant shortened("v3_tiny");  // of four layers and one for multi-token prediction
+  shortened.Set("num_hidden_layers", "2");
+  EXPECT_THAT(
+      shortened.Refusal(),
+      HasSubstr("num_hidden_layers is 2 and num_nextn_predict_layers is 1, expected more: tensor "
+                "\"model.layers.3."));
+  Variant without_prediction("v3_tiny");
+  without_prediction.Set("num_nextn_predict_layers", "null");
+  EXPECT_THAT(without_prediction.Refusal(),
+              HasSubstr("num_hidden_layers is 4 and num_nextn_predict_layers is 0, expected more: "
+                        "tensor \"model.layers.4."));
+  without_prediction.Set("num_nextn_predict_layers", "2");
+  EXPECT_EQ(without_prediction.Logits({}), Variant("v3_tiny").Logits({})) << "they may be absent";
+}
+
+TEST(ModelVariantTest, Fp8ThatTheCheckpointDoesNotHoldIsRefused) {
+  Variant plain("v3_tiny_noqlora");
+  plain.Set("quantization_config", R"({"quant_method": "fp8", "weight_block_size": [128, 128]})");
+  EXPECT_THAT(plain.Refusal(), AllOf(HasSubstr("quantization_config.quant_method is \"fp8\""),
+                                     HasSubstr("is F8_E4M3")));
+}
+
+TEST(ModelVariantTest, AHeadBesideATiedOneIsIgnored) {
+  Variant with_head("v3_tiny_noqlora"), without_head("v3_tiny_noqlora");
+  with_head.Set("tie_word_embeddings", "true");
+  without_head.Set("tie_word_embeddings", "true").tensors().erase("lm_head.weight");
+  testing::internal::CaptureStdout();  // where spdlog writes unless a program says otherwise
+  const auto logits = with_head.Logits({.world_size = 2});
+  EXPECT_THAT(testing::internal::GetCapturedStdout(), HasSubstr("lm_head.weight is ignored"));
+  EXPECT_EQ(logits, without_head.Logits({.world_size = 2}));
 }
 
 TEST(ModelVariantTest, Fp8WeightsThatTheConfigurationDoesNotAnnounceAreRefused) {

@@ -271,6 +271,10 @@ TEST_F(CheckpointTest, DamagedIndexesAreRefused) {
   EXPECT_THAT(Refusal(), HasSubstr("1.safetensors: tensor \"b\" is missing"));
   WriteIndex(R"({"a":"2.safetensors","b":"1.safetensors"})");
   EXPECT_THAT(Refusal(), HasSubstr("tensor \"a\" is missing, though"));
+  Write("3.safetensors", SafetensorsBytes({{"b", {"U8", {1}, "x"}}, {"c", {"U8", {1}, "y"}}}));
+  WriteIndex(R"({"a":"1.safetensors","b":"3.safetensors"})");
+  EXPECT_THAT(Refusal(), AllOf(HasSubstr("index.json: weight_map lacks tensor \"c\""),
+                               HasSubstr("3.safetensors")));
   Write("2.safetensors", one_);
   WriteIndex(R"({"a":"1.safetensors","b":"2.safetensors"})");
   EXPECT_THAT(Refusal(), AllOf(HasSubstr("2.safetensors: tensor \"a\" is also in"),

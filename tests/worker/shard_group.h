@@ -62,6 +62,7 @@ class ShardGroup {
     std::unique_ptr<ShardGroup> group(new ShardGroup(options));
     ASSIGN_OR_RETURN(group->config_, ReadModelConfig(directory));
     ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(directory));
+    RETURN_IF_ERROR(ModelShard::CheckAgreement(group->config_, *checkpoint));
     for (int rank = 0; rank < options.world_size; ++rank) {
       ASSIGN_OR_RETURN(
           const ShardLayout layout,

@@ -93,6 +93,18 @@ class WorkerProgramTest(unittest.TestCase):
         (model / "config.json").write_text("{")
         self.refused(78, "config.json", "--check", model=model)
 
+    def test_a_configuration_that_contradicts_its_checkpoint_is_refused(self):
+        model = self.copy_of_model()
+        config = json.loads((model / "config.json").read_text())
+        for field, value, pattern in (
+                ("model_type", "llama", 'model_type is "llama", expected "deepseek_v3"'),
+                ("num_hidden_layers", 2, r"num_hidden_layers is 2 .*model\.layers\.3\."),
+                ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]},
+                 'quant_method is "fp8".*no tensor .*F8_E4M3')):
+            (model / "config.json").write_text(json.dumps(config | {field: value}))
+            self.refused(78, pattern, "--check", model=model)
+            self.refused(78, pattern, "--listen", f"unix:{self.folder}/socket", model=model)
+
     def test_bad_flags_are_refused_before_anything_starts(self):
         for flags in (["--listen", "unix:x", "--dtype", "float16"],
                       ["--listen", "unix:x", "--threads", "0"],
