@@ -13,6 +13,10 @@
 namespace fathom {
 namespace {
 
+// For clients to read how their requests ended.
+constexpr std::chrono::milliseconds kEndTimeout{500};
+constexpr char kShuttingDown[] = "the server is shutting down and ended this request; try again";
+
 // For handlers to notice that their clients were closed.
 constexpr std::chrono::milliseconds kCloseTimeout{10'000};
 
@@ -30,6 +34,7 @@ struct Gateway::Parts {
 
   void Stop();  // I/O thread
   Task<> Drain();
+  Task<> End();
 
   const GatewayOptions options;
   const ModelText text;
@@ -85,16 +90,25 @@ Task<> Gateway::Parts::Drain() {
                options.drain_timeout.count() / 1000);
   server->Drain();
   co_await server->WaitUntilIdle(options.drain_timeout);
-  server->CloseAll();
+  co_await End();
   co_await server->WaitUntilIdle(kCloseTimeout);
   spdlog::info("stopped");
 }
 
+Task<> Gateway::Parts::End() {
+  server->EndAll(kShuttingDown);
+  co_await server->WaitUntilIdle(kEndTimeout);
+  server->CloseAll();
+}
+
 void Gateway::Parts::Stop() {
-  if (num_stops++ == 0) {
-    io_thread.Spawn(Drain(), [this] { io_thread.Stop(); });
-  } else {
-    server->CloseAll();
+  switch (num_stops++) {
+    case 0:
+      return io_thread.Spawn(Drain(), [this] { io_thread.Stop(); });
+    case 1:
+      return io_thread.Spawn(End(), [] {});
+    default:
+      server->CloseAll();
   }
 }
 

@@ -41,8 +41,9 @@ class Gateway {
   // SIGTERM and SIGINT call Stop.
   void StopOnSignals();
 
-  // Accepts no more, lets running requests finish until the drain timeout, then Run returns. The
-  // second call closes what still runs. Thread-safe.
+  // Accepts no more, lets running requests finish until the drain timeout, ends the others with an
+  // error, then Run returns. The second call ends them at once; the third closes everything.
+  // Thread-safe.
   void Stop();
 
  private:

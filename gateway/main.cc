@@ -21,6 +21,9 @@ namespace {
 constexpr int kExitUsage = 64;   // EX_USAGE
 constexpr int kExitConfig = 78;  // EX_CONFIG
 
+// What ends at the drain timeout ends with the coordinator's own words, if they come in time.
+constexpr std::chrono::seconds kCoordinatorLead{2};
+
 struct Flags {
   GatewayOptions gateway;
   std::string log_level = "info";
@@ -40,6 +43,11 @@ void AddSeconds(CLI::App& app, const std::string& name, std::chrono::millisecond
   app.add_option_function<double>(name, set, help)
       ->check(CLI::Range(0.01, 1e6))
       ->default_str(std::to_string(value.count() / 1000));
+}
+
+// For CLI11: what is wrong, or "".
+std::string CheckNotEmpty(const std::string& value) {
+  return value.empty() ? "must not be empty" : "";
 }
 
 void AddServerFlags(CLI::App& app, ServerOptions& server) {
@@ -104,14 +112,16 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->check(CLI::ExistingDirectory);
   app.add_option("--served-model-name", gateway.model.names,
                  "Names that requests may call the model by; the first is the one reported "
-                 "(default: the model folder as given)");
+                 "(default: the model folder as given)")
+      ->check(CheckNotEmpty);
   AddServerFlags(app, gateway.server);
   AddApiFlags(app, gateway.limits);
   app.add_option("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
       ->check(CLI::Range(1, 64))
       ->capture_default_str();
   AddSeconds(app, "--drain-timeout-seconds", gateway.drain_timeout,
-             "For running requests after SIGTERM");
+             "For running requests after SIGTERM, as the coordinator's; the gateway gives it 2 s "
+             "more to end them");
   app.add_option("--log-level", flags.log_level, "debug, info, warn or error")
       ->check(CLI::IsMember({"debug", "info", "warn", "error"}))
       ->capture_default_str();
@@ -151,6 +161,7 @@ int Main(int argc, char** argv) {
   if (options.model.names.empty()) options.model.names = {options.model_dir};
   options.model.root = options.model_dir;
   options.version = FATHOM_VERSION;
+  options.drain_timeout += kCoordinatorLead;
   RaiseFileLimit();
   std::signal(SIGPIPE, SIG_IGN);
 

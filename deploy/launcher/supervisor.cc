@@ -163,8 +163,8 @@ void Supervisor::OnSignal() {
   while (read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
     const char* name = sigabbrev_np(static_cast<int>(info.ssi_signo));
     if (goal_ == Goal::kStop) {
-      log_.Own(absl::StrCat("SIG", name, " again: killing everything"));
-      KillAll();
+      log_.Own(absl::StrCat("SIG", name, " again: stopping at once"));
+      HurryStop();
       continue;
     }
     log_.Own(absl::StrCat("SIG", name, ": running requests get up to ",
@@ -187,8 +187,17 @@ void Supervisor::EnterStage(int stage) {
   if (stage == 0) stage_deadline_ += options_.drain_timeout;
   for (const auto& child : children_) {
     if (child->process.has_value() && child->spec.stop_stage == stage) {
-      child->process->Signal(SIGTERM);
+      child->process->Signal(is_hurried_ ? SIGKILL : SIGTERM);
     }
+  }
+}
+
+void Supervisor::HurryStop() {
+  if (is_hurried_ || stop_stage_ > 0) return KillAll();
+  is_hurried_ = true;
+  stage_deadline_ = Clock::now() + options_.last_words;
+  for (const auto& child : children_) {
+    if (child->process.has_value() && child->spec.stop_stage == 0) child->process->Signal(SIGTERM);
   }
 }
 

@@ -20,8 +20,9 @@ namespace fathom {
 // One thread, one poll: on the ends and the output of children, on signals, on the health probe.
 //
 // SIGTERM, SIGINT and SIGHUP drain: the processes of stop stage 0 are told to end, when they have
-// ended those of stage 1, and so on; a stage that takes too long is killed. A second signal kills
-// everything at once. A child that ends with EX_USAGE or EX_CONFIG would do so again: it is not
+// ended those of stage 1, and so on; a stage that takes too long is killed. A second signal tells
+// stage 0 to end at once, so that clients hear of it, and kills the rest; a third kills everything.
+// A child that ends with EX_USAGE or EX_CONFIG would do so again: it is not
 // restarted, everything is stopped, and its exit code becomes ours.
 class Supervisor {
  public:
@@ -32,7 +33,8 @@ class Supervisor {
     // Health is asked for until it is good: often at first, then less so.
     std::chrono::milliseconds first_probe_interval{20};
     std::chrono::milliseconds longest_probe_interval{1000};
-    std::chrono::seconds grace{5};  // beyond what a stage should need
+    std::chrono::seconds grace{5};               // beyond what a stage should need
+    std::chrono::milliseconds last_words{1000};  // of stage 0 after the second signal
   };
   // Called from Run.
   struct Listeners {
@@ -61,6 +63,7 @@ class Supervisor {
   void OnSignal();
   void BeginStop(int exit_code);
   void EnterStage(int stage);
+  void HurryStop();
   void KillAll();
   void AdvanceStop(Clock::time_point now);
   void LookForHealth(Clock::time_point now);
@@ -82,6 +85,7 @@ class Supervisor {
   int exit_code_ = 0;
   std::string reason_;
   int stop_stage_ = 0;
+  bool is_hurried_ = false;  // by a second signal
   Clock::time_point stage_deadline_;
 
   bool is_healthy_ = false;

@@ -84,6 +84,15 @@ Task<ClientSocket::Outcome> ClientSocket::Write(std::string_view bytes,
   co_return Outcome::kOk;
 }
 
+ClientSocket::Outcome ClientSocket::WriteNow(std::string& bytes) {
+  error_code error;
+  while (!bytes.empty() && !error) {
+    bytes.erase(0, socket_.write_some(asio::buffer(bytes), error));
+  }
+  if (!error) return Outcome::kOk;
+  return error == asio::error::would_block ? Outcome::kTimedOut : Outcome::kClosed;
+}
+
 Task<ClientSocket::Outcome> ClientSocket::WaitFor(tcp::socket::wait_type what, TimePoint deadline) {
   // The timer's callback may already be queued when the wait succeeds; `over` tells it so.
   struct Race {

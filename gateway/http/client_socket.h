@@ -30,6 +30,9 @@ class ClientSocket {
   // Writes all of `bytes`; times out when the peer takes nothing for `stall_timeout`.
   Task<Outcome> Write(std::string_view bytes, std::chrono::milliseconds stall_timeout);
 
+  // Writes what the kernel takes at once and removes it from `bytes`; kTimedOut when some is left.
+  Outcome WriteNow(std::string& bytes);
+
   // Until StopWatching: appends what arrives to `buffer` (which must live as long) while that holds
   // fewer than `max_bytes`, and calls `on_closed` once when the peer closes. Do not Read meanwhile.
   void Watch(std::string& buffer, size_t max_bytes, std::function<void()> on_closed);

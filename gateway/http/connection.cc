@@ -1,5 +1,6 @@
 #include "gateway/http/connection.h"
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -32,55 +33,86 @@ class Exchange : public ResponseWriter {
   Exchange(ClientSocket& socket, Terms terms) : socket_(socket), terms_(terms) {}
 
   Task<> Send(Response response) override {
-    if (gone_ || started_) co_return;
+    if (gone() || started_) co_return;
     started_ = ended_ = true;
-    status_ = response.status;
-    const Framing framing{Framing::Kind::kContentLength, response.body.size()};
-    std::string bytes = HeadOf(response, framing, persistence());
-    if (!terms_.head_only) bytes += response.body;
+    const std::string bytes = WholeResponse(response);
     co_await Write(bytes);
   }
 
   Task<> SendEvent(std::string_view payload) override {
-    if (gone_) co_return;
+    if (gone()) co_return;
     std::string bytes = StartEvents();
-    AppendChunk({"data: ", payload, "\n\n"}, bytes);
+    AppendEvent(payload, bytes);
     co_await Write(bytes);
   }
 
   Task<> EndEvents() override {
-    if (gone_) co_return;
+    if (gone()) co_return;
     std::string bytes = StartEvents();
-    AppendChunk({"data: ", "[DONE]", "\n\n"}, bytes);
-    if (terms_.chunked) bytes += "0\r\n\r\n";
+    AppendEndOfEvents(bytes);
     ended_ = true;
     co_await Write(bytes);
   }
 
-  bool gone() const override { return gone_; }
+  bool gone() const override { return client_gone_ || cut_short_; }
   bool started() const override { return started_; }
   RequestNotes& notes() override { return notes_; }
 
   void SetOnGone(std::function<void()> on_gone) override {
     on_gone_ = std::move(on_gone);
-    if (gone_ && on_gone_) std::exchange(on_gone_, nullptr)();
+    if (gone()) NotifyGone();
   }
 
   void MarkGone() {
-    gone_ = true;
-    if (on_gone_) std::exchange(on_gone_, nullptr)();
+    client_gone_ = true;
+    NotifyGone();
+  }
+
+  // Does nothing when the response has ended already. What the kernel does not take at once, or
+  // must follow a write that is under way, waits for WriteLastWords.
+  void EndWith(const Response& error) {
+    CloseAfterwards();
+    if (gone() || ended_) return;
+    if (started_) {
+      AppendEvent(error.body, last_words_);
+      AppendEndOfEvents(last_words_);
+    } else {
+      last_words_ = WholeResponse(error);
+    }
+    started_ = ended_ = cut_short_ = true;
+    if (!writing_ && socket_.WriteNow(last_words_) == ClientSocket::Outcome::kClosed) MarkGone();
+    NotifyGone();
+  }
+
+  // Once the handler has returned.
+  Task<> WriteLastWords() {
+    if (client_gone_ || last_words_.empty()) co_return;
+    co_await Write(last_words_);
   }
 
   void HandlerReturned() { on_gone_ = nullptr; }
   void CloseAfterwards() { terms_.keep_alive = false; }
 
   bool ended() const { return ended_; }
+  bool client_gone() const { return client_gone_; }
   int status() const { return status_; }
-  bool keeps_alive() const { return terms_.keep_alive && ended_ && !gone_; }
+  bool keeps_alive() const { return terms_.keep_alive && ended_ && !gone(); }
 
  private:
   Persistence persistence() const {
     return terms_.keep_alive ? Persistence::kKeepAlive : Persistence::kClose;
+  }
+
+  void NotifyGone() {
+    if (on_gone_) std::exchange(on_gone_, nullptr)();
+  }
+
+  std::string WholeResponse(const Response& response) {
+    status_ = response.status;
+    const Framing framing{Framing::Kind::kContentLength, response.body.size()};
+    std::string bytes = HeadOf(response, framing, persistence());
+    if (!terms_.head_only) bytes += response.body;
+    return bytes;
   }
 
   // The head, if it is not out yet.
@@ -105,9 +137,20 @@ class Exchange : public ResponseWriter {
     if (terms_.chunked) bytes += "\r\n";
   }
 
+  void AppendEvent(std::string_view payload, std::string& bytes) const {
+    AppendChunk({"data: ", payload, "\n\n"}, bytes);
+  }
+
+  void AppendEndOfEvents(std::string& bytes) const {
+    AppendEvent("[DONE]", bytes);
+    if (terms_.chunked) bytes += "0\r\n\r\n";
+  }
+
   Task<> Write(std::string_view bytes) {
+    writing_ = true;
     const ClientSocket::Outcome outcome = co_await socket_.Write(bytes, terms_.write_timeout);
-    if (outcome != ClientSocket::Outcome::kOk && !gone_) MarkGone();
+    writing_ = false;
+    if (outcome != ClientSocket::Outcome::kOk && !client_gone_) MarkGone();
   }
 
   ClientSocket& socket_;
@@ -117,7 +160,10 @@ class Exchange : public ResponseWriter {
   int status_ = 0;
   bool started_ = false;
   bool ended_ = false;
-  bool gone_ = false;
+  bool writing_ = false;
+  bool client_gone_ = false;
+  bool cut_short_ = false;  // by EndWith
+  std::string last_words_;  // of EndWith, not yet written
 };
 
 class HttpConnection : public Connection {
@@ -138,6 +184,15 @@ class HttpConnection : public Connection {
     closing_ = true;
     if (exchange_ != nullptr) exchange_->CloseAfterwards();
     if (idle_) socket_.Close();
+  }
+
+  void EndWith(const Response& error) override {
+    CloseWhenIdle();
+    if (exchange_ != nullptr) {
+      exchange_->EndWith(error);
+    } else if (!idle_) {
+      end_with_ = error;
+    }
   }
 
   void Close() override {
@@ -166,12 +221,14 @@ class HttpConnection : public Connection {
     if (parser.problem()) {
       co_await exchange.Send(
           environment_.error_formatter(parser.problem()->status, parser.problem()->message));
+    } else if (end_with_) {
+      co_await exchange.Send(*end_with_);
     } else {
       co_await Dispatch(parser.request(), match, exchange);
     }
     exchange_ = nullptr;
     Report(parser.request(), match, exchange, Clock::now() - start);
-    lingers_ = !exchange.gone();
+    lingers_ = !exchange.client_gone();
     co_return exchange.keeps_alive() && !closing_;
   }
 
@@ -221,6 +278,7 @@ class HttpConnection : public Connection {
     co_await match.handler->Handle(request, exchange);
     exchange.HandlerReturned();
     socket_.StopWatching();
+    co_await exchange.WriteLastWords();
     if (!exchange.started()) {
       co_await exchange.Send(environment_.error_formatter(500, "the request was not answered"));
     }
@@ -234,7 +292,7 @@ class HttpConnection : public Connection {
     record.path = request.path;
     record.pattern = match.pattern;
     record.status = exchange.status();
-    record.complete = exchange.ended() && !exchange.gone();
+    record.complete = exchange.ended() && !exchange.client_gone();
     record.duration = duration;
     record.notes = &exchange.notes();
     environment_.observer.OnRequestEnd(record);
@@ -256,9 +314,10 @@ class HttpConnection : public Connection {
   const ConnectionEnvironment environment_;
   ClientSocket socket_;
   const std::string peer_;
-  std::string buffer_;            // received and not yet parsed
-  Exchange* exchange_ = nullptr;  // while a request is being answered
-  bool idle_ = true;              // no byte of the next request is here
+  std::string buffer_;                // received and not yet parsed
+  Exchange* exchange_ = nullptr;      // while a request is being answered
+  std::optional<Response> end_with_;  // for a request that is still arriving
+  bool idle_ = true;                  // no byte of the next request is here
   bool closing_ = false;
   bool lingers_ = false;
 };

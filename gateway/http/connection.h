@@ -35,6 +35,10 @@ class Connection {
   // Closes now if no request is being handled, else after the current response.
   virtual void CloseWhenIdle() = 0;
 
+  // As CloseWhenIdle, and ends the response that is under way with that error: as a whole response,
+  // or as the last event of its stream. Its handler sees the client gone.
+  virtual void EndWith(const Response& error) = 0;
+
   // Closes now.
   virtual void Close() = 0;
 };

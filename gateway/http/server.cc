@@ -76,9 +76,8 @@ void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
 }
 
 void Server::State::TurnAway(tcp::socket socket) const {
-  Response response = error_formatter(
+  const Response response = error_formatter(
       503, absl::StrCat("the server has ", options.max_connections, " connections, its limit"));
-  response.headers.emplace_back("Retry-After", "1");
   const Framing framing{Framing::Kind::kContentLength, response.body.size()};
   const std::string bytes = HeadOf(response, framing, Persistence::kClose) + response.body;
   error_code ignored;  // it fits an empty socket buffer; if not, the client sees a plain close
@@ -144,6 +143,14 @@ Task<> Server::WaitUntilIdle(std::chrono::milliseconds timeout) {
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   while (!state_->connections.empty() && std::chrono::steady_clock::now() < deadline) {
     co_await state_->io_thread.Sleep(kIdlePollInterval);
+  }
+}
+
+void Server::EndAll(std::string_view why) {
+  Drain();
+  const Response error = state_->error_formatter(503, why);
+  for (const std::shared_ptr<Connection>& connection : state_->connections) {
+    connection->EndWith(error);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "gateway/http/handler.h"
@@ -67,6 +68,11 @@ class Server {
 
   // Returns when no connection is left, or when the timeout is over.
   Task<> WaitUntilIdle(std::chrono::milliseconds timeout);
+
+  // As Drain, and ends every response that is under way with a 503 that says why: as a whole
+  // response, or as the last event of its stream. The handlers see their clients gone. Returns
+  // before slow readers have taken it.
+  void EndAll(std::string_view why);
 
   // Closes every connection; the handlers see their clients gone.
   void CloseAll();

@@ -97,6 +97,7 @@ Response ErrorResponse(const absl::Status& status) {
 }
 
 Response HttpErrorResponse(int http_status, std::string_view message) {
+  if (http_status == 503) return ErrorResponse(absl::UnavailableError(std::string(message)));
   Response response;
   response.status = http_status;
   response.body = BodyOf(message, PhraseOf(http_status), std::nullopt, http_status);

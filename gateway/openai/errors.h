@@ -36,7 +36,7 @@ Response ErrorResponse(const absl::Status& status);
 // The body of it, for a stream whose HTTP status is already out.
 std::string ErrorJson(const absl::Status& status);
 
-// What the HTTP server itself refuses; the type is the status's phrase.
+// What the HTTP server itself refuses; the type is the status's phrase, but a 503 is Unavailable's.
 Response HttpErrorResponse(int http_status, std::string_view message);
 
 }  // namespace fathom

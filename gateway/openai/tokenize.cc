@@ -50,8 +50,12 @@ absl::StatusOr<TokenizeRequest> ParseTokenizeRequest(std::string_view body,
   RETURN_IF_ERROR(fields.Read("add_special_tokens", add_special_tokens));
   if (!add_special_tokens) request.bos_policy = BosPolicy::kNone;
   RETURN_IF_ERROR(fields.Read("return_token_strs", request.return_token_strs));
+  const bool has_messages = fields.Find("messages").has_value();
+  if (request.prompt && has_messages) {
+    return MalformedRequest("prompt", "prompt and messages cannot both be given");
+  }
   if (request.prompt) return request;
-  if (!fields.Find("messages")) {
+  if (!has_messages) {
     return MalformedRequest("prompt", "either prompt or messages must be given");
   }
   ASSIGN_OR_RETURN(request.chat, ReadChatPrompt(fields, limits));

@@ -150,6 +150,13 @@ TEST_F(ChatTest, TokenizesTextAndChatsAndBack) {
             R"({"prompt":"<｜begin▁of▁sentence｜>a b"})");
 }
 
+TEST_F(ChatTest, RefusesToTokenizeATextAndAChatAtOnce) {
+  const HttpResponse refused =
+      Ask(Post("/tokenize", std::string(R"({"prompt":"a b",)") + kHello + "}"));
+  EXPECT_EQ(refused.status, 400);
+  EXPECT_THAT(refused.body, HasSubstr("prompt and messages cannot both be given"));
+}
+
 TEST_F(ChatTest, ListsTheModelUnderAllItsNames) {
   options_.model.names = {"tiny", "org/other"};
   const HttpResponse list = Ask(Get("/v1/models"));

@@ -30,6 +30,23 @@ class LifetimesTest : public GatewayTest {
     }
   }
 
+  static void ExpectShuttingDown(const HttpResponse& response) {
+    EXPECT_EQ(response.status, 503);
+    EXPECT_THAT(response.body, HasSubstr("the server is shutting down"));
+    EXPECT_THAT(response.body, HasSubstr(R"("type":"ServiceUnavailableError")"));
+    EXPECT_EQ(response.headers.count("retry-after"), 1u);
+  }
+
+  // The next chunks of a stream whose head was read.
+  static void ExpectStreamIsShutDown(HttpClient& client) {
+    const std::string error = client.ReadChunk().value_or("");
+    EXPECT_THAT(error, HasSubstr("data: {\"error\":{\"message\":\"the server is shutting down"));
+    EXPECT_THAT(error, HasSubstr(R"("type":"ServiceUnavailableError","param":null,"code":503}})"));
+    EXPECT_EQ(client.ReadChunk(), "data: [DONE]\n\n");
+    EXPECT_FALSE(client.ReadChunk().has_value());
+    EXPECT_TRUE(client.ReadsEnd());
+  }
+
   void ExpectCancelled(int calls) {
     EXPECT_TRUE(CoordinatorGetsIdle());
     EXPECT_EQ(coordinator_.num_cancelled(), calls);
@@ -221,7 +238,7 @@ TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
   Join();
 }
 
-TEST_F(LifetimesTest, CancelsWhatOutlastsTheDrainTimeout) {
+TEST_F(LifetimesTest, AnswersWhatOutlastsTheDrainTimeoutWithAnError) {
   options_.drain_timeout = std::chrono::milliseconds(50);
   CoordinatorStalls();
   HttpClient client(port());
@@ -229,7 +246,40 @@ TEST_F(LifetimesTest, CancelsWhatOutlastsTheDrainTimeout) {
   WaitUntilCalled(1);
   StopOnce();
   Join();
-  EXPECT_EQ(client.Read().status, 0);
+  ExpectShuttingDown(client.Read());
+  EXPECT_TRUE(client.ReadsEnd());
+  EXPECT_TRUE(CoordinatorGetsIdle());
+  EXPECT_EQ(coordinator_.num_cancelled(), 1);
+}
+
+TEST_F(LifetimesTest, EndsStreamsThatOutlastTheDrainTimeoutWithAnError) {
+  options_.drain_timeout = std::chrono::milliseconds(50);
+  CoordinatorStalls();
+  HttpClient client(port());
+  client.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(client.ReadHead().status, 200);
+  client.ReadChunk();
+  StopOnce();
+  ExpectStreamIsShutDown(client);
+  Join();
+  EXPECT_TRUE(CoordinatorGetsIdle());
+  EXPECT_EQ(coordinator_.num_cancelled(), 1);
+}
+
+TEST_F(LifetimesTest, EndsEverythingWithAnErrorWhenToldToStopTwice) {
+  CoordinatorStalls();
+  HttpClient whole(port()), stream(port());
+  whole.Send(Post("/v1/completions", R"({"prompt":[5]})"));
+  stream.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(stream.ReadHead().status, 200);
+  stream.ReadChunk();
+  WaitUntilCalled(2);
+  StopOnce();
+  StopOnce();
+  ExpectShuttingDown(whole.Read());
+  EXPECT_TRUE(whole.ReadsEnd());
+  ExpectStreamIsShutDown(stream);
+  Join();
   EXPECT_TRUE(CoordinatorGetsIdle());
 }
 

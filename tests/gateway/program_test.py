@@ -53,6 +53,8 @@ class GatewayProgramTest(unittest.TestCase):
         self.expect_refused(64, "--frobnicate", COORDINATOR, MODEL, "--frobnicate")
         self.expect_refused(64, "--port", COORDINATOR, MODEL, "--port=70000")
         self.expect_refused(64, "--max-logprobs", COORDINATOR, MODEL, "--max-logprobs=21")
+        self.expect_refused(64, "--served-model-name: must not be empty", COORDINATOR, MODEL,
+                            "--served-model-name", "")
         self.expect_refused(64, "--log-level", COORDINATOR, MODEL, "--log-level=loud")
         self.expect_refused(64, "'nowhere' is no address", MODEL, "--coordinator=nowhere")
         self.expect_refused(64, "--insecure", MODEL, "--coordinator=10.0.0.1:5000")
