@@ -227,12 +227,7 @@ absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Opti
     RETURN_IF_ERROR(PrepareToListen(address));
     builder.AddListeningPort(address, credentials, &server->port_);
   }
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // A client whose host vanished says nothing; its requests must not run on for ever.
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  builder.SetMaxSendMessageSize(kMaxMessageBytes);
+  ConfigureServer(builder);
   builder.RegisterService(&service);
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) {

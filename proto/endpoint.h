@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/security/server_credentials.h"
+#include "grpcpp/server_builder.h"
 
 namespace fathom {
 
@@ -31,11 +32,19 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> ServerCredentialsFor(
 
 // Clears the way for a server about to listen on `address`: removes the socket file that a dead
 // process left behind. AlreadyExists when something answers there, or when the path is not a
-// socket. Does nothing for TCP, where the server must set GRPC_ARG_ALLOW_REUSEPORT to 0, or two
-// servers could share a port unnoticed.
+// socket. Does nothing for TCP, where ConfigureServer keeps two servers from sharing a port.
 absl::Status PrepareToListen(const std::string& address);
 
-// A channel that reconnects quickly (within 200 ms) when the peer comes back. Errors as above.
+// What every server of ours sets: message sizes, no sharing of ports, and pings both ways, so that
+// a peer that vanished or froze is noticed within ten seconds.
+void ConfigureServer(grpc::ServerBuilder& builder);
+
+// How long a peer may leave a ping unanswered, about, before its calls end with UNAVAILABLE.
+inline constexpr int kPingIntervalMs = 5000;
+inline constexpr int kPingTimeoutMs = 5000;
+
+// A channel that reconnects quickly (within 200 ms) when the peer comes back, and pings it while
+// there are calls. Errors as above.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,
                                                          const TlsOptions& tls);
 

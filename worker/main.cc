@@ -201,14 +201,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Listen(const Flags& flags, WorkerS
   RETURN_IF_ERROR(CheckSocketFolder(flags.listen_address));
   RETURN_IF_ERROR(PrepareToListen(flags.listen_address));
   grpc::ServerBuilder builder;
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  builder.SetMaxSendMessageSize(kMaxMessageBytes);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
-  // A coordinator whose host vanished is noticed within 15 s.
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
+  ConfigureServer(builder);
   builder.AddListeningPort(flags.listen_address, credentials);
   builder.RegisterService(&service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
