@@ -118,12 +118,25 @@ absl::StatusOr<int> Supervise(const ServeOptions& options, const Places& places,
                                : absl::FailedPreconditionError(supervisor.reason());
 }
 
+// Whoever waits for the file must not wait for ever.
+absl::Status CheckReadyFile(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string unfinished = path + ".new";
+  std::error_code ignored;
+  const bool can_write = std::ofstream(unfinished).good();
+  std::filesystem::remove(unfinished, ignored);
+  if (can_write) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--ready-file: cannot write '", path, "'; is its folder there, and ours?"));
+}
+
 // Everything that can be known to be wrong is found out before the first process starts.
 absl::StatusOr<int> Serve(const CommandLine& command_line, LogOutput& log) {
   ServeOptions options = command_line.serve;
   for (const std::string& note : command_line.notes) log.Own(note);
   ASSIGN_OR_RETURN(const std::string program_dir, ProgramDir());
   RETURN_IF_ERROR(CheckModelFolder(options));
+  RETURN_IF_ERROR(CheckReadyFile(options.ready_file));
   ASSIGN_OR_RETURN(options.port, FindFreePort(options.host, options.port));
   ASSIGN_OR_RETURN(const MemoryPlan plan, CheckPrograms(options, program_dir));
   for (const std::string& line : DescribeMemoryPlan(plan, options)) log.Own(line);

@@ -52,6 +52,10 @@ class CheckTest(unittest.TestCase):
             address = f"127.0.0.1:{other.getsockname()[1]}"
             self.refused(1, f"cannot listen on .*{address}.* in use", "--grpc-listen", address)
 
+    def test_refuses_a_ready_file_that_cannot_be_written(self):
+        self.refused(64, "^fathom: --ready-file: cannot write '/nowhere/ready'", "--ready-file",
+                     "/nowhere/ready")
+
     def test_refuses_tls_files_that_do_not_exist(self):
         self.refused(78, "cannot read '/nowhere/authority'", "--grpc-listen", "0.0.0.0:0",
                      "--tls-certificate", "/nowhere/certificate", "--tls-private-key",
