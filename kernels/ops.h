@@ -1,10 +1,12 @@
 // The mathematics of the DeepSeek-V3 family, one function per step of the forward pass.
 //
 // Shapes use these letters: T tokens of the step, H hidden_size, N output and K input width of a
-// linear layer, A attention heads of this rank, R kv_lora_rank, P qk_rope_head_dim, E experts of
-// this rank, k num_experts_per_tok, M = T * k rows routed to experts, S sequences of the step.
+// linear layer, A attention heads of this rank, R kv_lora_rank, P qk_rope_head_dim, D
+// qk_nope_head_dim, V v_head_dim, Q q_lora_rank (0 without), E experts of this rank, k choices of a
+// token, M = T * k rows routed to experts, S sequences of the step.
 // "act" is the activation type, F32 or BF16, the same for all act tensors of one call. Everything
-// is accumulated in F32. Shapes and types are CHECKed: they are our own doing, never a client's.
+// is accumulated in F32; where a step of several parts rounds to act in between, it says so. Shapes
+// and types are CHECKed: they are our own doing, never a client's.
 //
 // Rows are independent: what is computed for a token depends on nothing but that token (and, in
 // attention, on the sequence before it), bit by bit: not on T, on its place in the batch, or on how
@@ -13,6 +15,8 @@
 //
 // Not thread-safe; asynchronous on a GPU, complete on return on the CPU.
 #pragma once
+
+#include <cstdint>
 
 #include "kernels/tensor.h"
 
@@ -32,6 +36,23 @@ struct Weight {
 
 inline constexpr int kFp8Block = 128;
 
+// What a linear layer reads, and what the operation before it writes in the form it is given: rows
+// in act, or F8_E4M3 with one F32 factor per row and 128 columns ("1×128"): factor = max |x| / 448,
+// value = x / factor, rounded to nearest; zeros where all are zero, with factor 1. What is
+// quantised was rounded to act before. With F8_E4M3 weights this is DeepSeek's arithmetic ("W8A8"):
+// products within 128 columns are summed, then times both factors, in F32. Source: DeepSeek-V3
+// report §3.3.2; deepseek-ai/DeepSeek-V3 inference/kernel.py, act_quant, fp8_gemm.
+struct LinearInput {
+  LinearInput() = default;
+  LinearInput(const Tensor& values, const Tensor& scales = {}) : values(values), scales(scales) {}
+
+  bool present() const { return values.present(); }
+  bool quantized() const { return scales.present(); }
+
+  Tensor values;  // [T, K] act or F8_E4M3
+  Tensor scales;  // F8_E4M3 only: [T, ⌈K / 128⌉] f32
+};
+
 enum class ScoringFunc { kSigmoid, kSoftmax };
 enum class TopkMethod {
   kGreedy,              // the k best scores
@@ -47,6 +68,11 @@ struct RoutingConfig {
   TopkMethod topk_method = TopkMethod::kNoauxTc;
   bool norm_topk_prob = false;
   float routed_scaling_factor = 1.0f;
+  // Shared experts that stand behind the routed ones in the same stack: every token chooses all of
+  // them, with weight 1. They have the ids n_routed_experts, n_routed_experts + 1, …
+  int num_shared_experts = 0;
+
+  int num_choices() const { return num_experts_per_tok + num_shared_experts; }  // k
 };
 
 // Where the tokens of a step stand in their sequences. Sequence s owns tokens
@@ -58,6 +84,15 @@ struct AttentionBatch {
   Tensor query_start;   // [S + 1] i32
   Tensor context_lens;  // [S] i32, this step's tokens included
   int block_size = 0;   // tokens per block
+  // The same numbers where the host can read them, alive as long as the step.
+  const int32_t* host_query_start = nullptr;
+  const int32_t* host_context_lens = nullptr;
+};
+
+// What turns latents into keys and values, split from kv_b_proj.
+struct MlaWeights {
+  Tensor w_uk;  // [A, R, D] act: key = latent · w_uk; the query absorbs it: q_latent = w_uk · q
+  Tensor w_uv;  // [A, V, R] act: value = w_uv · latent
 };
 
 // Rows of a step sorted by the expert of this rank that they go to.
@@ -65,86 +100,105 @@ struct ExpertGroups {
   Tensor
       rows;  // [M] i32: token * k + choice, ascending within an expert; the first offsets[E] count
   Tensor offsets;  // [E + 1] i32: expert e owns rows [offsets[e], offsets[e + 1])
+  // The device's own notes about how it will divide the rows, from Route to GroupedLinear.
+  Tensor notes;  // [NumGroupNotes(E, M)] i32
+};
+constexpr int64_t NumGroupNotes(int64_t num_experts, int64_t num_rows) {
+  return 4 * (1 + num_experts + num_rows / 8);
+}
+
+// Which experts each token goes to, and how much each one counts.
+struct Routes {
+  Tensor logits;   // [T, n_routed_experts] f32: gate output, before the scoring function
+  Tensor experts;  // [T, k] i32: best first, ties to the lower id; then the shared ones
+  Tensor
+      weights;  // [T, k] f32: times routed_scaling_factor; normalised first if asked; 1 if shared
+  ExpertGroups groups;
 };
 
 class Ops {
  public:
   virtual ~Ops() = default;
 
+  // Before the first layer of a step: what all layers share may be worked out now. `batch` is the
+  // one that the step's calls of MlaAttention get.
+  virtual void BeginStep(const AttentionBatch& batch) = 0;
+
+  // This weight will be read soon; a hint that costs nothing to ignore.
+  virtual void Prefetch(const Tensor& weight) = 0;
+
   // out[t] = table[token_ids[t] - first_row]; zero where this rank does not hold the row.
   //   token_ids [T] i32   table [rows, H] f32 or bf16   out [T, H] act
   virtual void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
                      const Tensor& out) = 0;
 
-  // out = x / sqrt(mean(x²) + eps) * weight. Rows may be strided; x and out may be the same tensor.
-  //   x, out [T, N] act   weight [N] f32 or bf16
-  virtual void RmsNorm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out) = 0;
+  // x += y, in place, unless y is absent; then normed = x / sqrt(mean(x²) + eps) * weight.
+  //   x, y [T, N] act   weight [N] f32 or bf16   normed [T, N] act, or absent   quantized [T, N]:
+  //   normed, in 1×128, or absent. Rows may be strided. x may be normed, without y.
+  virtual void AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight, float eps,
+                          const Tensor& normed, const LinearInput& quantized) = 0;
 
-  // out = x · weightᵀ.   x [T, K] act or f32   weight [N, K]   out [T, N] act or f32. Rows may be
-  // strided.
-  virtual void Linear(const Tensor& x, const Weight& weight, const Tensor& out) = 0;
+  // out = x · weightᵀ.   x [T, K] act, f32 or quantised   weight [N, K]   out [T, N] act or f32.
+  // Rows may be strided.
+  virtual void Linear(const LinearInput& x, const Weight& weight, const Tensor& out) = 0;
 
-  // One small linear layer per head: out[t, a] = x[t, a] · weight[a]ᵀ. x may be strided.
-  //   x [T, A, K] act   weight [A, N, K] f32 or bf16   out [T, A, N] act
-  virtual void HeadLinear(const Tensor& x, const Tensor& weight, const Tensor& out) = 0;
+  // The two latents of each token, side by side: norms the query's for its next linear layer, norms
+  // the KV one, rotates the key, and writes both to the cache: cache[place] = [latent | key].
+  //   qkv_a [T, Q + R + P] act   q_norm [Q] f32, absent if Q is 0   kv_norm [R] f32
+  //   positions [T] i32   cos_sin [max positions, P / 2, 2] f32, amplitude included
+  //   places [T] i32: block id * block_size + offset
+  //   q_a [T, Q] out, absent if Q is 0   cache: see MlaAttention
+  // Rotary embedding turns neighbouring pairs (2i, 2i + 1).
+  // Source: deepseek-ai/DeepSeek-V3 inference/model.py, class MLA, apply_rotary_emb.
+  virtual void StoreLatents(const Tensor& qkv_a, const Tensor& q_norm, const Tensor& kv_norm,
+                            float eps, const Tensor& positions, const Tensor& cos_sin,
+                            const Tensor& places, const LinearInput& q_a, const Tensor& cache) = 0;
 
-  // Rotary embedding of neighbouring pairs (2i, 2i + 1), in place. x may be strided.
-  //   x [T, heads, P] act   positions [T] i32   cos_sin [max positions, P / 2, 2] f32, amplitude
-  //   included
-  // Source: deepseek-ai/DeepSeek-V3 inference/model.py, apply_rotary_emb.
-  virtual void RotaryEmbed(const Tensor& x, const Tensor& positions, const Tensor& cos_sin) = 0;
+  // Multi-head latent attention over the cached latents, causal:
+  //   score = scale * (q_nope · key + rotated q_rope · cached key);  out = softmax(score) · value
+  // in the latent space (weights absorbed) or on keys and values computed from it: the same.
+  //   q [T, A, D + P] act, not yet rotated   positions, cos_sin as in StoreLatents
+  //   cache [blocks, block_size, R + P] f32 or bf16; or F8_E4M3 [blocks, block_size, R + 4 *
+  //   ⌈R/128⌉
+  //   + 2 * P] bytes: the latent in 1×128, its factors (f32), the rotated key (bf16)
+  //   out [T, A * V]
+  // Source: DeepSeek-V2 report §2.1.2–2.1.3; inference/model.py, class MLA.
+  virtual void MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                            const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                            float scale, const LinearInput& out) = 0;
 
-  // Writes what MLA keeps of each token: cache[place] = [latent | rope].
-  //   latent [T, R] act   rope [T, P] act   places [T] i32: block id * block_size + offset
-  //   cache [blocks, block_size, R + P] f32 or bf16
-  virtual void StoreKv(const Tensor& latent, const Tensor& rope, const Tensor& places,
-                       const Tensor& cache) = 0;
-
-  // Multi-head latent attention in the latent space (weights absorbed), causal.
-  //   q_latent [T, A, R] act   q_rope [T, A, P] act, rotated   cache as in StoreKv   out [T, A, R]
-  //   act score = scale * (q_latent · latent + q_rope · rope); out = softmax(score) · latent
-  // Source: DeepSeek-V2 report §2.1.2–2.1.3; inference/model.py, class MLA, attn_impl "absorb".
-  virtual void MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                            const AttentionBatch& batch, float scale, const Tensor& out) = 0;
-
-  // Picks the experts of each token and how much each one counts.
-  //   logits [T, n_routed_experts] f32   gate output, before the scoring function
-  //   bias [n_routed_experts] f32        kNoauxTc only: steers the choice, never the weight
-  //   experts [T, k] i32, out            best first, ties to the lower id
-  //   weights [T, k] f32, out            times routed_scaling_factor; normalised first if asked
+  // The router: logits = x · gateᵀ in F32, the experts of each token, and the rows of the experts
+  // [first_expert, first_expert + E) sorted by expert.
+  //   x [T, H] act   gate [n_routed_experts, H] f32 or bf16   bias [n_routed_experts] f32, kNoauxTc
+  //   only: steers the choice, never the weight   routes: out
   // Source: DeepSeek-V3 report §2.1.2; inference/model.py, class Gate (dropped groups masked with
   // -inf).
-  virtual void RouteExperts(const Tensor& logits, const Tensor& bias, const RoutingConfig& config,
-                            const Tensor& experts, const Tensor& weights) = 0;
-
-  // Sorts the choices of a step by expert, for the experts [first_expert, first_expert + E).
-  //   experts [T, k] i32   groups: out
-  virtual void GroupByExpert(const Tensor& experts, int first_expert,
-                             const ExpertGroups& groups) = 0;
+  virtual void Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
+                     const RoutingConfig& config, int first_expert, const Routes& routes) = 0;
 
   // out[i] = x[row of i] · weight[expert of i]ᵀ for the sorted rows i.
-  //   x [T, K] act: row of i is groups.rows[i] / k;   or [M, K]: row i itself. Which of the two its
-  //   number of rows says; with k = 1 it cannot, and num_experts_per_tok = 0 means the second.
+  //   x [T, K]: row of i is groups.rows[i] / k;   or [M, K]: row i itself. Which of the two its
+  //   number of rows says; with k = 1 it cannot, and num_choices = 0 means the second.
   //   weight [E, N, K]   out [M, N] act, may be strided; rows past offsets[E] are left alone
-  virtual void GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
-                             int num_experts_per_tok, const Tensor& out) = 0;
+  virtual void GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                             int num_choices, const Tensor& out) = 0;
 
-  // out = silu(gate) * up.   gate_up [rows, 2 * N] act: [gate | up]   out [rows, N] act
-  virtual void SwiGlu(const Tensor& gate_up, const Tensor& out) = 0;
+  // out = silu(gate) * up.   gate_up [rows, 2 * N] act: [gate | up]   out [rows, N]
+  // With groups: only of the rows that some expert of this rank owns.
+  virtual void SwiGlu(const Tensor& gate_up, const ExpertGroups* groups,
+                      const LinearInput& out) = 0;
 
-  // out[t] += Σ weights[t, j] * y[i] over the sorted rows i of token t, j ascending.
-  //   y [M, H] act   weights [T, k] f32   out [T, H] act
-  virtual void CombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
+  // out[t] = Σ weights[t, j] * y[i] over the sorted rows i of token t, j ascending; plus out[t] as
+  // it was, if `accumulate`.
+  //   y [M, H] act   routes: of Route   out [T, H] act
+  virtual void CombineExperts(const Tensor& y, const Routes& routes, bool accumulate,
                               const Tensor& out) = 0;
-
-  // out = 0.   out [T, N] act
-  virtual void Clear(const Tensor& out) = 0;
-
-  // x += y, in place.   x, y [T, N] act
-  virtual void Add(const Tensor& x, const Tensor& y) = 0;
 
   // out[r] = x[rows[r]].   x [T, N]   rows [R] i32   out [R, N], same type
   virtual void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) = 0;
+
+  // x += y, in place.   x, y [T, N] act
+  virtual void Add(const Tensor& x, const Tensor& y) = 0;
 
   // Loading: out = the values of a weight slice, factors applied.   out [N, K] f32 or bf16
   virtual void Dequantize(const Weight& weight, const Tensor& out) = 0;
@@ -153,6 +207,11 @@ class Ops {
   // zeros).
   //   x [N, K] f32 or bf16   out: values [N, K], scale_inv [⌈N/128⌉, ⌈K/128⌉], offsets 0
   virtual void QuantizeFp8(const Tensor& x, const Weight& out) = 0;
+
+  // Random numbers instead of a checkpoint's: uniform in [-amplitude, amplitude], from a counter
+  // and `seed`; of F8_E4M3 all finite values with exponents below 2⁰, whatever the amplitude.
+  //   out f32, bf16 or F8_E4M3, dense
+  virtual void FillRandom(const Tensor& out, float amplitude, uint64_t seed) = 0;
 };
 
 }  // namespace fathom
