@@ -37,11 +37,12 @@ struct Weight {
 inline constexpr int kFp8Block = 128;
 
 // What a linear layer reads, and what the operation before it writes in the form it is given: rows
-// in act, or F8_E4M3 with one F32 factor per row and 128 columns ("1×128"): factor = max |x| / 448,
-// value = x / factor, rounded to nearest; zeros where all are zero, with factor 1. What is
-// quantised was rounded to act before. With F8_E4M3 weights this is DeepSeek's arithmetic ("W8A8"):
-// products within 128 columns are summed, then times both factors, in F32. Source: DeepSeek-V3
-// report §3.3.2; deepseek-ai/DeepSeek-V3 inference/kernel.py, act_quant, fp8_gemm.
+// in act, or F8_E4M3 with one F32 factor per row and 128 columns ("1×128"):
+// factor = max(max |x|, 1e-4) / 448, value = x / factor (divided, not multiplied), rounded to
+// nearest. What is quantised was rounded to act before. With F8_E4M3 weights this is DeepSeek's
+// arithmetic ("W8A8"): products within 128 columns are summed, then times both factors, in F32.
+// Source: DeepSeek-V3 report §3.3.2; deepseek-ai/DeepSeek-V3 inference/kernel.py, act_quant,
+// fp8_gemm.
 struct LinearInput {
   LinearInput() = default;
   LinearInput(const Tensor& values, const Tensor& scales = {}) : values(values), scales(scales) {}
@@ -158,9 +159,9 @@ class Ops {
   //   score = scale * (q_nope · key + rotated q_rope · cached key);  out = softmax(score) · value
   // in the latent space (weights absorbed) or on keys and values computed from it: the same.
   //   q [T, A, D + P] act, not yet rotated   positions, cos_sin as in StoreLatents
-  //   cache [blocks, block_size, R + P] f32 or bf16; or F8_E4M3 [blocks, block_size, R + 4 *
-  //   ⌈R/128⌉
-  //   + 2 * P] bytes: the latent in 1×128, its factors (f32), the rotated key (bf16)
+  //   cache [blocks, block_size, R + P] f32 or bf16; or F8_E4M3 [blocks, block_size, bytes] with
+  //   R + 4 * ⌈R / 128⌉ + 2 * P bytes: the latent in 1×128, its factors (f32), the rotated key
+  //   (bf16); factors begin at byte R, the key behind them
   //   out [T, A * V]
   // Source: DeepSeek-V2 report §2.1.2–2.1.3; inference/model.py, class MLA.
   virtual void MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
