@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/tensor.h"
@@ -39,6 +40,15 @@ class Buffer {
   void (*release_)(void*, int64_t) = nullptr;
 };
 
+// Operations that were queued once and can be queued again, all at once and with the same
+// arguments: tensors at the same addresses, in which there may be other numbers. The memory of
+// these tensors, and the device, must outlive it. Not thread-safe.
+class Recording {
+ public:
+  virtual ~Recording() = default;
+  virtual void Replay() = 0;
+};
+
 struct DeviceOptions {
   int num_threads = 1;  // CPU: threads that share each operation
 };
@@ -64,6 +74,14 @@ class Device {
   virtual void CopyToHost(const Tensor& tensor, void* host) = 0;
   // Between tensors of this device, of equal size; `from` is dense.
   virtual void Copy(const Tensor& from, const Tensor& to) = 0;
+
+  // Calls `queue_work` and records the operations and copies that it queues instead of running
+  // them: it must neither allocate nor wait nor copy from or to the host. Its error is returned.
+  // Null, and `queue_work` is not called, where there is nothing to be won, as on the CPU.
+  virtual absl::StatusOr<std::unique_ptr<Recording>> Record(
+      absl::FunctionRef<absl::Status()> /*queue_work*/) {
+    return nullptr;
+  }
 };
 
 absl::StatusOr<std::unique_ptr<Device>> OpenCpuDevice(const DeviceOptions& options);

@@ -117,13 +117,47 @@ struct Routes {
   ExpertGroups groups;
 };
 
+// The largest steps that will come, of one model, as this rank sees it.
+struct StepLimits {
+  DType act = DType::kF32;
+  DType kv_cache_dtype = DType::kF32;
+  int64_t max_tokens = 0;        // T
+  int64_t max_sequences = 0;     // S
+  int64_t max_model_len = 0;     // tokens of one sequence
+  int64_t block_size = 0;        // tokens per block
+  int64_t num_layers = 0;        // calls of MlaAttention in a step
+  int64_t hidden_size = 0;       // H
+  int64_t heads = 0;             // A
+  int64_t qk_nope_head_dim = 0;  // D
+  int64_t qk_rope_head_dim = 0;  // P
+  int64_t kv_lora_rank = 0;      // R
+  int64_t v_head_dim = 0;        // V
+  int64_t num_experts = 0;       // E, the largest of any layer
+  int64_t num_choices = 0;       // k, the same
+  int64_t widest_linear = 0;     // largest N or K of a linear layer
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
 
+  // Memory that operations need beside their arguments for steps within `limits`, so that a memory
+  // plan can count it and no step allocates. UseScratch gives it to them, zero-filled, before the
+  // first step; it stays theirs until UseScratch is called again or they are destroyed.
+  //   memory: ScratchBytes(limits) bytes, of Device::Allocate
+  virtual int64_t ScratchBytes(const StepLimits&) const { return 0; }
+  virtual void UseScratch(const StepLimits&, void* /*memory*/) {}
+
   // Before the first layer of a step: what all layers share may be worked out now. `batch` is the
   // one that the step's calls of MlaAttention get.
+  //
+  // What follows may be a recording (Device::Record) of a step with the same shapes and other
+  // numbers: operations may choose kernels and launch sizes by the shapes of their tensors, never
+  // by what the host reads in `batch`, unless it holds for every step of these shapes. Of a
+  // recorded step all sequences have one token. BeginStep itself is never recorded.
   virtual void BeginStep(const AttentionBatch& batch) = 0;
+  // After the last operation of a step: what Prefetch queued beside them ends before what follows.
+  virtual void EndStep() {}
 
   // This weight will be read soon; a hint that costs nothing to ignore.
   virtual void Prefetch(const Tensor& weight) = 0;

@@ -4,9 +4,12 @@
 #include <cstring>
 
 #include "base/check.h"
+#include "base/status_macros.h"
 
 namespace fathom {
 namespace {
+
+std::atomic<int64_t> last_id = 0;
 
 class LonelyCommunicator final : public Communicator {
  public:
@@ -14,6 +17,7 @@ class LonelyCommunicator final : public Communicator {
   int world_size() const override { return 1; }
 
   absl::Status AllReduceSum(const Tensor&) override { return State(); }
+  bool is_recordable() const override { return true; }
 
   absl::Status GatherToRank0(const Tensor& part, const Tensor& whole) override {
     CHECK(part.dense() && whole.dense());
@@ -35,6 +39,17 @@ class LonelyCommunicator final : public Communicator {
 };
 
 }  // namespace
+
+Communicator::Communicator() : id_(++last_id) {}
+
+absl::Status Communicator::AllReduceAddRmsNorm(Ops& ops, const Tensor& partial,
+                                               const Tensor& residual, const Tensor& weight,
+                                               float eps, const Tensor& normed,
+                                               const LinearInput& quantized) {
+  RETURN_IF_ERROR(AllReduceSum(partial));
+  ops.AddRmsNorm(residual, partial, weight, eps, normed, quantized);
+  return absl::OkStatus();
+}
 
 std::unique_ptr<Communicator> MakeLonelyCommunicator() {
   return std::make_unique<LonelyCommunicator>();

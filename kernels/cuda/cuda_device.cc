@@ -37,16 +37,16 @@ class CudaStream {
   }
 
   cudaStream_t get() const { return stream_; }
-  void Synchronize() { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
+  void Synchronize() {
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    staged_bytes_ = 0;  // nothing reads the staging memory
+  }
 
   void CopyFromHost(const char* host, char* device, int64_t num_bytes) {
     constexpr int64_t kAlignment = 256;
     while (num_bytes > 0) {
       const int64_t part = std::min(num_bytes, kStagingBytes / 2);
-      if (staged_bytes_ + part > kStagingBytes) {
-        Synchronize();  // then nothing reads the staging memory
-        staged_bytes_ = 0;
-      }
+      if (staged_bytes_ + part > kStagingBytes) Synchronize();
       char* staged = static_cast<char*>(staging_) + staged_bytes_;
       std::memcpy(staged, host, static_cast<size_t>(part));
       CUDA_CHECK(cudaMemcpyAsync(device, staged, static_cast<size_t>(part), cudaMemcpyHostToDevice,
@@ -82,6 +82,25 @@ Pitched PitchedOf(const Tensor& tensor) {
           static_cast<size_t>(tensor.stride(0) * SizeOf(tensor.dtype())),
           static_cast<size_t>(tensor.dim(0))};
 }
+
+class CudaRecording final : public Recording {
+ public:
+  // Takes the graph.
+  CudaRecording(cudaGraph_t graph, cudaStream_t stream) : stream_(stream) {
+    CUDA_CHECK(cudaGraphInstantiate(&executable_, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaGraphUpload(executable_, stream_));
+  }
+  CudaRecording(const CudaRecording&) = delete;
+  CudaRecording& operator=(const CudaRecording&) = delete;
+  ~CudaRecording() override { CUDA_CHECK(cudaGraphExecDestroy(executable_)); }
+
+  void Replay() override { CUDA_CHECK(cudaGraphLaunch(executable_, stream_)); }
+
+ private:
+  const cudaStream_t stream_;
+  cudaGraphExec_t executable_ = nullptr;
+};
 
 class CudaDevice final : public Device {
  public:
@@ -137,6 +156,18 @@ class CudaDevice final : public Device {
     CUDA_CHECK(cudaMemcpy2DAsync(rows.data, rows.pitch_bytes, from.raw(), rows.row_bytes,
                                  rows.row_bytes, rows.num_rows, cudaMemcpyDeviceToDevice,
                                  stream_.get()));
+  }
+
+  absl::StatusOr<std::unique_ptr<Recording>> Record(
+      absl::FunctionRef<absl::Status()> queue_work) override {
+    // Thread-local: other threads may go on using the device.
+    CUDA_CHECK(cudaStreamBeginCapture(stream_.get(), cudaStreamCaptureModeThreadLocal));
+    const absl::Status status = queue_work();
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamEndCapture(stream_.get(), &graph));
+    if (status.ok()) return std::make_unique<CudaRecording>(graph, stream_.get());
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    return status;
   }
 
  private:
