@@ -35,6 +35,7 @@ struct Weight {
 };
 
 inline constexpr int kFp8Block = 128;
+inline constexpr float kSmallestQuantizedMagnitude = 1e-4f;  // of 1×128, see LinearInput
 
 // What a linear layer reads, and what the operation before it writes in the form it is given: rows
 // in act, or F8_E4M3 with one F32 factor per row and 128 columns ("1×128"):
@@ -243,8 +244,8 @@ class Ops {
   //   x [N, K] f32 or bf16   out: values [N, K], scale_inv [⌈N/128⌉, ⌈K/128⌉], offsets 0
   virtual void QuantizeFp8(const Tensor& x, const Weight& out) = 0;
 
-  // Random numbers instead of a checkpoint's: uniform in [-amplitude, amplitude], from a counter
-  // and `seed`; of F8_E4M3 all finite values with exponents below 2⁰, whatever the amplitude.
+  // Random numbers instead of a checkpoint's (random_bits.h): uniform in [-amplitude, amplitude],
+  // from a counter and `seed`; of F8_E4M3 all values below 1 in magnitude, whatever the amplitude.
   //   out f32, bf16 or F8_E4M3, dense
   virtual void FillRandom(const Tensor& out, float amplitude, uint64_t seed) = 0;
 };

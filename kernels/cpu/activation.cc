@@ -9,7 +9,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/activation.cc"
 #include "hwy/foreach_target.h"  // compiles this file once per target
-#include "kernels/cpu/vector-inl.h"
+#include "kernels/cpu/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -27,19 +27,16 @@ void SwiGluRow(const Act* gate_up, size_t size, Act* out) {
   }
 }
 
-template <typename Act>
-void AddRow(Act* x, const Act* y, size_t size) {
-  for (size_t i = 0; i < size; i += kLanes) {
-    const FloatVec sum = hn::Add(LoadUpTo(x + i, size - i), LoadUpTo(y + i, size - i));
-    StoreUpTo(sum, x + i, size - i);
-  }
-}
-
-void SwiGluRows(const Tensor& gate_up, const Tensor& out, int64_t begin, int64_t end) {
-  VisitAct(out.dtype(), [&](auto act) {
+// `spare` has room for a row of out: what is quantised was rounded to act.
+void SwiGluRows(const Tensor& gate_up, const LinearInput& out, void* spare, int64_t begin,
+                int64_t end) {
+  const auto size = static_cast<size_t>(out.values.dim(1));
+  VisitAct(gate_up.dtype(), [&](auto act) {
     using Act = decltype(act);
     for (int64_t t = begin; t < end; ++t) {
-      SwiGluRow(RowOf<Act>(gate_up, t), static_cast<size_t>(out.dim(1)), RowOf<Act>(out, t));
+      Act* row = out.quantized() ? static_cast<Act*>(spare) : RowOf<Act>(out.values, t);
+      SwiGluRow(RowOf<Act>(gate_up, t), size, row);
+      if (out.quantized()) QuantizeRow(row, out, t);
     }
   });
 }
@@ -66,21 +63,19 @@ HWY_EXPORT(AddRows);
 
 }  // namespace
 
-void CpuOps::SwiGlu(const Tensor& gate_up, const Tensor& out) {
-  CheckSwiGlu(gate_up, out);
-  const int64_t smallest_range = SmallestRange(4 * out.dim(1));
-  threads_.ParallelFor(out.dim(0), smallest_range, [&](int, int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(SwiGluRows)(gate_up, out, begin, end);
-  });
-}
-
-void CpuOps::Clear(const Tensor& out) {
-  CheckClear(out);
-  const auto row_bytes = static_cast<size_t>(out.dim(1) * SizeOf(out.dtype()));
-  for (int64_t t = 0; t < out.dim(0); ++t) {
-    std::memset(static_cast<char*>(out.raw()) + t * out.stride(0) * SizeOf(out.dtype()), 0,
-                row_bytes);
-  }
+void CpuOps::SwiGlu(const Tensor& gate_up, const ExpertGroups* groups, const LinearInput& out) {
+  CheckSwiGlu(gate_up, groups, out);
+  const int64_t num_rows =
+      groups == nullptr ? gate_up.dim(0)
+                        : int64_t{groups->offsets.data<int32_t>()[groups->offsets.dim(0) - 1]};
+  const int64_t size = out.values.dim(1);
+  threads_.ParallelFor(num_rows, SmallestRange(4 * size),
+                       [&](int range, int64_t begin, int64_t end) {
+                         Scratch& scratch = scratch_[static_cast<size_t>(range)];
+                         scratch.Reset(PadToVector(static_cast<size_t>(size)));
+                         HWY_DYNAMIC_DISPATCH(SwiGluRows)
+                         (gate_up, out, scratch.Take(static_cast<size_t>(size)), begin, end);
+                       });
 }
 
 void CpuOps::Add(const Tensor& x, const Tensor& y) {

@@ -1,5 +1,5 @@
-// The arguments of MlaAttention as plain pointers, because they are handed to code compiled for
-// several instruction sets, and the pieces that threads share out.
+// The arguments of attention in the latent space as plain pointers, because they are handed to code
+// compiled for several instruction sets, and the pieces that threads share out.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,10 @@ namespace fathom {
 inline constexpr int kTilePositions = 64;
 // Rows (token × head) that share a converted tile of the cache.
 inline constexpr int kMostAttentionRows = 64;
+
+// Tokens that MlaAttention takes through all its steps at a time, so that what lies between the
+// steps stays small.
+inline constexpr int64_t kMostAttentionTokens = 256;
 
 struct AttentionTask {
   const void* q_latent = nullptr;
@@ -33,7 +37,7 @@ struct AttentionTask {
 // Consecutive tokens of one sequence, and some of their heads.
 struct AttentionPiece {
   const int32_t* block_table = nullptr;
-  int64_t first_token = 0;
+  int64_t first_token = 0;  // of the task's tensors
   int num_tokens = 0;
   int first_context = 0;  // tokens that first_token sees, itself included; one more for the next
   int first_head = 0;

@@ -20,33 +20,50 @@ class CpuOps final : public Ops {
   explicit CpuOps(int num_threads)
       : threads_(num_threads), scratch_(static_cast<size_t>(num_threads)) {}
 
+  void BeginStep(const AttentionBatch&) override {}
+  void Prefetch(const Tensor&) override {}
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override;
-  void RmsNorm(const Tensor& x, const Tensor& weight, float eps, const Tensor& out) override;
-  void Linear(const Tensor& x, const Weight& weight, const Tensor& out) override;
-  void HeadLinear(const Tensor& x, const Tensor& weight, const Tensor& out) override;
-  void RotaryEmbed(const Tensor& x, const Tensor& positions, const Tensor& cos_sin) override;
-  void StoreKv(const Tensor& latent, const Tensor& rope, const Tensor& places,
-               const Tensor& cache) override;
-  void MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                    const AttentionBatch& batch, float scale, const Tensor& out) override;
-  void RouteExperts(const Tensor& logits, const Tensor& bias, const RoutingConfig& config,
-                    const Tensor& experts, const Tensor& weights) override;
-  void GroupByExpert(const Tensor& experts, int first_expert, const ExpertGroups& groups) override;
-  void GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
-                     int num_experts_per_tok, const Tensor& out) override;
-  void SwiGlu(const Tensor& gate_up, const Tensor& out) override;
-  void CombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
+  void AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight, float eps,
+                  const Tensor& normed, const LinearInput& quantized) override;
+  void Linear(const LinearInput& x, const Weight& weight, const Tensor& out) override;
+  void StoreLatents(const Tensor& qkv_a, const Tensor& q_norm, const Tensor& kv_norm, float eps,
+                    const Tensor& positions, const Tensor& cos_sin, const Tensor& places,
+                    const LinearInput& q_a, const Tensor& cache) override;
+  void MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                    const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                    float scale, const LinearInput& out) override;
+  void Route(const Tensor& x, const Tensor& gate, const Tensor& bias, const RoutingConfig& config,
+             int first_expert, const Routes& routes) override;
+  void GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                     int num_choices, const Tensor& out) override;
+  void SwiGlu(const Tensor& gate_up, const ExpertGroups* groups, const LinearInput& out) override;
+  void CombineExperts(const Tensor& y, const Routes& routes, bool accumulate,
                       const Tensor& out) override;
-  void Clear(const Tensor& out) override;
-  void Add(const Tensor& x, const Tensor& y) override;
   void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) override;
+  void Add(const Tensor& x, const Tensor& y) override;
   void Dequantize(const Weight& weight, const Tensor& out) override;
   void QuantizeFp8(const Tensor& x, const Weight& out) override;
+  void FillRandom(const Tensor& out, float amplitude, uint64_t seed) override;
 
  private:
   // Computes tasks_, each of them for all its num_outputs outputs.
   void MultiplyTasks(int64_t num_outputs);
+
+  // One small linear layer per head: out[t, a] = x[t, a] · weight[a]ᵀ. x and out may be strided.
+  //   x [T, A, K] act   weight [A, N, K] f32 or bf16   out [T, A, N] act
+  void MultiplyHeads(const Tensor& x, const Tensor& weight, const Tensor& out);
+
+  // Turns the last dimension of q_rope, [T, A, P] act, into out, of the same shape.
+  void RotateHeads(const Tensor& q_rope, const Tensor& positions, const Tensor& cos_sin,
+                   const Tensor& out);
+
+  // Attention in the latent space of tokens [begin, end) of the batch, pointed at by the task.
+  void AttendLatents(const AttentionTask& task, const AttentionBatch& batch, int64_t num_heads,
+                     int64_t begin, int64_t end);
+
+  // Sorts the choices by expert, for the experts [first_expert, first_expert + E).
+  void GroupByExpert(const Tensor& experts, int first_expert, const ExpertGroups& groups);
 
   ThreadPool threads_;
   std::vector<Scratch> scratch_;  // by range of ThreadPool::ParallelFor
@@ -54,6 +71,7 @@ class CpuOps final : public Ops {
   // Lists that keep their memory between operations.
   std::vector<LinearTask> tasks_;
   std::vector<AttentionPiece> pieces_;
+  Scratch attention_scratch_;    // MlaAttention: what lies between its steps
   std::vector<int32_t> places_;  // CombineExperts: row → its place among the sorted rows, or -1
 };
 

@@ -17,10 +17,10 @@ HWY_BEFORE_NAMESPACE();
 namespace fathom {
 namespace HWY_NAMESPACE {
 
-// out += Σ shares[j] * y[places[j]]; a place of -1 is another rank's.
+// out = Σ shares[j] * y[places[j]], plus out if accumulate; a place of -1 is another rank's.
 template <typename Act>
 void CombineRow(const Tensor& y, const int32_t* places, const float* shares, int64_t num_choices,
-                Act* out) {
+                bool accumulate, Act* out) {
   const FloatTag d;
   const auto size = static_cast<size_t>(y.dim(1));
   for (size_t i = 0; i < size; i += kLanes) {
@@ -30,17 +30,18 @@ void CombineRow(const Tensor& y, const int32_t* places, const float* shares, int
       const Act* row = RowOf<Act>(y, places[j]);
       sum = hn::MulAdd(hn::Set(d, shares[j]), LoadUpTo(row + i, size - i), sum);
     }
-    StoreUpTo(hn::Add(LoadUpTo(out + i, size - i), sum), out + i, size - i);
+    if (accumulate) sum = hn::Add(LoadUpTo(out + i, size - i), sum);
+    StoreUpTo(sum, out + i, size - i);
   }
 }
 
-void CombineRows(const Tensor& y, const int32_t* places, const Tensor& weights, const Tensor& out,
-                 int64_t begin, int64_t end) {
+void CombineRows(const Tensor& y, const int32_t* places, const Tensor& weights, bool accumulate,
+                 const Tensor& out, int64_t begin, int64_t end) {
   const int64_t num_choices = weights.dim(1);
   VisitAct(out.dtype(), [&](auto act) {
     using Act = decltype(act);
     for (int64_t t = begin; t < end; ++t) {
-      CombineRow(y, places + t * num_choices, RowOf<float>(weights, t), num_choices,
+      CombineRow(y, places + t * num_choices, RowOf<float>(weights, t), num_choices, accumulate,
                  RowOf<Act>(out, t));
     }
   });
@@ -59,7 +60,6 @@ HWY_EXPORT(CombineRows);
 }  // namespace
 
 void CpuOps::GroupByExpert(const Tensor& experts, int first_expert, const ExpertGroups& groups) {
-  CheckGroupByExpert(experts, groups);
   const auto* choices = experts.data<int32_t>();
   auto* rows = groups.rows.data<int32_t>();
   auto* offsets = groups.offsets.data<int32_t>();
@@ -86,9 +86,11 @@ void CpuOps::GroupByExpert(const Tensor& experts, int first_expert, const Expert
   }
 }
 
-void CpuOps::CombineExperts(const Tensor& y, const ExpertGroups& groups, const Tensor& weights,
+void CpuOps::CombineExperts(const Tensor& y, const Routes& routes, bool accumulate,
                             const Tensor& out) {
-  CheckCombineExperts(y, groups, weights, out);
+  CheckCombineExperts(y, routes, out);
+  const Tensor& weights = routes.weights;
+  const ExpertGroups& groups = routes.groups;
   const auto* rows = groups.rows.data<int32_t>();
   const int64_t num_sorted = groups.offsets.data<int32_t>()[groups.offsets.dim(0) - 1];
   places_.assign(static_cast<size_t>(weights.num_elements()), -1);
@@ -96,7 +98,7 @@ void CpuOps::CombineExperts(const Tensor& y, const ExpertGroups& groups, const T
 
   const int64_t smallest_range = SmallestRange(out.dim(1) * weights.dim(1));
   threads_.ParallelFor(out.dim(0), smallest_range, [&](int, int64_t begin, int64_t end) {
-    HWY_DYNAMIC_DISPATCH(CombineRows)(y, places_.data(), weights, out, begin, end);
+    HWY_DYNAMIC_DISPATCH(CombineRows)(y, places_.data(), weights, accumulate, out, begin, end);
   });
 }
 

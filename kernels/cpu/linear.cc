@@ -5,7 +5,9 @@
 //   one tile of rows   the weight is converted in registers, straight from memory
 //   more               a panel of the weight is converted once and used by up to 96 rows; K is
 //                      walked in chunks, and sums rest in memory between chunks
-// The factors of F8_E4M3 blocks multiply x, once per 128 outputs, and not the weight.
+// The factors of F8_E4M3 blocks multiply x, once per 128 outputs, and not the weight; those of x
+// are applied where x is staged. So each product carries both factors before it is summed, which
+// differs from summing first by rounding alone.
 
 #include <algorithm>
 #include <cstdint>
@@ -43,7 +45,13 @@ void StageRows(const LinearTask& task, int64_t first_row, int num_rows, float* s
     const Act* row = static_cast<const Act*>(task.x) + source * task.x_stride;
     float* target = staged + m * stride;
     for (size_t k = 0; k < inputs; k += kLanes) {
-      StoreFloats(LoadUpTo(row + k, inputs - k), target + k);
+      FloatVec value = LoadUpTo(row + k, inputs - k);
+      if constexpr (std::is_same_v<Act, Float8E4M3>) {
+        const float factor =
+            task.x_factors[source * task.x_factors_stride + static_cast<int64_t>(k / kFp8Block)];
+        value = hn::Mul(value, hn::Set(FloatTag(), factor * kLoadFactor<Float8E4M3>));
+      }
+      StoreFloats(value, target + k);
     }
     for (size_t k = (inputs + kLanes - 1) / kLanes * kLanes; k < stride; ++k) target[k] = 0.0f;
   }
@@ -278,10 +286,15 @@ void MultiplyRows(const LinearTask& task, int64_t begin, int64_t end, Scratch& s
 
   for (int64_t row = 0; row < task.num_rows; row += kMostStagedRows) {
     const int num_rows = static_cast<int>(std::min<int64_t>(kMostStagedRows, task.num_rows - row));
-    if (task.x_type == DType::kF32) {
-      StageRows<float>(task, row, num_rows, staged);
-    } else {
-      StageRows<BFloat16>(task, row, num_rows, staged);
+    switch (task.x_type) {
+      case DType::kF32:
+        StageRows<float>(task, row, num_rows, staged);
+        break;
+      case DType::kBF16:
+        StageRows<BFloat16>(task, row, num_rows, staged);
+        break;
+      default:
+        StageRows<Float8E4M3>(task, row, num_rows, staged);
     }
     // Outputs that share their factors; all of them when there are none.
     for (int64_t output = begin; output < end;) {
@@ -323,15 +336,19 @@ namespace {
 HWY_EXPORT(MultiplyTask);
 
 // A task without rows for matrix `index` of a weight.
-LinearTask TaskOf(const Tensor& x, const Weight& weight, int64_t index, const Tensor& out) {
+LinearTask TaskOf(const LinearInput& x, const Weight& weight, int64_t index, const Tensor& out) {
   const Tensor& values = weight.values;
   const int rank = values.rank();
   const int64_t outputs = values.dim(rank - 2);
   const int64_t inputs = values.dim(rank - 1);
   LinearTask task;
-  task.x = x.raw();
-  task.x_type = x.dtype();
-  task.x_stride = x.stride(0);
+  task.x = x.values.raw();
+  task.x_type = x.values.dtype();
+  task.x_stride = x.values.stride(0);
+  if (x.quantized()) {
+    task.x_factors = x.scales.data<float>();
+    task.x_factors_stride = x.scales.stride(0);
+  }
   task.weight =
       static_cast<const char*>(values.raw()) + index * outputs * inputs * SizeOf(values.dtype());
   task.weight_type = values.dtype();
@@ -372,30 +389,29 @@ void CpuOps::MultiplyTasks(int64_t num_outputs) {
                        });
 }
 
-void CpuOps::Linear(const Tensor& x, const Weight& weight, const Tensor& out) {
+void CpuOps::Linear(const LinearInput& x, const Weight& weight, const Tensor& out) {
   const LinearSizes sizes = CheckLinear(x, weight, out);
   tasks_.assign(1, TaskOf(x, weight, 0, out));
   tasks_[0].num_rows = sizes.rows;
   MultiplyTasks(sizes.outputs);
 }
 
-void CpuOps::HeadLinear(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  const LinearSizes sizes = CheckHeadLinear(x, weight, out);
+void CpuOps::MultiplyHeads(const Tensor& x, const Tensor& weight, const Tensor& out) {
   tasks_.clear();
-  for (int64_t a = 0; a < sizes.experts; ++a) {
+  for (int64_t a = 0; a < weight.dim(0); ++a) {
     LinearTask task = TaskOf(x, {.values = weight}, a, out);
-    task.num_rows = sizes.rows;
+    task.num_rows = x.dim(0);
     task.x = Advance(x.raw(), x.dtype(), a * x.stride(1));
     task.out = Advance(out.raw(), out.dtype(), a * out.stride(1));
     tasks_.push_back(task);
   }
-  MultiplyTasks(sizes.outputs);
+  MultiplyTasks(weight.dim(1));
 }
 
-void CpuOps::GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
-                           int num_experts_per_tok, const Tensor& out) {
-  const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_experts_per_tok, out);
-  const bool by_token = num_experts_per_tok > 0 && x.dim(0) * num_experts_per_tok == sizes.rows;
+void CpuOps::GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                           int num_choices, const Tensor& out) {
+  const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_choices, out);
+  const bool by_token = num_choices > 0 && x.values.dim(0) * num_choices == sizes.rows;
   const auto* rows = groups.rows.data<int32_t>();
   const auto* offsets = groups.offsets.data<int32_t>();
   tasks_.clear();
@@ -405,9 +421,10 @@ void CpuOps::GroupedLinear(const Tensor& x, const ExpertGroups& groups, const We
     task.num_rows = offsets[e + 1] - offsets[e];
     if (by_token) {
       task.rows_of_x = rows + offsets[e];
-      task.rows_of_x_divisor = num_experts_per_tok;
+      task.rows_of_x_divisor = num_choices;
     } else {
-      task.x = Advance(x.raw(), x.dtype(), offsets[e] * x.stride(0));
+      task.x = Advance(x.values.raw(), x.values.dtype(), offsets[e] * x.values.stride(0));
+      if (x.quantized()) task.x_factors += offsets[e] * x.scales.stride(0);
     }
     task.out = Advance(out.raw(), out.dtype(), offsets[e] * out.stride(0));
     tasks_.push_back(task);

@@ -1,5 +1,5 @@
-// Some rows of x against one weight matrix [N, K]: what Linear, HeadLinear and GroupedLinear are
-// made of. Plain pointers, because it is handed to code compiled for several instruction sets.
+// Some rows of x against one weight matrix [N, K]: what the linear layers are made of. Plain
+// pointers, because it is handed to code compiled for several instruction sets.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,9 @@ inline constexpr size_t kCachedBytes = size_t{512} << 10;
 struct LinearTask {
   const void* x = nullptr;
   DType x_type = DType::kF32;
-  int64_t x_stride = 0;  // elements
+  int64_t x_stride = 0;              // elements
+  const float* x_factors = nullptr;  // F8_E4M3 only: of each row and 128 columns
+  int64_t x_factors_stride = 0;
   // Row i reads row rows_of_x[i] / rows_of_x_divisor of x; null: row i.
   const int32_t* rows_of_x = nullptr;
   int rows_of_x_divisor = 1;

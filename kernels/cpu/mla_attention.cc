@@ -1,4 +1,6 @@
-// Attention over the latent cache with a running softmax.
+// Attention over the latent cache with a running softmax, and the steps around it: queries are
+// rotated and taken into the latent space by w_uk, what they gather out of it by w_uv. Each of
+// these steps rounds to act.
 //
 // A row is one head of one token. It walks its positions in tiles of 64 from position 0: scores of
 // a tile (AddProducts, as in a linear layer), then the largest so far, then the sums. What it adds
@@ -8,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -20,7 +23,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/mla_attention.cc"
 #include "hwy/foreach_target.h"  // compiles this file once per target
-#include "kernels/cpu/vector-inl.h"
+#include "kernels/cpu/rows-inl.h"
 // clang-format on
 
 HWY_BEFORE_NAMESPACE();
@@ -63,16 +66,47 @@ void StageQueries(const AttentionTask& task, const AttentionPiece& piece, float*
   }
 }
 
+// One position of the cache as floats.
+template <typename Stored>
+HWY_INLINE void LoadPlace(const AttentionTask& task, int64_t place, float* to) {
+  const auto width = static_cast<size_t>(task.kv_lora_rank + task.rope_dim);
+  CopyFloats(static_cast<const Stored*>(task.cache) + place * static_cast<int64_t>(width), width,
+             to);
+}
+
+// codes | factors | key, as StoreLatents wrote them.
+template <>
+HWY_INLINE void LoadPlace<Float8E4M3>(const AttentionTask& task, int64_t place, float* to) {
+  const auto kv_lora_rank = static_cast<size_t>(task.kv_lora_rank);
+  const auto rope_dim = static_cast<size_t>(task.rope_dim);
+  const size_t num_groups = (kv_lora_rank + kFp8Block - 1) / kFp8Block;
+  const size_t place_bytes = kv_lora_rank + num_groups * 4 + rope_dim * 2;
+  const auto* codes =
+      static_cast<const Float8E4M3*>(task.cache) + place * static_cast<int64_t>(place_bytes);
+  const auto* bytes = reinterpret_cast<const char*>(codes);
+  for (size_t i = 0; i < kv_lora_rank; i += kLanes) {
+    float factor;
+    std::memcpy(&factor, bytes + kv_lora_rank + i / kFp8Block * 4, 4);
+    const FloatVec value = LoadUpTo(codes + i, kv_lora_rank - i);
+    StoreFloats(hn::Mul(value, hn::Set(FloatTag(), factor * kLoadFactor<Float8E4M3>)), to + i);
+  }
+  const char* key = bytes + kv_lora_rank + num_groups * 4;
+  for (size_t i = 0; i < rope_dim; ++i) {
+    BFloat16 element;
+    std::memcpy(&element, key + i * 2, 2);
+    to[kv_lora_rank + i] = ToFloat(element);
+  }
+  for (size_t i = kv_lora_rank + rope_dim; i < RowLength(task); ++i) to[i] = 0.0f;
+}
+
 template <typename Stored>
 void LoadTile(const AttentionTask& task, const int32_t* block_table, int first_position,
               int num_positions, float* tile) {
-  const auto width = static_cast<size_t>(task.kv_lora_rank + task.rope_dim);
   for (int i = 0; i < num_positions; ++i, tile += RowStride(task)) {
     const int position = first_position + i;
     const int64_t place = int64_t{block_table[position / task.block_size]} * task.block_size +
                           position % task.block_size;
-    CopyFloats(static_cast<const Stored*>(task.cache) + place * static_cast<int64_t>(width), width,
-               tile);
+    LoadPlace<Stored>(task, place, tile);
   }
 }
 
@@ -234,10 +268,15 @@ void AttendPiece(const AttentionTask& task, const AttentionPiece& piece, Scratch
   const int last_context = piece.first_context + piece.num_tokens - 1;
   for (int first = 0; first < last_context; first += kTilePositions) {
     const int num_positions = std::min(kTilePositions, last_context - first);
-    if (task.cache_type == DType::kF32) {
-      LoadTile<float>(task, piece.block_table, first, num_positions, tile);
-    } else {
-      LoadTile<BFloat16>(task, piece.block_table, first, num_positions, tile);
+    switch (task.cache_type) {
+      case DType::kF32:
+        LoadTile<float>(task, piece.block_table, first, num_positions, tile);
+        break;
+      case DType::kBF16:
+        LoadTile<BFloat16>(task, piece.block_table, first, num_positions, tile);
+        break;
+      default:
+        LoadTile<Float8E4M3>(task, piece.block_table, first, num_positions, tile);
     }
     for (int t = 0; t < piece.num_tokens; ++t) {
       const int num_seen = std::min(num_positions, piece.first_context + t - first);
@@ -256,6 +295,28 @@ void AttendPiece(const AttentionTask& task, const AttentionPiece& piece, Scratch
   }
 }
 
+void RotateTokens(const Tensor& q_rope, const Tensor& positions, const Tensor& cos_sin,
+                  const Tensor& out, int64_t begin, int64_t end) {
+  VisitAct(q_rope.dtype(), [&](auto act) {
+    using Act = decltype(act);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t position = positions.data<int32_t>()[t * positions.stride(0)];
+      CHECK(position >= 0 && position < cos_sin.dim(0)) << position;
+      const float* turn = RowOf<float>(cos_sin, position);
+      for (int64_t a = 0; a < q_rope.dim(1); ++a) {
+        RotateRow(RowOf<Act>(q_rope, t) + a * q_rope.stride(1), turn, q_rope.dim(2),
+                  RowOf<Act>(out, t) + a * out.stride(1));
+      }
+    }
+  });
+}
+
+void QuantizeRows(const Tensor& x, const LinearInput& out) {
+  VisitAct(x.dtype(), [&](auto act) {
+    for (int64_t t = 0; t < x.dim(0); ++t) QuantizeRow(RowOf<decltype(act)>(x, t), out, t);
+  });
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace fathom
 HWY_AFTER_NAMESPACE();
@@ -265,6 +326,8 @@ namespace fathom {
 namespace {
 
 HWY_EXPORT(AttendPiece);
+HWY_EXPORT(RotateTokens);
+HWY_EXPORT(QuantizeRows);
 
 // Cuts a sequence's tokens into pieces; heads too where there are fewer tokens than threads.
 void CutSequence(AttentionPiece whole, int num_heads, int head_cuts,
@@ -284,23 +347,73 @@ void CutSequence(AttentionPiece whole, int num_heads, int head_cuts,
   }
 }
 
+// The tokens [begin, end) of a tensor of which each row belongs to one.
+LinearInput SliceRows(const LinearInput& rows, int64_t begin, int64_t end) {
+  LinearInput slice(rows.values.Slice(0, begin, end));
+  if (rows.quantized()) slice.scales = rows.scales.Slice(0, begin, end);
+  return slice;
+}
+
 }  // namespace
 
-void CpuOps::MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                          const AttentionBatch& batch, float scale, const Tensor& out) {
-  const AttentionSizes sizes = CheckMlaAttention(q_latent, q_rope, cache, batch, out);
+void CpuOps::RotateHeads(const Tensor& q_rope, const Tensor& positions, const Tensor& cos_sin,
+                         const Tensor& out) {
+  threads_.ParallelFor(q_rope.dim(0), SmallestRange(q_rope.dim(1) * q_rope.dim(2)),
+                       [&](int, int64_t begin, int64_t end) {
+                         HWY_DYNAMIC_DISPATCH(RotateTokens)
+                         (q_rope, positions, cos_sin, out, begin, end);
+                       });
+}
+
+void CpuOps::AttendLatents(const AttentionTask& task, const AttentionBatch& batch,
+                           int64_t num_heads, int64_t begin, int64_t end) {
   const auto* query_start = batch.query_start.data<int32_t>();
   const auto* context_lens = batch.context_lens.data<int32_t>();
-  AttentionTask task;
-  task.q_latent = q_latent.raw();
-  task.q_rope = q_rope.raw();
-  task.out = out.raw();
-  task.act_type = q_latent.dtype();
-  for (int i = 0; i < 2; ++i) {
-    task.q_latent_strides[i] = q_latent.stride(i);
-    task.q_rope_strides[i] = q_rope.stride(i);
-    task.out_strides[i] = out.stride(i);
+  // A step of few tokens occupies all threads only if they share the heads.
+  const int num_threads = threads_.num_threads();
+  const int64_t tokens = std::max<int64_t>(1, end - begin);
+  const int head_cuts =
+      static_cast<int>(std::min<int64_t>(num_heads, (num_threads + tokens - 1) / tokens));
+  pieces_.clear();
+  int64_t work = 0;
+  for (int64_t s = 0; s < batch.context_lens.dim(0); ++s) {
+    const int num_tokens = query_start[s + 1] - query_start[s];
+    CHECK(num_tokens >= 0 && (num_tokens == 0 || context_lens[s] >= num_tokens))
+        << "sequence " << s << " of " << context_lens[s] << " tokens computes " << num_tokens;
+    CHECK_GE(batch.block_tables.dim(1) * batch.block_size, context_lens[s]);
+    const int64_t first = std::max<int64_t>(begin, query_start[s]);
+    const int64_t last = std::min<int64_t>(end, query_start[s + 1]);
+    if (first >= last) continue;
+    AttentionPiece whole;
+    whole.block_table = RowOf<int32_t>(batch.block_tables, s);
+    whole.first_token = first - begin;
+    whole.num_tokens = static_cast<int>(last - first);
+    whole.first_context = context_lens[s] - static_cast<int>(query_start[s + 1] - first) + 1;
+    CutSequence(whole, static_cast<int>(num_heads), head_cuts, pieces_);
+    work += int64_t{whole.num_tokens} * context_lens[s] * num_heads * task.kv_lora_rank;
   }
+
+  // Later pieces of a prompt see more positions, so each thread takes every n-th.
+  constexpr int64_t kSmallestWork = int64_t{1} << 17;
+  const auto num_pieces = static_cast<int64_t>(pieces_.size());
+  const int64_t num_ranges = std::min<int64_t>(num_threads, work / kSmallestWork + 1);
+  threads_.ParallelFor(num_ranges, 1, [&](int range, int64_t range_begin, int64_t range_end) {
+    for (int64_t first = range_begin; first < range_end; ++first) {
+      for (int64_t i = first; i < num_pieces; i += num_ranges) {
+        HWY_DYNAMIC_DISPATCH(AttendPiece)
+        (task, pieces_[static_cast<size_t>(i)], scratch_[static_cast<size_t>(range)]);
+      }
+    }
+  });
+}
+
+void CpuOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                          const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                          float scale, const LinearInput& out) {
+  const AttentionSizes sizes = CheckMlaAttention(q, weights, positions, cos_sin, cache, batch, out);
+  const DType act = q.dtype();
+  AttentionTask task;
+  task.act_type = act;
   task.kv_lora_rank = static_cast<int>(sizes.kv_lora_rank);
   task.rope_dim = static_cast<int>(sizes.rope_dim);
   task.scale = scale;
@@ -308,38 +421,43 @@ void CpuOps::MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const Te
   task.cache_type = cache.dtype();
   task.block_size = batch.block_size;
 
-  // A step of few tokens occupies all threads only if they share the heads.
-  const int num_threads = threads_.num_threads();
-  const int64_t tokens = std::max<int64_t>(1, sizes.tokens);
-  const int head_cuts =
-      static_cast<int>(std::min<int64_t>(sizes.heads, (num_threads + tokens - 1) / tokens));
-  pieces_.clear();
-  int64_t work = 0;
-  for (int64_t s = 0; s < sizes.sequences; ++s) {
-    AttentionPiece whole;
-    whole.block_table = RowOf<int32_t>(batch.block_tables, s);
-    whole.first_token = query_start[s];
-    whole.num_tokens = query_start[s + 1] - query_start[s];
-    whole.first_context = context_lens[s] - whole.num_tokens + 1;
-    CHECK(whole.num_tokens >= 0 && (whole.num_tokens == 0 || whole.first_context >= 1))
-        << "sequence " << s << " of " << context_lens[s] << " tokens computes " << whole.num_tokens;
-    CHECK_GE(batch.block_tables.dim(1) * batch.block_size, context_lens[s]);
-    CutSequence(whole, static_cast<int>(sizes.heads), head_cuts, pieces_);
-    work += int64_t{whole.num_tokens} * context_lens[s] * sizes.heads * sizes.kv_lora_rank;
-  }
+  for (int64_t begin = 0; begin < sizes.tokens; begin += kMostAttentionTokens) {
+    const int64_t end = std::min(sizes.tokens, begin + kMostAttentionTokens);
+    const int64_t rows = (end - begin) * sizes.heads;
+    attention_scratch_.Reset(PadToVector(rows * sizes.kv_lora_rank) +
+                             PadToVector(rows * sizes.rope_dim) + PadToVector(rows * sizes.v_dim));
+    const auto take = [&](int64_t width) {
+      return Tensor(attention_scratch_.Take(static_cast<size_t>(rows * width)), act,
+                    {end - begin, sizes.heads, width});
+    };
+    // A row is read before it is written, by whoever writes it, so latents replace their queries.
+    const Tensor latent = take(sizes.kv_lora_rank);
+    const Tensor q_rope = take(sizes.rope_dim);
+    const Tensor values = take(sizes.v_dim);
 
-  // Later pieces of a prompt see more positions, so each thread takes every n-th.
-  constexpr int64_t kSmallestWork = int64_t{1} << 17;
-  const auto num_pieces = static_cast<int64_t>(pieces_.size());
-  const int64_t num_ranges = std::min<int64_t>(num_threads, work / kSmallestWork + 1);
-  threads_.ParallelFor(num_ranges, 1, [&](int range, int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; ++first) {
-      for (int64_t i = first; i < num_pieces; i += num_ranges) {
-        HWY_DYNAMIC_DISPATCH(AttendPiece)
-        (task, pieces_[static_cast<size_t>(i)], scratch_[static_cast<size_t>(range)]);
-      }
+    const Tensor queries = q.Slice(0, begin, end);
+    RotateHeads(queries.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim),
+                positions.Slice(0, begin, end), cos_sin, q_rope);
+    MultiplyHeads(queries.Slice(2, 0, sizes.nope_dim), weights.w_uk, latent);
+
+    task.q_latent = latent.raw();
+    task.q_rope = q_rope.raw();
+    task.out = latent.raw();
+    for (int i = 0; i < 2; ++i) {
+      task.q_latent_strides[i] = task.out_strides[i] = latent.stride(i);
+      task.q_rope_strides[i] = q_rope.stride(i);
     }
-  });
+    AttendLatents(task, batch, sizes.heads, begin, end);
+
+    const LinearInput rows_out = SliceRows(out, begin, end);
+    if (out.quantized()) {
+      MultiplyHeads(latent, weights.w_uv, values);
+      HWY_DYNAMIC_DISPATCH(QuantizeRows)
+      (values.Reshape({end - begin, sizes.heads * sizes.v_dim}), rows_out);
+    } else {
+      MultiplyHeads(latent, weights.w_uv, rows_out.values.SplitLast(sizes.heads, sizes.v_dim));
+    }
+  }
 }
 
 }  // namespace fathom

@@ -74,44 +74,54 @@ void DropGroups(const RoutingConfig& config, std::vector<float>& choice) {
   }
 }
 
+// The routed choices of one token, best first, then the shared experts.
+void Choose(const float* logits, const float* bias, const RoutingConfig& config,
+            std::vector<float>& scores, int32_t* ids, float* shares) {
+  const size_t num_experts = scores.size();
+  Score(logits, config.scoring_func, scores);
+  std::vector<float> choice = scores;
+  if (config.topk_method == TopkMethod::kNoauxTc) {
+    for (size_t e = 0; e < num_experts; ++e) choice[e] += bias[e];
+  }
+  if (config.topk_method != TopkMethod::kGreedy && config.topk_group < config.n_group) {
+    DropGroups(config, choice);
+  }
+
+  std::vector<bool> taken(num_experts, false);
+  float sum = 0.0f;
+  for (int j = 0; j < config.num_experts_per_tok; ++j) {
+    const size_t best = LargestOf(choice.data(), num_experts, taken);
+    taken[best] = true;
+    ids[j] = static_cast<int32_t>(best);
+    shares[j] = scores[best];
+    sum += scores[best];
+  }
+  const float divisor = config.norm_topk_prob ? sum + 1e-20f : 1.0f;  // never 0 / 0
+  for (int j = 0; j < config.num_experts_per_tok; ++j) {
+    shares[j] = shares[j] / divisor * config.routed_scaling_factor;
+  }
+  for (int j = 0; j < config.num_shared_experts; ++j) {
+    ids[config.num_experts_per_tok + j] = static_cast<int32_t>(num_experts) + j;
+    shares[config.num_experts_per_tok + j] = 1.0f;
+  }
+}
+
 }  // namespace
 
-void CpuOps::RouteExperts(const Tensor& logits, const Tensor& bias, const RoutingConfig& config,
-                          const Tensor& experts, const Tensor& weights) {
-  CheckRouteExperts(logits, bias, config, experts, weights);
-  const auto num_experts = static_cast<size_t>(logits.dim(1));
-
+void CpuOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
+                   const RoutingConfig& config, int first_expert, const Routes& routes) {
+  CheckRoute(x, gate, bias, config, routes);
+  const Tensor& logits = routes.logits;
+  Linear(x, {.values = gate}, logits);
   threads_.ParallelFor(
       logits.dim(0), SmallestRange(logits.dim(1) * 8), [&](int, int64_t begin, int64_t end) {
-        std::vector<float> scores(num_experts);
+        std::vector<float> scores(static_cast<size_t>(logits.dim(1)));
         for (int64_t t = begin; t < end; ++t) {
-          Score(RowOf<float>(logits, t), config.scoring_func, scores);
-          std::vector<float> choice = scores;
-          if (config.topk_method == TopkMethod::kNoauxTc) {
-            const auto* shift = bias.data<float>();
-            for (size_t e = 0; e < num_experts; ++e) choice[e] += shift[e];
-          }
-          if (config.topk_method != TopkMethod::kGreedy && config.topk_group < config.n_group) {
-            DropGroups(config, choice);
-          }
-
-          auto* ids = RowOf<int32_t>(experts, t);
-          auto* shares = RowOf<float>(weights, t);
-          std::vector<bool> taken(num_experts, false);
-          float sum = 0.0f;
-          for (int j = 0; j < config.num_experts_per_tok; ++j) {
-            const size_t best = LargestOf(choice.data(), num_experts, taken);
-            taken[best] = true;
-            ids[j] = static_cast<int32_t>(best);
-            shares[j] = scores[best];
-            sum += scores[best];
-          }
-          const float divisor = config.norm_topk_prob ? sum + 1e-20f : 1.0f;  // never 0 / 0
-          for (int j = 0; j < config.num_experts_per_tok; ++j) {
-            shares[j] = shares[j] / divisor * config.routed_scaling_factor;
-          }
+          Choose(RowOf<float>(logits, t), bias.present() ? bias.data<float>() : nullptr, config,
+                 scores, RowOf<int32_t>(routes.experts, t), RowOf<float>(routes.weights, t));
         }
       });
+  GroupByExpert(routes.experts, first_expert, routes.groups);
 }
 
 }  // namespace fathom
