@@ -153,8 +153,13 @@ class KernelBench {
                  kFloats * 2 / copy_seconds * 1e-9, flops_per_second_ * 1e-9);
   }
 
-  void MeasureLinear(DType weight_type, int64_t rows, int64_t outputs, int64_t inputs) {
-    const Tensor x = Random(DType::kF32, {rows, inputs});
+  // x in F32, or quantised where `x_type` is F8_E4M3.
+  void MeasureLinear(DType x_type, DType weight_type, int64_t rows, int64_t outputs,
+                     int64_t inputs) {
+    LinearInput x = Random(x_type, {rows, inputs});
+    if (x_type == DType::kF8E4M3) {
+      x.scales = Random(DType::kF32, {rows, (inputs + kFp8Block - 1) / kFp8Block});
+    }
     const Tensor out = Random(DType::kF32, {rows, outputs});
     // Different weights in turn, as in the layers of a model, so that none stays in a cache.
     const int64_t copies =
@@ -168,8 +173,9 @@ class KernelBench {
     };
     const double seconds = BestSeconds(
         options_.seconds_per_row, [&](int run) { device_->ops().Linear(x, weight(run), out); });
-    Print("Linear", weight_type, absl::StrCat("M=", rows, " N=", outputs, " K=", inputs),
-          outputs * inputs * SizeOf(weight_type) + x.num_bytes() + out.num_bytes(),
+    Print(x.quantized() ? "Linear, W8A8" : "Linear", weight_type,
+          absl::StrCat("M=", rows, " N=", outputs, " K=", inputs),
+          outputs * inputs * SizeOf(weight_type) + x.values.num_bytes() + out.num_bytes(),
           2 * rows * outputs * inputs, seconds);
     buffers_.clear();
   }
@@ -181,13 +187,16 @@ class KernelBench {
     const int64_t rows = kExperts * rows_per_expert;
     const Tensor x = Random(DType::kF32, {rows, inputs});
     const Tensor out = Random(DType::kF32, {rows, outputs});
-    const Tensor experts = Allocate(DType::kI32, {rows, 1});
-    for (int64_t i = 0; i < rows; ++i) {
-      experts.data<int32_t>()[i] = static_cast<int32_t>(i % kExperts);
-    }
     const ExpertGroups groups = {.rows = Allocate(DType::kI32, {rows}),
-                                 .offsets = Allocate(DType::kI32, {kExperts + 1})};
-    device_->ops().GroupByExpert(experts, 0, groups);
+                                 .offsets = Allocate(DType::kI32, {kExperts + 1}),
+                                 .notes = {}};
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = i % rows_per_expert * kExperts + i / rows_per_expert;
+      groups.rows.data<int32_t>()[i] = static_cast<int32_t>(row);
+    }
+    for (int64_t e = 0; e <= kExperts; ++e) {
+      groups.offsets.data<int32_t>()[e] = static_cast<int32_t>(e * rows_per_expert);
+    }
     const Weight weight = RandomWeight(weight_type, {kExperts, outputs, inputs});
     const double seconds = BestSeconds(options_.seconds_per_row, [&](int) {
       device_->ops().GroupedLinear(x, groups, weight, 1, out);
@@ -203,13 +212,20 @@ class KernelBench {
   void MeasureAttention(DType cache_type, int64_t tokens, int64_t context) {
     constexpr int64_t kHeads = 16;
     constexpr int64_t kKvLoraRank = 512;
+    constexpr int64_t kNopeDim = 128;
     constexpr int64_t kRopeDim = 64;
+    constexpr int64_t kVDim = 128;
     constexpr int64_t kBlockSize = 16;
     const int64_t num_blocks = (context + kBlockSize - 1) / kBlockSize;
-    const Tensor q_latent = Random(DType::kF32, {tokens, kHeads, kKvLoraRank});
-    const Tensor q_rope = Random(DType::kF32, {tokens, kHeads, kRopeDim});
-    const Tensor out = Random(DType::kF32, {tokens, kHeads, kKvLoraRank});
-    const Tensor cache = Random(cache_type, {num_blocks, kBlockSize, kKvLoraRank + kRopeDim});
+    const Tensor q = Random(DType::kF32, {tokens, kHeads, kNopeDim + kRopeDim});
+    const MlaWeights weights = {Random(DType::kF32, {kHeads, kKvLoraRank, kNopeDim}),
+                                Random(DType::kF32, {kHeads, kVDim, kKvLoraRank})};
+    const Tensor positions = Allocate(DType::kI32, {tokens});
+    const Tensor cos_sin = Random(DType::kF32, {context, kRopeDim / 2, 2});
+    const Tensor out = Random(DType::kF32, {tokens, kHeads * kVDim});
+    const int64_t width =
+        cache_type == DType::kF8E4M3 ? kKvLoraRank + 16 + 2 * kRopeDim : kKvLoraRank + kRopeDim;
+    const Tensor cache = Random(cache_type, {num_blocks, kBlockSize, width});
     const AttentionBatch batch = {.block_tables = Allocate(DType::kI32, {1, num_blocks}),
                                   .query_start = Allocate(DType::kI32, {2}),
                                   .context_lens = Allocate(DType::kI32, {1}),
@@ -217,15 +233,19 @@ class KernelBench {
     for (int64_t i = 0; i < num_blocks; ++i) {
       batch.block_tables.data<int32_t>()[i] = static_cast<int32_t>(num_blocks - 1 - i);
     }
+    for (int64_t t = 0; t < tokens; ++t) {
+      positions.data<int32_t>()[t] = static_cast<int32_t>(context - tokens + t);
+    }
     batch.query_start.data<int32_t>()[1] = static_cast<int32_t>(tokens);
     batch.context_lens.data<int32_t>()[0] = static_cast<int32_t>(context);
     const double seconds = BestSeconds(options_.seconds_per_row, [&](int) {
-      device_->ops().MlaAttention(q_latent, q_rope, cache, batch, 0.01f, out);
+      device_->ops().MlaAttention(q, weights, positions, cos_sin, cache, batch, 0.01f, out);
     });
     const int64_t pairs = tokens * context - tokens * (tokens - 1) / 2;  // token and position
+    const int64_t weight_elements = kHeads * kKvLoraRank * (kNopeDim + kVDim);
     Print("MlaAttention", cache_type, absl::StrCat("A=16 T=", tokens, " context=", context),
-          cache.num_bytes() + q_latent.num_bytes() + q_rope.num_bytes() + out.num_bytes(),
-          2 * pairs * kHeads * (2 * kKvLoraRank + kRopeDim), seconds);
+          cache.num_bytes() + 4 * weight_elements + q.num_bytes() + out.num_bytes(),
+          2 * (pairs * kHeads * (2 * kKvLoraRank + kRopeDim) + tokens * weight_elements), seconds);
     buffers_.clear();
   }
 
@@ -300,12 +320,17 @@ int Main(int argc, char** argv) {
   KernelBench bench(options);
   bench.MeasureLimits();
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF8E4M3}) {
-    for (int64_t rows : {1, 4, 16, 64, 256}) bench.MeasureLinear(dtype, rows, 2048, 7168);
+    for (int64_t rows : {1, 4, 16, 64, 256}) {
+      bench.MeasureLinear(DType::kF32, dtype, rows, 2048, 7168);
+    }
+  }
+  for (int64_t rows : {1, 64}) {
+    bench.MeasureLinear(DType::kF8E4M3, DType::kF8E4M3, rows, 2048, 7168);
   }
   for (DType dtype : {DType::kBF16, DType::kF8E4M3}) {
     for (int64_t rows : {1, 8, 32}) bench.MeasureGroupedLinear(dtype, rows, 512, 7168);
   }
-  for (DType dtype : {DType::kF32, DType::kBF16}) {
+  for (DType dtype : {DType::kF32, DType::kBF16, DType::kF8E4M3}) {
     bench.MeasureAttention(dtype, 1, 8192);
     bench.MeasureAttention(dtype, 256, 2048);
   }

@@ -48,16 +48,11 @@ TEST_P(ElementwiseTest, NormalizesRowsByTheirRootMeanSquare) {
       const TestTensor x = random_.Floats(act, {4, size}, 3.0f);
       const TestTensor weight = random_.Floats(DType::kBF16, {size});
       const TestTensor out(act, {4, size});
-      ops_.RmsNorm(x, weight, static_cast<float>(kEps), out);
+      ops_.AddRmsNorm(x, {}, weight, static_cast<float>(kEps), out, {});
       for (int64_t t = 0; t < 4; ++t) {
-        double squares = 0.0;
-        for (int64_t i = 0; i < size; ++i) squares += At(x, t, i) * At(x, t, i);
-        const double factor = 1.0 / std::sqrt(squares / static_cast<double>(size) + kEps);
+        const double factor = ReferenceNormFactor(x, t, kEps);
         for (int64_t i = 0; i < size; ++i) {
-          const double value = At(x, t, i) * factor * At(weight, i);
-          // The sum of squares is halved in relative error by the root; seven roundings around it.
-          const double relative = (static_cast<double>(size) / 2 + 7) * kFloatRoundoff;
-          EXPECT_WITHIN(At(out, t, i), (Bounded{value, std::abs(value) * relative}.Rounded(act)));
+          EXPECT_WITHIN(At(out, t, i), ReferenceNorm(x, t, i, factor, At(weight, i)).Rounded(act));
         }
       }
     }
@@ -69,62 +64,37 @@ TEST_P(ElementwiseTest, NormalizesInPlaceAndStridedWithTheSameBits) {
   const Tensor x = wide->Slice(1, 7, 100);
   const TestTensor weight = random_.Floats(DType::kF32, {93});
   const TestTensor out(DType::kBF16, {70, 93});
-  ops_.RmsNorm(x, weight, 1e-6f, out);
+  ops_.AddRmsNorm(x, {}, weight, 1e-6f, out, {});
   const TestTensor threaded(DType::kBF16, {70, 93});
-  three_threads_->ops().RmsNorm(x, weight, 1e-6f, threaded);
+  three_threads_->ops().AddRmsNorm(x, {}, weight, 1e-6f, threaded, {});
   EXPECT_EQ(BytesOf(threaded), BytesOf(out));
   const TestTensor alone(DType::kBF16, {1, 93});
-  ops_.RmsNorm(x.Slice(0, 41, 42), weight, 1e-6f, alone);
+  ops_.AddRmsNorm(x.Slice(0, 41, 42), {}, weight, 1e-6f, alone, {});
   EXPECT_EQ(BytesOf(alone), BytesOf(out->Slice(0, 41, 42)));
-  ops_.RmsNorm(x, weight, 1e-6f, x);
+  ops_.AddRmsNorm(x, {}, weight, 1e-6f, x, {});
   EXPECT_EQ(BytesOf(x), BytesOf(out));
 }
 
-TEST_P(ElementwiseTest, RotatesNeighbouringPairsByThePositionsAngle) {
-  const TestTensor cos_sin = random_.Floats(DType::kF32, {30, 4, 2});
-  const TestTensor positions = IntTensor({0, 29, 3});
+TEST_P(ElementwiseTest, AddsThenNormalizesWhatWasRounded) {
   for (DType act : {DType::kF32, DType::kBF16}) {
-    const TestTensor wide = random_.Floats(act, {3, 2, 11});
-    const TestTensor before(act, {3, 2, 11});
-    device_->CopyFromHost(wide->raw(), before);
-    ops_.RotaryEmbed(wide->Slice(2, 3, 11), positions, cos_sin);
-    for (int64_t t = 0; t < 3; ++t) {
-      const auto position = static_cast<int64_t>(At(positions, t));
-      for (int64_t a = 0; a < 2; ++a) {
-        EXPECT_EQ(At(wide, t, a, 2), At(before, t, a, 2));
-        for (int64_t i = 0; i < 4; ++i) {
-          const double even = At(before, t, a, 3 + 2 * i);
-          const double odd = At(before, t, a, 4 + 2 * i);
-          const double cosine = At(cos_sin, position, i, 0);
-          const double sine = At(cos_sin, position, i, 1);
-          const double error = 2 * kFloatRoundoff * (std::abs(even) + std::abs(odd)) *
-                               (std::abs(cosine) + std::abs(sine));
-          EXPECT_WITHIN(At(wide, t, a, 3 + 2 * i),
-                        (Bounded{even * cosine - odd * sine, error}.Rounded(act)));
-          EXPECT_WITHIN(At(wide, t, a, 4 + 2 * i),
-                        (Bounded{even * sine + odd * cosine, error}.Rounded(act)));
-        }
-      }
-    }
-  }
-}
+    const TestTensor x = random_.Floats(act, {70, 300});
+    const TestTensor y = random_.Floats(act, {70, 300});
+    const TestTensor weight = random_.Floats(DType::kF32, {300});
+    const TestTensor sum(act, {70, 300});
+    device_->CopyFromHost(x->raw(), sum);
+    ops_.Add(sum, y);
+    const TestTensor expected(act, {70, 300});
+    ops_.AddRmsNorm(sum, {}, weight, 1e-6f, expected, {});
 
-TEST_P(ElementwiseTest, StoresLatentAndRopeSideBySideInTheirPlaces) {
-  const TestTensor latent = random_.Floats(DType::kF32, {3, 6});
-  const TestTensor rope = random_.Floats(DType::kF32, {3, 2});
-  const TestTensor places = IntTensor({7, 0, 5});
-  for (DType stored : {DType::kF32, DType::kBF16}) {
-    const TestTensor cache(stored, {2, 4, 8});
-    ops_.StoreKv(latent, rope, places, cache);
-    for (int64_t t = 0; t < 3; ++t) {
-      const auto place = static_cast<int64_t>(At(places, t));
-      for (int64_t i = 0; i < 8; ++i) {
-        const double value = i < 6 ? At(latent, t, i) : At(rope, t, i - 6);
-        EXPECT_NEAR(At(cache, place / 4, place % 4, i), value,
-                    stored == DType::kF32 ? 0.0 : std::abs(value) * RoundoffOf(stored));
-      }
-    }
-    EXPECT_EQ(At(cache, 0, 1, 0), 0.0);
+    const TestTensor normed(act, {70, 300});
+    const QuantizedTensor quantized(70, 300);
+    three_threads_->ops().AddRmsNorm(x, y, weight, 1e-6f, normed, quantized);
+    EXPECT_EQ(BytesOf(x), BytesOf(sum));
+    EXPECT_EQ(BytesOf(normed), BytesOf(expected));
+    ExpectQuantized(quantized, expected);
+    const QuantizedTensor alone(1, 300);
+    ops_.AddRmsNorm(sum->Slice(0, 41, 42), {}, weight, 1e-6f, {}, alone);
+    ExpectQuantized(alone, expected->Slice(0, 41, 42));
   }
 }
 
@@ -133,7 +103,7 @@ TEST_P(ElementwiseTest, GatesWithSilu) {
     SCOPED_TRACE(absl::StrCat("seed ", kSeed, " ", NameOf(act)));
     const TestTensor gate_up = random_.Floats(act, {5, 2 * 37}, 4.0f);
     const TestTensor out(act, {5, 37});
-    ops_.SwiGlu(gate_up, out);
+    ops_.SwiGlu(gate_up, nullptr, *out);
     for (int64_t t = 0; t < 5; ++t) {
       for (int64_t i = 0; i < 37; ++i) {
         const double gate = At(gate_up, t, i);
@@ -143,9 +113,38 @@ TEST_P(ElementwiseTest, GatesWithSilu) {
                       (Bounded{value, std::abs(value) * 6 * kFloatRoundoff}.Rounded(act)));
       }
       const TestTensor alone(act, {1, 37});
-      three_threads_->ops().SwiGlu(gate_up->Slice(0, t, t + 1), alone);
+      three_threads_->ops().SwiGlu(gate_up->Slice(0, t, t + 1), nullptr, *alone);
       EXPECT_EQ(BytesOf(alone), BytesOf(out->Slice(0, t, t + 1)));
     }
+  }
+}
+
+TEST_P(ElementwiseTest, GatesOnlyTheRowsOfThisRanksExperts) {
+  const TestTensor experts = IntTensor({9, 1, 0, 9});
+  const OwnedGroups owned(experts, 0, 2);
+  const ExpertGroups groups = owned;
+  const TestTensor gate_up = random_.Floats(DType::kF32, {4, 2 * 200});
+  const TestTensor all(DType::kF32, {4, 200});
+  ops_.SwiGlu(gate_up, nullptr, *all);
+  const TestTensor out(DType::kF32, {4, 200});
+  ops_.SwiGlu(gate_up, &groups, *out);
+  EXPECT_EQ(BytesOf(out->Slice(0, 0, 2)), BytesOf(all->Slice(0, 0, 2)));
+  EXPECT_EQ(BytesOf(out->Slice(0, 2, 4)), std::string(2 * 200 * 4, '\0'));
+  const QuantizedTensor quantized(4, 200);
+  three_threads_->ops().SwiGlu(gate_up, &groups, quantized);
+  ExpectQuantized({quantized.values->Slice(0, 0, 2), quantized.scales->Slice(0, 0, 2)},
+                  all->Slice(0, 0, 2));
+  EXPECT_EQ(BytesOf(quantized.values->Slice(0, 2, 4)), std::string(2 * 200, '\0'));
+}
+
+TEST_P(ElementwiseTest, QuantizesWhatItGated) {
+  for (DType act : {DType::kF32, DType::kBF16}) {
+    const TestTensor gate_up = random_.Floats(act, {60, 2 * 300}, 4.0f);
+    const TestTensor out(act, {60, 300});
+    ops_.SwiGlu(gate_up, nullptr, *out);
+    const QuantizedTensor quantized(60, 300);
+    three_threads_->ops().SwiGlu(gate_up, nullptr, quantized);
+    ExpectQuantized(quantized, out);
   }
 }
 
@@ -162,7 +161,7 @@ TEST_P(ElementwiseTest, GatesToItsLimitsWhereExpEnds) {
     gate_up->data<float>()[size + i] = 1.0f;
   }
   const TestTensor out(DType::kF32, {1, size});
-  ops_.SwiGlu(gate_up, out);
+  ops_.SwiGlu(gate_up, nullptr, *out);
   const double kExpected[] = {0.0, 0.0, 90.0, 0.0, 1e9f, 0.0, 3e38f, 0.0};
   for (int64_t i = 0; i < 8; ++i) {
     EXPECT_NEAR(At(out, 0, i), kExpected[i], 1e-30 + kExpected[i] * kFloatRoundoff) << gates[i];
@@ -194,7 +193,7 @@ TEST_P(ElementwiseTest, RoundsToBfloat16ToTheNearestEven) {
   const auto size = static_cast<int64_t>(inputs.size());
   const TestTensor table(DType::kF32, {1, size});
   std::memcpy(table->raw(), inputs.data(), inputs.size() * 4);
-  // GroupedLinear, Linear and the rest store as RmsNorm does: by a factor of 1 here, through the
+  // GroupedLinear, Linear and the rest store as AddRmsNorm does: by a factor of 1 here, through the
   // vector code, and by Embed through the scalar code.
   const TestTensor embedded(DType::kBF16, {1, size});
   ops_.Embed(IntTensor({0}), table, 0, embedded);
@@ -203,7 +202,7 @@ TEST_P(ElementwiseTest, RoundsToBfloat16ToTheNearestEven) {
   for (int64_t i = 0; i < size; ++i) {
     EXPECT_EQ(embedded->data<BFloat16>()[i].bits, expected[i]) << i;
     const TestTensor y(DType::kBF16, {1, 1});
-    ops_.Linear(one, {.values = table->Reshape({size, 1}).Slice(0, i, i + 1)}, y);
+    ops_.Linear(*one, {.values = table->Reshape({size, 1}).Slice(0, i, i + 1)}, y);
     EXPECT_EQ(y->data<BFloat16>()[0].bits, expected[i]) << i;
   }
 }
@@ -219,11 +218,46 @@ TEST_P(ElementwiseTest, GathersRowsOfAnyType) {
   }
 }
 
+TEST_P(ElementwiseTest, FillsWithUniformNumbersOfAStream) {
+  constexpr int64_t kSize = 100'000;
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    const TestTensor out(dtype, {kSize});
+    three_threads_->ops().FillRandom(out, 0.5f, 7);
+    double sum = 0.0;
+    double squares = 0.0;
+    for (int64_t i = 0; i < kSize; ++i) {
+      ASSERT_LE(std::abs(At(out, i)), 0.5);
+      sum += At(out, i);
+      squares += At(out, i) * At(out, i);
+    }
+    // Mean 0 and variance 1/12, six deviations of the estimates away at most.
+    EXPECT_NEAR(sum / kSize, 0.0, 6 * std::sqrt(1.0 / 12 / kSize));
+    EXPECT_NEAR(squares / kSize, 1.0 / 12, 6 * std::sqrt(1.0 / 180 / kSize));
+    const TestTensor same(dtype, {kSize});
+    ops_.FillRandom(same, 0.5f, 7);
+    EXPECT_EQ(BytesOf(same), BytesOf(out));
+    ops_.FillRandom(same, 0.5f, 8);
+    EXPECT_NE(BytesOf(same), BytesOf(out));
+  }
+}
+
+TEST_P(ElementwiseTest, FillsWithEveryCodeOfE4M3BelowOne) {
+  constexpr int64_t kSize = 100'000;
+  const TestTensor out(DType::kF8E4M3, {10, kSize / 10});
+  ops_.FillRandom(out, 123.0f, 7);
+  std::vector<int64_t> counts(256);
+  for (int64_t i = 0; i < kSize; ++i) ++counts[out->data<uint8_t>()[i]];
+  constexpr double kExpected = kSize / 112.0;
+  for (int code = 0; code < 256; ++code) {
+    EXPECT_NEAR(counts[code], (code & 0x7f) < 0x38 ? kExpected : 0.0, 6 * std::sqrt(kExpected));
+  }
+}
+
 TEST_P(ElementwiseTest, DoesNothingForAStepOfNoTokens) {
   const TestTensor none(DType::kF32, {0, 8});
   const TestTensor weight = random_.Floats(DType::kF32, {8, 8});
-  ops_.RmsNorm(none, weight->Reshape({64}).Slice(0, 0, 8), 1e-6f, none);
-  ops_.Linear(none, {.values = weight}, none);
+  ops_.AddRmsNorm(none, {}, weight->Reshape({64}).Slice(0, 0, 8), 1e-6f, none, {});
+  ops_.Linear(*none, {.values = weight}, none);
   ops_.Add(none, none);
   ops_.Embed(TestTensor(DType::kI32, {0}), weight, 0, none);
 }

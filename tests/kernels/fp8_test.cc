@@ -59,6 +59,21 @@ class Fp8Test : public EveryTargetTest {
     return quantized;
   }
 
+  // Rows in 1×128, through SwiGlu: silu(64) is 64 exactly, so 64 beside x / 64 gives x again.
+  QuantizedTensor QuantizeRows(const Tensor& x) {
+    const int64_t size = x.dim(1);
+    const TestTensor gate_up(x.dtype(), {x.dim(0), 2 * size});
+    for (int64_t t = 0; t < x.dim(0); ++t) {
+      for (int64_t k = 0; k < size; ++k) {
+        SetElement(gate_up, t * 2 * size + k, 64.0f);
+        SetElement(gate_up, (t * 2 + 1) * size + k, static_cast<float>(At(x, t, k)) / 64.0f);
+      }
+    }
+    QuantizedTensor quantized(x.dim(0), size);
+    ops_.SwiGlu(gate_up, nullptr, quantized);
+    return quantized;
+  }
+
   Random random_{kSeed};
   std::unique_ptr<Device> device_ = OpenTestDevice(2);
   Ops& ops_ = device_->ops();
@@ -82,7 +97,26 @@ TEST_P(Fp8Test, DequantizesRaggedBlocksExactly) {
   EXPECT_EQ(BytesOf(part), BytesOf(expected.tensor.Slice(0, 100, 200)));
 }
 
-TEST_P(Fp8Test, QuantizesABlockAsDeepSeeksKernelDoes) {
+TEST_P(Fp8Test, QuantizesRowsAsDeepSeeksKernelDoes) {
+  const GoldenFile golden("fp8.safetensors");
+  const GoldenFile::Owned x = golden.Load("act_in", DType::kBF16);
+  const auto codes = golden.Values<uint8_t>("act_div.codes");
+  const auto scales = golden.Values<float>("act_div.scales");
+  const QuantizedTensor quantized = QuantizeRows(x.tensor);
+  ExpectQuantized(quantized, x.tensor);
+  for (int64_t row = 0; row < 24; ++row) {
+    for (int64_t k = 0; k < 512; ++k) {
+      EXPECT_EQ(quantized.values->data<uint8_t>()[row * 512 + k], codes[row * 512 + k])
+          << "row " << row << " element " << k;
+    }
+    for (int64_t block = 0; block < 4; ++block) {
+      EXPECT_EQ(At(quantized.scales, row, block), scales[row * 4 + block])
+          << "row " << row << " block " << block;
+    }
+  }
+}
+
+TEST_P(Fp8Test, QuantizesABlockOfAWeightLikeARowUnlessItIsTiny) {
   const GoldenFile golden("fp8.safetensors");
   const GoldenFile::Owned x = golden.Load("act_in", DType::kBF16);
   const auto codes = golden.Values<uint8_t>("act_div.codes");
@@ -90,8 +124,7 @@ TEST_P(Fp8Test, QuantizesABlockAsDeepSeeksKernelDoes) {
   for (int64_t row = 0; row < 24; ++row) {  // a row alone is quantised in blocks of 1×128
     const Quantized quantized = Quantize(x.tensor.Slice(0, row, row + 1));
     for (int64_t block = 0; block < 4; ++block) {
-      // The kernel for activations keeps the factor from falling below 1e-4 / 448; ours for weights
-      // does not.
+      // Factors of activations do not fall below 1e-4 / 448; those of weights do.
       if (scales[row * 4 + block] <= 1e-4f / 448.0f) continue;
       EXPECT_EQ(At(quantized.scale_inv, 0, block), scales[row * 4 + block]);
       for (int64_t k = block * 128; k < block * 128 + 128; ++k) {
@@ -99,6 +132,26 @@ TEST_P(Fp8Test, QuantizesABlockAsDeepSeeksKernelDoes) {
       }
     }
   }
+}
+
+TEST_P(Fp8Test, QuantizesZerosAndTinyNumbersWithTheSmallestFactor) {
+  TestTensor x(DType::kF32, {2, 130});
+  for (int64_t k = 0; k < 130; ++k) x->data<float>()[130 + k] = 1e-6f * static_cast<float>(k % 5);
+  const QuantizedTensor quantized = QuantizeRows(x);
+  ExpectQuantized(quantized, x);
+  for (int64_t i = 0; i < 4; ++i) EXPECT_EQ(ElementAt(quantized.scales, i), 1e-4f / 448.0f);
+  EXPECT_EQ(At(quantized.values, 0, 7), 0.0);
+  EXPECT_GT(At(quantized.values, 1, 129), 0.0);
+}
+
+TEST_P(Fp8Test, KeepsWhatIsNotANumberInItsPlace) {
+  TestTensor x = random_.Floats(DType::kF32, {1, 256});
+  x->data<float>()[5] = std::numeric_limits<float>::quiet_NaN();
+  const QuantizedTensor quantized = QuantizeRows(x);
+  for (int64_t k = 0; k < 256; ++k) {
+    EXPECT_EQ(std::isnan(At(quantized.values, 0, k)), k == 5) << k;
+  }
+  EXPECT_TRUE(std::isfinite(At(quantized.scales, 0, 0)));
 }
 
 TEST_P(Fp8Test, QuantizesEveryElementToTheCodeOfTheScalarCodec) {
@@ -159,16 +212,21 @@ TEST_P(Fp8Test, MultipliesAGoldenMatrix) {
   const GoldenFile::Owned x = golden.Load("gemm_a", DType::kF32);
   const GoldenFile::Owned codes = golden.Load("gemm_b_codes", DType::kF8E4M3);
   const GoldenFile::Owned factors = golden.Load("gemm_b_scale_inv", DType::kF32);
-  const auto expected = golden.Values<double>("gemm_out_dequant_f64");
   const Weight weight = {.values = codes.tensor, .scale_inv = factors.tensor};
-  const TestTensor out(DType::kF32, {16, 200});
-  ops_.Linear(x.tensor, weight, out);
-  for (int64_t t = 0; t < 16; ++t) {
-    for (int64_t n = 0; n < 200; ++n) {
-      EXPECT_NEAR(At(out, t, n), expected[t * 200 + n],
-                  ReferenceDot(x.tensor, t, weight, 0, n).Rounded(DType::kF32).error);
+  const auto expect_product = [&](const LinearInput& input, const char* key) {
+    const auto expected = golden.Values<double>(key);
+    const TestTensor out(DType::kF32, {16, 200});
+    ops_.Linear(input, weight, out);
+    for (int64_t t = 0; t < 16; ++t) {
+      for (int64_t n = 0; n < 200; ++n) {
+        EXPECT_NEAR(At(out, t, n), expected[t * 200 + n],
+                    ReferenceDot(input, t, weight, 0, n).Rounded(DType::kF32).error)
+            << key << " row " << t << " output " << n;
+      }
     }
-  }
+  };
+  expect_product(x.tensor, "gemm_out_dequant_f64");
+  expect_product(QuantizeRows(x.tensor), "gemm_out_actq_f64");
 }
 
 INSTANTIATE_ON_EVERY_TARGET(Fp8Test);

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -67,8 +68,8 @@ std::string NameOf(const Types& types) {
 
 class LinearTest : public EveryTargetTest {
  protected:
-  void ExpectRight(const Tensor& x, const Weight& weight, const Tensor& out) {
-    for (int64_t t = 0; t < x.dim(0); ++t) {
+  void ExpectRight(const LinearInput& x, const Weight& weight, const Tensor& out) {
+    for (int64_t t = 0; t < out.dim(0); ++t) {
       for (int64_t n = 0; n < out.dim(1); ++n) {
         EXPECT_WITHIN(At(out, t, n), ReferenceDot(x, t, weight, 0, n).Rounded(out.dtype()))
             << "row " << t << " output " << n;
@@ -213,34 +214,114 @@ TEST_P(LinearTest, KeepsWhatIsNotFiniteInItsRow) {
   }
 }
 
-TEST_P(LinearTest, MultipliesEachHeadAsALinearLayerOfItsOwn) {
-  for (int64_t rows : {1, 7, 40}) {
-    for (DType dtype : {DType::kF32, DType::kBF16}) {
-      SCOPED_TRACE(absl::StrCat("seed ", kSeed, " rows ", rows));
-      // The heads are the first part of wider ones, as q_nope is of q.
-      const TestTensor wide = random_.Floats(dtype, {rows, 3, 60});
-      const Tensor x = wide->Slice(2, 0, 44);
-      const TestTensor weight = random_.Floats(DType::kBF16, {3, 21, 44});
-      const TestTensor out(dtype, {rows, 3, 21});
-      ops_.HeadLinear(x, weight, out);
-      for (int64_t a = 0; a < 3; ++a) {
-        TestTensor head(dtype, {rows, 44});
-        for (int64_t t = 0; t < rows; ++t) {
-          for (int64_t k = 0; k < 44; ++k) {
-            SetElement(head, t * 44 + k, static_cast<float>(At(x, t, a, k)));
-          }
-        }
-        const TestTensor alone(dtype, {rows, 21});
-        ops_.Linear(head, {.values = (*weight)[a]}, alone);
-        ExpectRight(head, {.values = (*weight)[a]}, alone);
-        EXPECT_EQ(BytesOf(out->Slice(1, a, a + 1)), BytesOf(alone)) << "head " << a;
-      }
+// Quantised inputs against quantised weights ("W8A8").
+class QuantizedLinearTest : public LinearTest {
+ protected:
+  // Codes of all magnitudes with random factors.
+  QuantizedTensor RandomInput(int64_t rows, int64_t columns) {
+    QuantizedTensor x(rows, columns);
+    x.values = random_.Floats(DType::kF8E4M3, {rows, columns}, 20.0f);
+    x.scales = random_.Floats(DType::kF32, {rows, (columns + 127) / 128});
+    return x;
+  }
+};
+
+TEST_P(QuantizedLinearTest, MultipliesWhateverTheShape) {
+  struct Shape {
+    int64_t rows, outputs, inputs;
+    int row_offset, column_offset;
+  };
+  const Shape kShapes[] = {{1, 9, 17, 0, 0},    {1, 140, 300, 37, 0}, {7, 33, 128, 0, 0},
+                           {9, 140, 300, 0, 5}, {7, 34, 1030, 0, 0},  {99, 35, 640, 127, 127}};
+  for (const Shape& shape : kShapes) {
+    for (DType act : {DType::kF32, DType::kBF16}) {
+      SCOPED_TRACE(absl::StrCat("seed ", kSeed, " ", shape.rows, "x", shape.outputs, "x",
+                                shape.inputs, " to ", fathom::NameOf(act)));
+      const QuantizedTensor x = RandomInput(shape.rows, shape.inputs);
+      const OwnedWeight owned = RandomWeight(random_, DType::kF8E4M3, 0, shape.outputs,
+                                             shape.inputs, shape.row_offset, shape.column_offset);
+      const TestTensor out(act, {shape.rows, shape.outputs});
+      ops_.Linear(x, owned.weight, out);
+      ExpectRight(x, owned.weight, out);
     }
   }
 }
 
+TEST_P(QuantizedLinearTest, IsExactWhereF32Is) {
+  // Small integers and powers of two: every product and sum is a number of F32, in any order.
+  constexpr int64_t kRows = 8;
+  constexpr int64_t kOutputs = 150;
+  constexpr int64_t kInputs = 600;
+  const auto integers = [&](std::initializer_list<int64_t> shape) {
+    TestTensor tensor(DType::kF8E4M3, shape);
+    for (int64_t i = 0; i < tensor->num_elements(); ++i) {
+      SetElement(tensor, i, static_cast<float>(random_.Below(17) - 8));
+    }
+    return tensor;
+  };
+  const auto powers = [&](std::initializer_list<int64_t> shape) {
+    TestTensor tensor(DType::kF32, shape);
+    for (int64_t i = 0; i < tensor->num_elements(); ++i) {
+      SetElement(tensor, i, std::ldexp(1.0f, random_.Below(4) - 2));
+    }
+    return tensor;
+  };
+  const TestTensor x = integers({kRows, kInputs});
+  const TestTensor x_scales = powers({kRows, 5});
+  const TestTensor w = integers({kOutputs, kInputs});
+  const TestTensor scale_inv = powers({2, 5});
+  const Weight weight = {.values = w, .scale_inv = scale_inv};
+  const TestTensor out(DType::kF32, {kRows, kOutputs});
+  ops_.Linear({*x, *x_scales}, weight, out);
+  for (int64_t t = 0; t < kRows; ++t) {
+    for (int64_t n = 0; n < kOutputs; ++n) {
+      EXPECT_EQ(At(out, t, n), ReferenceDot({*x, *x_scales}, t, weight, 0, n).value)
+          << "seed " << kSeed << " row " << t << " output " << n;
+    }
+  }
+}
+
+TEST_P(QuantizedLinearTest, GivesARowTheSameBitsAloneAndInEveryBatchAndOnEveryThread) {
+  constexpr int64_t kRows = 100;
+  constexpr int64_t kInputs = 1077;
+  const std::unique_ptr<Device> three_threads = OpenTestDevice(3);
+  const QuantizedTensor x = RandomInput(kRows, kInputs);
+  const OwnedWeight owned = RandomWeight(random_, DType::kF8E4M3, 0, 141, kInputs, 100, 77);
+  const TestTensor together(DType::kBF16, {kRows, 141});
+  ops_.Linear(x, owned.weight, together);
+  const TestTensor threaded(DType::kBF16, {kRows, 141});
+  three_threads->ops().Linear(x, owned.weight, threaded);
+  EXPECT_EQ(BytesOf(threaded), BytesOf(together)) << "three threads";
+  for (int64_t batch : {1, 5, 64}) {
+    for (int64_t begin = 0; begin + batch <= kRows; begin += 31) {
+      const TestTensor out(DType::kBF16, {batch, 141});
+      ops_.Linear(
+          {x.values->Slice(0, begin, begin + batch), x.scales->Slice(0, begin, begin + batch)},
+          owned.weight, out);
+      EXPECT_EQ(BytesOf(out), BytesOf(together->Slice(0, begin, begin + batch)))
+          << batch << " rows from " << begin;
+    }
+  }
+}
+
+TEST_P(QuantizedLinearTest, ReadsRowsAndFactorsOfWiderOnes) {
+  const QuantizedTensor wide = RandomInput(6, 600);
+  const LinearInput x = {wide.values->Slice(1, 128, 470), wide.scales->Slice(1, 1, 4)};
+  const OwnedWeight owned = RandomWeight(random_, DType::kF8E4M3, 0, 11, 342);
+  const TestTensor out(DType::kF32, {6, 11});
+  ops_.Linear(x, owned.weight, out);
+  ExpectRight(x, owned.weight, out);
+}
+
+TEST_P(QuantizedLinearTest, TakesQuantizedRowsToFp8WeightsOnly) {
+  const QuantizedTensor x = RandomInput(2, 40);
+  const OwnedWeight owned = RandomWeight(random_, DType::kBF16, 0, 4, 40);
+  const TestTensor out(DType::kF32, {2, 4});
+  EXPECT_DEATH(ops_.Linear(x, owned.weight, out), "quantised x for a weight");
+}
+
 // Tokens routed at random, expert 1 to nobody, among them ids of other ranks.
-class GroupedLinearTest : public LinearTest {
+class GroupedLinearTest : public QuantizedLinearTest {
  protected:
   static constexpr int kExperts = 4;
 
@@ -270,10 +351,7 @@ TEST_P(GroupedLinearTest, GivesEachRowTheBitsOfItsExpertsLinearLayer) {
         SCOPED_TRACE(absl::StrCat("seed ", kSeed, " ", NameOf(types), " tokens ", tokens));
         const int64_t rows = tokens * choices;
         const TestTensor experts = RandomChoices(tokens, choices);
-        const TestTensor sorted(DType::kI32, {rows});
-        const TestTensor offsets(DType::kI32, {kExperts + 1});
-        const ExpertGroups groups = {.rows = sorted, .offsets = offsets};
-        ops_.GroupByExpert(experts, 0, groups);
+        const OwnedGroups groups(experts, 0, kExperts);
 
         const OwnedWeight up = RandomWeight(random_, types.weight, kExperts, 50, 70, 3, 100);
         const OwnedWeight down = RandomWeight(random_, types.weight, kExperts, 30, 50, 90, 0);
@@ -284,8 +362,9 @@ TEST_P(GroupedLinearTest, GivesEachRowTheBitsOfItsExpertsLinearLayer) {
         ops_.GroupedLinear(middle, groups, down.weight, 0, out);
 
         for (int64_t e = 0; e < kExperts; ++e) {
-          for (int64_t i = static_cast<int64_t>(At(offsets, e)); i < At(offsets, e + 1); ++i) {
-            const auto token = static_cast<int64_t>(At(sorted, i)) / choices;
+          for (int64_t i = static_cast<int64_t>(At(groups.offsets, e));
+               i < At(groups.offsets, e + 1); ++i) {
+            const auto token = static_cast<int64_t>(At(groups.rows, i)) / choices;
             const TestTensor alone_middle(types.x, {1, 50});
             const TestTensor alone(types.out, {1, 30});
             ops_.Linear(x->Slice(0, token, token + 1), ExpertOf(up.weight, e), alone_middle);
@@ -302,12 +381,37 @@ TEST_P(GroupedLinearTest, GivesEachRowTheBitsOfItsExpertsLinearLayer) {
   }
 }
 
+TEST_P(GroupedLinearTest, GivesEachQuantizedRowTheBitsOfItsExpertsLinearLayer) {
+  for (int64_t tokens : {1, 60}) {
+    SCOPED_TRACE(absl::StrCat("seed ", kSeed, " tokens ", tokens));
+    constexpr int kChoices = 3;
+    const int64_t rows = tokens * kChoices;
+    const OwnedGroups groups(RandomChoices(tokens, kChoices), 0, kExperts);
+    const OwnedWeight owned = RandomWeight(random_, DType::kF8E4M3, kExperts, 50, 270, 3, 0);
+    // By token, and row by row.
+    for (int64_t rows_of_x : {tokens, rows}) {
+      const QuantizedTensor x = RandomInput(rows_of_x, 270);
+      const TestTensor out(DType::kBF16, {rows, 50});
+      ops_.GroupedLinear(x, groups, owned.weight, kChoices, out);
+      for (int64_t e = 0; e < kExperts; ++e) {
+        for (auto i = static_cast<int64_t>(At(groups.offsets, e)); i < At(groups.offsets, e + 1);
+             ++i) {
+          const int64_t source =
+              rows_of_x == rows ? i : static_cast<int64_t>(At(groups.rows, i)) / kChoices;
+          const TestTensor alone(DType::kBF16, {1, 50});
+          ops_.Linear(
+              {x.values->Slice(0, source, source + 1), x.scales->Slice(0, source, source + 1)},
+              ExpertOf(owned.weight, e), alone);
+          EXPECT_EQ(BytesOf(out->Slice(0, i, i + 1)), BytesOf(alone)) << "row " << i;
+        }
+      }
+    }
+  }
+}
+
 TEST_P(GroupedLinearTest, LeavesAlonePastTheLastRowOfThisRank) {
   const TestTensor experts = IntTensor({9, 9, 2, 9});
-  const TestTensor rows(DType::kI32, {4});
-  const TestTensor offsets(DType::kI32, {kExperts + 1});
-  const ExpertGroups groups = {.rows = rows, .offsets = offsets};
-  ops_.GroupByExpert(experts->Reshape({4, 1}), 0, groups);
+  const OwnedGroups groups(experts, 0, kExperts);
   const OwnedWeight owned = RandomWeight(random_, DType::kF32, kExperts, 5, 6);
   const TestTensor x = random_.Floats(DType::kF32, {4, 6});
   const TestTensor out = random_.Floats(DType::kF32, {4, 5});
@@ -317,6 +421,7 @@ TEST_P(GroupedLinearTest, LeavesAlonePastTheLastRowOfThisRank) {
 }
 
 INSTANTIATE_ON_EVERY_TARGET(LinearTest);
+INSTANTIATE_ON_EVERY_TARGET(QuantizedLinearTest);
 INSTANTIATE_ON_EVERY_TARGET(GroupedLinearTest);
 
 }  // namespace

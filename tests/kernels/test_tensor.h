@@ -29,12 +29,24 @@ class TestTensor {
         view_(bytes_->data(), dtype, shape) {}
 
   operator const Tensor&() const { return view_; }
+  operator LinearInput() const { return view_; }
   const Tensor* operator->() const { return &view_; }
   const Tensor& operator*() const { return view_; }
 
  private:
   std::shared_ptr<std::vector<char>> bytes_;
   Tensor view_;
+};
+
+// Room for rows in 1×128.
+struct QuantizedTensor {
+  QuantizedTensor(int64_t rows, int64_t columns)
+      : values(DType::kF8E4M3, {rows, columns}),
+        scales(DType::kF32, {rows, (columns + kFp8Block - 1) / kFp8Block}) {}
+  operator LinearInput() const { return {*values, *scales}; }
+
+  TestTensor values;
+  TestTensor scales;
 };
 
 inline double ElementAt(const Tensor& tensor, int64_t place) {
@@ -111,6 +123,24 @@ inline TestTensor IntTensor(const std::vector<int32_t>& values) {
   std::copy(values.begin(), values.end(), tensor->data<int32_t>());
   return tensor;
 }
+
+// The choices [T, k] that go to the experts [first_expert, first_expert + num_experts), sorted.
+struct OwnedGroups {
+  OwnedGroups(const Tensor& experts, int first_expert, int num_experts)
+      : rows(DType::kI32, {experts.num_elements()}), offsets(DType::kI32, {num_experts + 1}) {
+    int32_t count = 0;
+    for (int e = 0; e < num_experts; ++e) {
+      for (int32_t row = 0; row < experts.num_elements(); ++row) {
+        if (experts.data<int32_t>()[row] == first_expert + e) rows->data<int32_t>()[count++] = row;
+      }
+      offsets->data<int32_t>()[e + 1] = count;
+    }
+  }
+  operator ExpertGroups() const { return {.rows = rows, .offsets = offsets, .notes = {}}; }
+
+  TestTensor rows;
+  TestTensor offsets;
+};
 
 // The bytes of a tensor, row by row, for comparing bit by bit.
 inline std::string BytesOf(const Tensor& tensor) {
