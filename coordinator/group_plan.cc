@@ -27,7 +27,8 @@ std::vector<std::pair<std::string, std::string>> Traits(const v1::DescribeRespon
           {"end-of-sequence tokens", EosText(description)},
           {"--dtype", description.dtype()},
           {"--kv-cache-dtype", description.kv_cache_dtype()},
-          {"--quantization", description.quantization()}};
+          {"--quantization", description.quantization()},
+          {"--activation-quantization", description.activation_quantization()}};
 }
 
 absl::Status CheckSame(const GroupPlanOptions& options,

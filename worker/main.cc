@@ -49,6 +49,8 @@ struct Flags {
   std::string dtype = "auto";
   std::string kv_cache_dtype = "auto";
   std::string quantization = "none";
+  std::string activation_quantization = "auto";
+  std::string load_format = "auto";
   int64_t kv_cache_memory_bytes = 0;
   double drain_timeout_seconds = 35.0;
   ShardKeeperOptions keeper;
@@ -91,8 +93,16 @@ void DeclareModel(CLI::App& app, Flags& flags) {
   app.add_option("--quantization", flags.quantization,
                  "fp8: quantise linear layers in 128x128 blocks while loading")
       ->check(CLI::IsMember({"none", "fp8"}));
-  app.add_option("--kv-cache-dtype", flags.kv_cache_dtype, "auto is the one of activations")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
+  app.add_option("--activation-quantization", flags.activation_quantization,
+                 "of what FP8 weights are multiplied with, in 1x128 blocks; auto is fp8 on a GPU "
+                 "if the weights are, none on the CPU")
+      ->check(CLI::IsMember({"auto", "none", "fp8"}));
+  app.add_option("--kv-cache-dtype", flags.kv_cache_dtype,
+                 "auto is the one of activations, fp8_e4m3 is fp8")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "fp8", "fp8_e4m3"}));
+  app.add_option("--load-format", flags.load_format,
+                 "dummy: random weights, --model needs no more than config.json")
+      ->check(CLI::IsMember({"auto", "dummy"}));
   app.add_option(
          "--kv-cache-memory-bytes", flags.kv_cache_memory_bytes,
          "memory for KV blocks; without it what --gpu-memory-utilization leaves, and on the "
@@ -126,9 +136,15 @@ void Complete(Flags& flags) {
   keeper.dtype =
       flags.dtype == "bfloat16" || (flags.dtype == "auto" && is_cuda) ? DType::kBF16 : DType::kF32;
   keeper.kv_cache_dtype = flags.kv_cache_dtype == "auto"       ? keeper.dtype
+                          : flags.kv_cache_dtype == "float32"  ? DType::kF32
                           : flags.kv_cache_dtype == "bfloat16" ? DType::kBF16
-                                                               : DType::kF32;
+                                                               : DType::kF8E4M3;
   keeper.quantization = flags.quantization == "fp8" ? Quantization::kFp8 : Quantization::kNone;
+  keeper.activation_quantization =
+      flags.activation_quantization == "auto"  ? ActivationQuantization::kAuto
+      : flags.activation_quantization == "fp8" ? ActivationQuantization::kFp8
+                                               : ActivationQuantization::kNone;
+  keeper.load_format = flags.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kAuto;
   if (flags.kv_cache_memory_bytes > 0) {
     keeper.memory.kv_cache_memory_bytes = flags.kv_cache_memory_bytes;
   }
@@ -177,12 +193,13 @@ int Check(const Flags& flags, const ShardKeeper& keeper) {
   absl::PrintF(
       "{\"architecture\":\"%s\",\"vocab_size\":%d,\"max_position_embeddings\":%d,"
       "\"world_size\":%d,\"dtype\":\"%s\",\"kv_cache_dtype\":\"%s\",\"quantization\":\"%s\","
-      "\"budget_bytes\":%d,\"weight_bytes\":%d,\"activation_bytes\":%d,\"kv_block_bytes\":%d,"
+      "\"activation_quantization\":\"%s\",\"budget_bytes\":%d,\"weight_bytes\":%d,\"activation_"
+      "bytes\":%d,\"kv_block_bytes\":%d,"
       "\"kv_block_capacity\":%d,\"num_kv_blocks\":%d,\"max_model_len\":%d}\n",
       model.architecture(), model.vocab_size(), model.max_position_embeddings(), shard.world_size(),
-      model.dtype(), model.kv_cache_dtype(), model.quantization(), plan->budget_bytes,
-      plan->weight_bytes, plan->activation_bytes, plan->kv_block_bytes, plan->kv_block_capacity,
-      num_kv_blocks, plan->max_model_len);
+      model.dtype(), model.kv_cache_dtype(), model.quantization(), model.activation_quantization(),
+      plan->budget_bytes, plan->weight_bytes, plan->activation_bytes, plan->kv_block_bytes,
+      plan->kv_block_capacity, num_kv_blocks, plan->max_model_len);
   return EXIT_SUCCESS;
 }
 
@@ -246,6 +263,9 @@ int Serve(const Flags& flags, ShardKeeper& keeper) {
   spdlog::info("fathom-worker {} listens on {}: {}, dtype {}, kv-cache-dtype {}", FATHOM_VERSION,
                flags.listen_address, keeper.config().architecture, FlagNameOf(flags.keeper.dtype),
                FlagNameOf(flags.keeper.kv_cache_dtype));
+  if (flags.keeper.load_format == LoadFormat::kDummy) {
+    spdlog::warn("--load-format dummy: the weights are random, and so is what the model says");
+  }
   if (flags.device == "cpu" && !flags.keeper.memory.kv_cache_memory_bytes.has_value()) {
     spdlog::info("KV blocks take at most {} MiB; --kv-cache-memory-bytes gives them more",
                  flags.keeper.memory.default_kv_cache_limit_bytes >> 20);

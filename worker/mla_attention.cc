@@ -13,15 +13,17 @@ constexpr float kLatentNormEps = 1e-6f;
 }  // namespace
 
 MlaScratch MlaScratch::Plan(const ModelConfig& config, const ShardLayout& layout, DType act,
-                            int64_t max_tokens, Arena& arena) {
+                            bool quantize_activations, int64_t max_tokens, Arena& arena) {
   const int64_t heads = layout.heads().size();
   MlaScratch scratch;
-  if (config.q_lora_rank > 0) scratch.q_a = arena.Take(act, {max_tokens, config.q_lora_rank});
+  scratch.qkv_a = arena.Take(act, {max_tokens, config.q_lora_rank + config.kv_dim()});
+  if (config.q_lora_rank > 0) {
+    scratch.q_a =
+        LinearInputs::Plan(act, quantize_activations, max_tokens, config.q_lora_rank, arena);
+  }
   scratch.q = arena.Take(act, {max_tokens, heads * config.qk_head_dim()});
-  scratch.kv_a = arena.Take(act, {max_tokens, config.kv_dim()});
-  scratch.q_latent = arena.Take(act, {max_tokens, heads, config.kv_lora_rank});
-  scratch.out_latent = arena.Take(act, {max_tokens, heads, config.kv_lora_rank});
-  scratch.out_heads = arena.Take(act, {max_tokens, heads * config.v_head_dim});
+  scratch.out_heads =
+      LinearInputs::Plan(act, quantize_activations, max_tokens, heads * config.v_head_dim, arena);
   return scratch;
 }
 
@@ -33,69 +35,61 @@ void MlaAttention::AddWeights(WeightLoader& loader) {
   };
   const auto name = [&](const char* layer) { return absl::StrCat(prefix_, layer, ".weight"); };
 
+  const LinearPart kv_a_proj = {name("kv_a_proj_with_mqa"),
+                                MatrixPart::Whole(config_.kv_dim(), config_.hidden_size)};
   if (config_.q_lora_rank > 0) {
-    loader.AddLinear(name("q_a_proj"), MatrixPart::Whole(config_.q_lora_rank, config_.hidden_size),
-                     q_a_proj_);
+    const LinearPart q_a_proj = {name("q_a_proj"),
+                                 MatrixPart::Whole(config_.q_lora_rank, config_.hidden_size)};
+    loader.AddStackedLinear({q_a_proj, kv_a_proj}, qkv_a_proj_);
     loader.AddVector(name("q_a_layernorm"), config_.q_lora_rank, q_a_layernorm_);
-    loader.AddLinear(name("q_b_proj"), rows_of_heads(config_.qk_head_dim(), config_.q_lora_rank),
-                     q_b_proj_);
+    loader.AddLinear({name("q_b_proj"), rows_of_heads(config_.qk_head_dim(), config_.q_lora_rank)},
+                     q_proj_);
   } else {
-    loader.AddLinear(name("q_proj"), rows_of_heads(config_.qk_head_dim(), config_.hidden_size),
+    loader.AddStackedLinear({kv_a_proj}, qkv_a_proj_);
+    loader.AddLinear({name("q_proj"), rows_of_heads(config_.qk_head_dim(), config_.hidden_size)},
                      q_proj_);
   }
-  loader.AddLinear(name("kv_a_proj_with_mqa"),
-                   MatrixPart::Whole(config_.kv_dim(), config_.hidden_size), kv_a_proj_with_mqa_);
   loader.AddVector(name("kv_a_layernorm"), config_.kv_lora_rank, kv_a_layernorm_);
   loader.AddKvB(name("kv_b_proj"), config_, heads_, w_uk_, w_uv_);
+  const Range columns_of_heads = {heads_.begin * config_.v_head_dim,
+                                  heads_.end * config_.v_head_dim};
   loader.AddLinear(
-      name("o_proj"),
-      MatrixPart::Columns(config_.hidden_size, num_heads * config_.v_head_dim,
-                          {heads_.begin * config_.v_head_dim, heads_.end * config_.v_head_dim}),
+      {name("o_proj"),
+       MatrixPart::Columns(config_.hidden_size, num_heads * config_.v_head_dim, columns_of_heads)},
       o_proj_);
 }
 
-Tensor MlaAttention::Queries(const Tensor& x, const MlaScratch& scratch, Ops& ops) const {
-  const int64_t tokens = x.dim(0);
-  const Tensor q = scratch.q.Slice(0, 0, tokens);
-  if (config_.q_lora_rank > 0) {
-    const Tensor q_a = scratch.q_a.Slice(0, 0, tokens);
-    ops.Linear(x, q_a_proj_, q_a);
-    ops.RmsNorm(q_a, q_a_layernorm_, kLatentNormEps, q_a);
-    ops.Linear(q_a, q_b_proj_, q);
-  } else {
-    ops.Linear(x, q_proj_, q);
-  }
-  return q.SplitLast(heads_.size(), config_.qk_head_dim());
+InputForms MlaAttention::FormsOf(const LinearInputs& x) const {
+  const InputForms forms = qkv_a_proj_.FormsOf(x);
+  return config_.q_lora_rank > 0 ? forms : forms | x.FormOf(q_proj_);
 }
 
-void MlaAttention::Forward(const Tensor& x, const AttentionStep& step, const Tensor& cache,
+void MlaAttention::Forward(const LinearInputs& x, const AttentionStep& step, const Tensor& cache,
                            const MlaScratch& scratch, Ops& ops, const Tensor& out) const {
-  const int64_t tokens = x.dim(0);
-  const int64_t nope = config_.qk_nope_head_dim;
-  const int64_t rank = config_.kv_lora_rank;
+  const int64_t tokens = out.dim(0);
+  const Tensor qkv_a = scratch.qkv_a.Slice(0, 0, tokens);
+  const Tensor q = scratch.q.Slice(0, 0, tokens);
+  const LinearInputs out_heads = scratch.out_heads.Rows(tokens);
 
-  // What the cache keeps of each token: the normed latent and the rotated key.
-  const Tensor kv_a = scratch.kv_a.Slice(0, 0, tokens);
-  const Tensor latent = kv_a.Slice(1, 0, rank);
-  const Tensor k_rope = kv_a.Slice(1, rank, config_.kv_dim());
-  ops.Linear(x, kv_a_proj_with_mqa_, kv_a);
-  ops.RmsNorm(latent, kv_a_layernorm_, kLatentNormEps, latent);
-  ops.RotaryEmbed(k_rope.SplitLast(1, config_.qk_rope_head_dim), step.positions, step.cos_sin);
-  ops.StoreKv(latent, k_rope, step.places, cache);
+  // Both latents of a token: what the cache keeps, and what its queries come from.
+  qkv_a_proj_.Multiply(x, ops, qkv_a);
+  if (config_.q_lora_rank > 0) {
+    const LinearInput q_a = scratch.q_a.Rows(tokens).For(q_proj_);
+    ops.StoreLatents(qkv_a, q_a_layernorm_, kv_a_layernorm_, kLatentNormEps, step.positions,
+                     step.cos_sin, step.places, q_a, cache);
+    ops.Linear(q_a, q_proj_, q);
+  } else {
+    ops.StoreLatents(qkv_a, {}, kv_a_layernorm_, kLatentNormEps, step.positions, step.cos_sin,
+                     step.places, {}, cache);
+    ops.Linear(x.For(q_proj_), q_proj_, q);
+  }
 
-  // Queries, taken into the latent space by W_UK.
-  const Tensor q = Queries(x, scratch, ops);
-  const Tensor q_rope = q.Slice(2, nope, config_.qk_head_dim());
-  const Tensor q_latent = scratch.q_latent.Slice(0, 0, tokens);
-  ops.RotaryEmbed(q_rope, step.positions, step.cos_sin);
-  ops.HeadLinear(q.Slice(2, 0, nope), w_uk_, q_latent);
-
-  // Attention, and out of the latent space by W_UV.
-  const Tensor out_latent = scratch.out_latent.Slice(0, 0, tokens);
-  const Tensor out_heads = scratch.out_heads.Slice(0, 0, tokens);
-  ops.MlaAttention(q_latent, q_rope, cache, step.batch, config_.SoftmaxScale(), out_latent);
-  ops.HeadLinear(out_latent, w_uv_, out_heads.SplitLast(heads_.size(), config_.v_head_dim));
-  ops.Linear(out_heads, o_proj_, out);
+  // Attention over few tokens leaves memory idle, which can bring what comes next.
+  ops.Prefetch(o_proj_.values);
+  ops.MlaAttention(q.SplitLast(heads_.size(), config_.qk_head_dim()), {w_uk_, w_uv_},
+                   step.positions, step.cos_sin, cache, step.batch, config_.SoftmaxScale(),
+                   out_heads.For(o_proj_));
+  ops.Linear(out_heads.For(o_proj_), o_proj_, out);
 }
 
 }  // namespace fathom

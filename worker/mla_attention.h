@@ -1,10 +1,10 @@
 // Multi-head latent attention of one layer, for the heads of this rank.
 //
-// Keys and values of all heads are linear in one latent per token, so kv_b_proj is absorbed into
-// the query and the output, and attention runs in the latent space on what the KV cache keeps.
+// Keys and values of all heads are linear in one latent per token, which is all that the KV cache
+// keeps beside a key for the position that the heads share.
 //
-// Source: DeepSeek-V2 report §2.1.2–2.1.3; deepseek-ai/DeepSeek-V3 inference/model.py, class MLA,
-// attn_impl "absorb". Not thread-safe.
+// Source: DeepSeek-V2 report §2.1.2–2.1.3; deepseek-ai/DeepSeek-V3 inference/model.py, class MLA.
+// Not thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 #include "worker/arena.h"
 #include "worker/model_config.h"
 #include "worker/shard_layout.h"
+#include "worker/stacked_linear.h"
 #include "worker/weight_loader.h"
 
 namespace fathom {
@@ -22,14 +23,12 @@ namespace fathom {
 // Scratch for steps of up to T tokens, shared by all layers.
 struct MlaScratch {
   static MlaScratch Plan(const ModelConfig& config, const ShardLayout& layout, DType act,
-                         int64_t max_tokens, Arena& arena);
+                         bool quantize_activations, int64_t max_tokens, Arena& arena);
 
-  Tensor q_a;         // [T, q_lora_rank], absent without
-  Tensor q;           // [T, A * (nope + P)]
-  Tensor kv_a;        // [T, R + P]
-  Tensor q_latent;    // [T, A, R]
-  Tensor out_latent;  // [T, A, R]
-  Tensor out_heads;   // [T, A * v]
+  Tensor qkv_a;            // [T, Q + R + P]
+  LinearInputs q_a;        // [T, Q], absent without q_lora_rank
+  Tensor q;                // [T, A * (nope + P)]
+  LinearInputs out_heads;  // [T, A * v]
 };
 
 // Where the tokens of a step stand, the same for all layers.
@@ -48,28 +47,28 @@ class MlaAttention {
 
   void AddWeights(WeightLoader& loader);
 
+  // What Forward reads of such an x. REQUIRES: the weights are loaded.
+  InputForms FormsOf(const LinearInputs& x) const;
+  // The weights that Forward reads first will be read soon.
+  void Prefetch(Ops& ops) const { qkv_a_proj_.Prefetch(ops); }
+
   // Stores the latents of x's tokens in `cache` and attends.
-  //   x [T, H] act, normed   cache [blocks, block_size, R + P]
+  //   x [T, H], normed   cache: of KvCache
   //   out [T, H] act: this rank's heads only; the sum over ranks is the layer's output
-  void Forward(const Tensor& x, const AttentionStep& step, const Tensor& cache,
+  void Forward(const LinearInputs& x, const AttentionStep& step, const Tensor& cache,
                const MlaScratch& scratch, Ops& ops, const Tensor& out) const;
 
  private:
-  // q_nope and q_rope of each head: [T, A, nope + P] act
-  Tensor Queries(const Tensor& x, const MlaScratch& scratch, Ops& ops) const;
-
   const std::string prefix_;
   const ModelConfig config_;
   const Range heads_;
 
-  Weight q_proj_;  // without q_lora_rank; else the next three
-  Weight q_a_proj_;
+  StackedLinear qkv_a_proj_;  // q_a_proj, with q_lora_rank, above kv_a_proj_with_mqa
   Tensor q_a_layernorm_;
-  Weight q_b_proj_;
-  Weight kv_a_proj_with_mqa_;
   Tensor kv_a_layernorm_;
-  Tensor w_uk_;  // [A, R, nope], of kv_b_proj
-  Tensor w_uv_;  // [A, v, R], of kv_b_proj
+  Weight q_proj_;  // q_b_proj, or without q_lora_rank q_proj, which reads what qkv_a_proj reads
+  Tensor w_uk_;    // [A, R, nope], of kv_b_proj
+  Tensor w_uv_;    // [A, v, R], of kv_b_proj
   Weight o_proj_;
 };
 

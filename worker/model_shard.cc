@@ -18,6 +18,8 @@
 #include "worker/feed_forward.h"
 #include "worker/mla_attention.h"
 #include "worker/rotary_table.h"
+#include "worker/stacked_linear.h"
+#include "worker/step_recordings.h"
 #include "worker/step_tensors.h"
 
 namespace fathom {
@@ -32,9 +34,9 @@ struct Activations {
 
   Tensor cos_sin;  // [max_model_len, P / 2, 2] f32, written once
 
-  Tensor hidden;  // [T, H] act, the residual stream
-  Tensor normed;  // [T, H] act, what a branch reads
-  Tensor branch;  // [T, H] act, what a branch adds
+  Tensor hidden;        // [T, H] act, the residual stream
+  LinearInputs normed;  // [T, H], what a branch reads
+  Tensor branch;        // [T, H] act, what a branch adds
 
   // These three are never in use at once and share their memory.
   MlaScratch attention;
@@ -52,17 +54,18 @@ Activations Activations::Plan(const ModelShardOptions& options, const ModelConfi
   const int64_t tokens = options.max_tokens_per_step;
   const int64_t logit_rows = options.max_logit_rows;
   const DType act = options.dtype;
+  const bool quantize = options.quantize_activations;
   Activations activations;
   activations.cos_sin =
       arena.Take(DType::kF32, {options.max_model_len, config.qk_rope_head_dim / 2, 2});
   activations.hidden = arena.Take(act, {tokens, config.hidden_size});
-  activations.normed = arena.Take(act, {tokens, config.hidden_size});
+  activations.normed = LinearInputs::Plan(act, quantize, tokens, config.hidden_size, arena);
   activations.branch = arena.Take(act, {tokens, config.hidden_size});
 
   const int64_t shared = arena.Mark();
-  activations.attention = MlaScratch::Plan(config, layout, act, tokens, arena);
+  activations.attention = MlaScratch::Plan(config, layout, act, quantize, tokens, arena);
   arena.Rewind(shared);
-  activations.feed_forward = FeedForwardScratch::Plan(config, layout, act, tokens, arena);
+  activations.feed_forward = FeedForwardScratch::Plan(config, layout, act, quantize, tokens, arena);
   arena.Rewind(shared);
   Head& head = activations.head;
   head.rows = arena.Take(act, {logit_rows, config.hidden_size});
@@ -126,9 +129,43 @@ WeightLoaderOptions LoaderOptions(const ModelShardOptions& options, const ModelC
           .accept_fp8 = config.fp8_weights};
 }
 
+StepTensorsOptions TensorsOptions(const ModelShardOptions& options) {
+  return {.max_tokens = options.max_tokens_per_step,
+          .max_logit_rows = options.max_logit_rows,
+          .max_sequences = options.max_sequences,
+          .max_blocks = (options.max_model_len + options.block_size - 1) / options.block_size};
+}
+
+StepLimits LimitsOf(const ModelShardOptions& options, const ModelConfig& config,
+                    const ShardLayout& layout) {
+  const int num_shared = config.HasMoeLayer() ? RoutedExperts::SharedInStack(config, layout) : 0;
+  const int64_t heads = layout.heads().size();
+  return {.act = options.dtype,
+          .kv_cache_dtype = options.kv_cache_dtype,
+          .max_tokens = options.max_tokens_per_step,
+          .max_sequences = options.max_sequences,
+          .max_model_len = options.max_model_len,
+          .block_size = options.block_size,
+          .num_layers = config.num_hidden_layers,
+          .hidden_size = config.hidden_size,
+          .heads = heads,
+          .qk_nope_head_dim = config.qk_nope_head_dim,
+          .qk_rope_head_dim = config.qk_rope_head_dim,
+          .kv_lora_rank = config.kv_lora_rank,
+          .v_head_dim = config.v_head_dim,
+          .num_experts = layout.experts().size() + num_shared,
+          .num_choices = config.HasMoeLayer() ? config.routing.num_experts_per_tok + num_shared : 0,
+          .widest_linear = std::max<int64_t>(
+              {config.hidden_size, config.q_lora_rank + config.kv_dim(),
+               heads * config.qk_head_dim(), heads * config.v_head_dim,
+               2 * layout.intermediate().size(), 2 * layout.shared_intermediate().size(),
+               2 * layout.expert_intermediate().size(), layout.vocabulary().size()})};
+}
+
 // Options with defaults filled in, or what is wrong with them.
 absl::StatusOr<ModelShardOptions> Resolved(ModelShardOptions options, const ModelConfig& config) {
   CHECK(options.dtype == DType::kF32 || options.dtype == DType::kBF16) << NameOf(options.dtype);
+  CHECK_GE(options.block_size, 1);
   if (options.max_model_len == 0) options.max_model_len = config.max_position_embeddings;
   if (options.max_model_len < 1 || options.max_model_len > config.max_position_embeddings) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -144,7 +181,12 @@ absl::StatusOr<ModelShardOptions> Resolved(ModelShardOptions options, const Mode
     return absl::InvalidArgumentError(
         absl::StrCat("max_logit_rows is ", options.max_logit_rows, ", expected at least 1"));
   }
+  if (options.max_sequences < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_sequences is ", options.max_sequences, ", expected at least 1"));
+  }
   options.max_logit_rows = std::min(options.max_logit_rows, options.max_tokens_per_step);
+  options.max_sequences = std::min(options.max_sequences, options.max_tokens_per_step);
   return options;
 }
 
@@ -160,11 +202,13 @@ int LayerOf(std::string_view name) {
 // Tensors that no rank wants. Those of layers for multi-token prediction and what an old exporter
 // leaves are known and not counted.
 void WarnOfUnknownTensors(const ModelShardOptions& options, const ModelConfig& config,
-                          const Checkpoint& checkpoint) {
+                          WeightSource& source) {
+  if (source.checkpoint() == nullptr) return;
+  const Checkpoint& checkpoint = *source.checkpoint();
   const absl::StatusOr<ShardLayout> whole = ShardLayout::Create({}, config);
   CHECK(whole.ok()) << whole.status();
   ModelWeights weights(config, *whole);
-  WeightLoader loader(LoaderOptions(options, config), checkpoint);
+  WeightLoader loader(LoaderOptions(options, config), source);
   weights.AddTo(loader, config, *whole);
   const std::vector<std::string> names = loader.Names();
   const std::set<std::string_view> wanted(names.begin(), names.end());
@@ -197,9 +241,10 @@ class LoadedModelShard final : public ModelShard {
         device_(device),
         ops_(device.ops()),
         weights_(config, layout),
-        step_tensors_(device) {}
+        step_tensors_(TensorsOptions(options), device),
+        recordings_(device) {}
 
-  absl::Status LoadWeights(const Checkpoint& checkpoint, const LoadProgress& progress);
+  absl::Status LoadWeights(WeightSource& source, const LoadProgress& progress);
   absl::Status AllocateActivations();
 
   absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
@@ -207,9 +252,12 @@ class LoadedModelShard final : public ModelShard {
 
  private:
   void CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const;
-  // Of the rows of `hidden` that logit_rows names, in device memory; absent on other ranks than 0.
-  absl::StatusOr<Tensor> Logits(const Tensor& hidden, const Tensor& logit_rows,
-                                Communicator& communicator);
+  // Queues a step, whose numbers are in step_tensors_, from the embedding to the logits.
+  absl::Status QueueStep(const KvCache& kv_cache, Communicator& communicator);
+  // Queues the logits of the rows of `normed` that the step wants.
+  absl::Status QueueHead(const Tensor& normed, Communicator& communicator);
+  // Where QueueHead leaves so many rows: on rank 0, in device memory.
+  Tensor Logits(int64_t rows) const;
 
   const ModelShardOptions options_;
   const ModelConfig config_;
@@ -221,13 +269,14 @@ class LoadedModelShard final : public ModelShard {
   std::vector<Buffer> weight_buffers_;
   Activations activations_;
   Buffer activation_buffer_;
+  Buffer ops_scratch_;
   StepTensors step_tensors_;
+  StepRecordings recordings_;
   std::vector<float> host_logits_;  // where the device's memory is not the host's
 };
 
-absl::Status LoadedModelShard::LoadWeights(const Checkpoint& checkpoint,
-                                           const LoadProgress& progress) {
-  WeightLoader loader(LoaderOptions(options_, config_), checkpoint);
+absl::Status LoadedModelShard::LoadWeights(WeightSource& source, const LoadProgress& progress) {
+  WeightLoader loader(LoaderOptions(options_, config_), source);
   weights_.AddTo(loader, config_, layout_);
   ASSIGN_OR_RETURN(weight_buffers_, loader.Load(device_, progress));
   if (config_.tie_word_embeddings) weights_.lm_head = weights_.embed_tokens;
@@ -242,7 +291,11 @@ absl::Status LoadedModelShard::AllocateActivations() {
   activations_ = Activations::Plan(options_, config_, layout_, placed);
   const std::vector<float> table = RotaryTable(config_, options_.max_model_len);
   device_.CopyFromHost(table.data(), activations_.cos_sin);
-  return absl::OkStatus();
+
+  const StepLimits limits = LimitsOf(options_, config_, layout_);
+  ASSIGN_OR_RETURN(ops_scratch_, device_.Allocate(ops_.ScratchBytes(limits)));
+  ops_.UseScratch(limits, ops_scratch_.data());
+  return step_tensors_.Allocate();
 }
 
 void LoadedModelShard::CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const {
@@ -250,6 +303,8 @@ void LoadedModelShard::CheckBatch(const StepBatch& batch, const KvCache& kv_cach
       << batch.num_tokens() << " tokens";
   CHECK_LE(static_cast<int>(batch.logit_rows.size()), options_.max_logit_rows);
   CHECK_EQ(batch.block_size, kv_cache.options().block_size);
+  CHECK_EQ(batch.block_size, options_.block_size);
+  CHECK(kv_cache.options().dtype == options_.kv_cache_dtype);
   for (const int32_t position : batch.positions) {
     CHECK(position >= 0 && position < options_.max_model_len) << "position " << position;
   }
@@ -258,16 +313,46 @@ void LoadedModelShard::CheckBatch(const StepBatch& batch, const KvCache& kv_cach
 absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache& kv_cache,
                                                  Communicator& communicator) {
   CheckBatch(batch, kv_cache);
-  RETURN_IF_ERROR(step_tensors_.Set(batch));
-  const int64_t tokens = batch.num_tokens();
+  step_tensors_.Set(batch);
+  ops_.BeginStep(step_tensors_.attention());
+
+  const auto queue_step = [&] { return QueueStep(kv_cache, communicator); };
+  const int64_t rows = step_tensors_.logit_rows().dim(0);
+  const bool only_decodes =
+      batch.num_tokens() == batch.num_sequences() && rows == batch.num_sequences();
+  if (only_decodes && communicator.is_recordable()) {
+    RETURN_IF_ERROR(
+        recordings_.Run({.num_sequences = batch.num_sequences(),
+                         .block_table_width = step_tensors_.attention().block_tables.dim(1)},
+                        {kv_cache.id(), communicator.id()}, queue_step));
+  } else {
+    RETURN_IF_ERROR(queue_step());
+  }
+
+  if (rows == 0 || layout_.rank() != 0) return Tensor();
+  const Tensor logits = Logits(rows);
+  if (device_.shares_host_memory()) return logits;
+  host_logits_.resize(logits.num_elements());
+  device_.CopyToHost(logits, host_logits_.data());
+  return Tensor(host_logits_.data(), DType::kF32, {logits.dim(0), logits.dim(1)});
+}
+
+absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& communicator) {
+  const int64_t tokens = step_tensors_.token_ids().dim(0);
   const AttentionStep step = {.positions = step_tensors_.positions(),
                               .places = step_tensors_.places(),
                               .cos_sin = activations_.cos_sin,
                               .batch = step_tensors_.attention()};
   const Tensor hidden = activations_.hidden.Slice(0, 0, tokens);
-  const Tensor normed = activations_.normed.Slice(0, 0, tokens);
+  const LinearInputs normed = activations_.normed.Rows(tokens);
   const Tensor branch = activations_.branch.Slice(0, 0, tokens);
   const float eps = config_.rms_norm_eps;
+  // hidden += Σ branch over ranks, normed for whoever reads it in these forms.
+  const auto add_branch_and_norm = [&](const Tensor& weight, const InputForms& forms) {
+    return communicator.AllReduceAddRmsNorm(ops_, branch, hidden, weight, eps,
+                                            forms.plain ? normed.plain.values : Tensor(),
+                                            forms.quantized ? normed.quantized : LinearInput());
+  };
 
   // Each rank embeds the tokens of its vocabulary rows.
   ops_.Embed(step_tensors_.token_ids(), weights_.embed_tokens,
@@ -276,49 +361,57 @@ absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache
 
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
     const DecoderLayer& layer = *weights_.layers[i];
-    ops_.RmsNorm(hidden, layer.input_layernorm, eps, normed);
+    const InputForms attention_forms = layer.self_attn.FormsOf(normed);
+    if (i == 0) {
+      ops_.AddRmsNorm(hidden, {}, layer.input_layernorm, eps,
+                      attention_forms.plain ? normed.plain.values : Tensor(),
+                      attention_forms.quantized ? normed.quantized : LinearInput());
+    } else {
+      RETURN_IF_ERROR(add_branch_and_norm(layer.input_layernorm, attention_forms));
+    }
     layer.self_attn.Forward(normed, step, kv_cache.layer(i), activations_.attention, ops_, branch);
-    RETURN_IF_ERROR(communicator.AllReduceSum(branch));
-    ops_.Add(hidden, branch);
 
-    ops_.RmsNorm(hidden, layer.post_attention_layernorm, eps, normed);
+    // What ranks say to each other leaves memory idle, which can bring the router's weights.
+    layer.mlp.Prefetch(ops_);
+    RETURN_IF_ERROR(add_branch_and_norm(layer.post_attention_layernorm, layer.mlp.FormsOf(normed)));
+    // Experts end one after another; meanwhile the next layer's first weights can come.
+    if (i + 1 < config_.num_hidden_layers) weights_.layers[i + 1]->self_attn.Prefetch(ops_);
     layer.mlp.Forward(normed, activations_.feed_forward, ops_, branch);
-    RETURN_IF_ERROR(communicator.AllReduceSum(branch));
-    ops_.Add(hidden, branch);
   }
-  ASSIGN_OR_RETURN(const Tensor logits, Logits(hidden, step_tensors_.logit_rows(), communicator));
-  if (!logits.present() || device_.shares_host_memory()) return logits;
-  host_logits_.resize(logits.num_elements());
-  device_.CopyToHost(logits, host_logits_.data());
-  return Tensor(host_logits_.data(), DType::kF32, {logits.dim(0), logits.dim(1)});
+  if (step_tensors_.logit_rows().dim(0) > 0) {
+    RETURN_IF_ERROR(add_branch_and_norm(weights_.norm, {.plain = true}));
+    RETURN_IF_ERROR(QueueHead(normed.plain.values, communicator));
+  }
+  ops_.EndStep();
+  return absl::OkStatus();
 }
 
-absl::StatusOr<Tensor> LoadedModelShard::Logits(const Tensor& hidden, const Tensor& logit_rows,
-                                                Communicator& communicator) {
-  const int64_t rows = logit_rows.dim(0);
-  if (rows == 0) return Tensor();
+absl::Status LoadedModelShard::QueueHead(const Tensor& normed, Communicator& communicator) {
+  const int64_t rows = step_tensors_.logit_rows().dim(0);
   const Activations::Head& head = activations_.head;
-  const Tensor last = head.rows.Slice(0, 0, rows);
   const Tensor part = head.part.Slice(0, 0, rows);
-  ops_.GatherRows(hidden, logit_rows, last);
-  ops_.RmsNorm(last, weights_.norm, config_.rms_norm_eps, last);
-  ops_.Linear(last, {.values = weights_.lm_head}, part);
-  if (layout_.world_size() == 1) return part;
+  // Rows are in ascending order: as many as there are tokens are these tokens.
+  const bool wants_all = rows == normed.dim(0);
+  const Tensor wanted = wants_all ? normed : head.rows.Slice(0, 0, rows);
+  if (!wants_all) ops_.GatherRows(normed, step_tensors_.logit_rows(), wanted);
+  ops_.Linear(wanted, {.values = weights_.lm_head}, part);
+  if (layout_.world_size() == 1) return absl::OkStatus();
+  if (layout_.rank() != 0) return communicator.GatherToRank0(part, Tensor());
 
-  if (layout_.rank() != 0) {
-    RETURN_IF_ERROR(communicator.GatherToRank0(part, Tensor()));
-    return Tensor();
-  }
   // [world, L, part of vocabulary] becomes [L, vocabulary].
   const int64_t world = layout_.world_size(), part_size = layout_.vocabulary().size();
   const Tensor gathered =
       head.gathered.Slice(0, 0, world * rows * part_size).Reshape({world, rows, part_size});
-  const Tensor logits = head.logits.Slice(0, 0, rows);
   RETURN_IF_ERROR(communicator.GatherToRank0(part, gathered));
   for (int64_t rank = 0; rank < world; ++rank) {
-    device_.Copy(gathered[rank], logits.Slice(1, rank * part_size, (rank + 1) * part_size));
+    device_.Copy(gathered[rank], Logits(rows).Slice(1, rank * part_size, (rank + 1) * part_size));
   }
-  return logits;
+  return absl::OkStatus();
+}
+
+Tensor LoadedModelShard::Logits(int64_t rows) const {
+  const Activations::Head& head = activations_.head;
+  return (layout_.world_size() == 1 ? head.part : head.logits).Slice(0, 0, rows);
 }
 
 }  // namespace
@@ -348,24 +441,30 @@ absl::Status ModelShard::CheckAgreement(const ModelConfig& config, const Checkpo
 absl::StatusOr<ModelShard::Footprint> ModelShard::Plan(const ModelShardOptions& options,
                                                        const ModelConfig& config,
                                                        const ShardLayout& layout,
-                                                       const Checkpoint& checkpoint) {
+                                                       WeightSource& source, Device& device) {
   ASSIGN_OR_RETURN(const ModelShardOptions resolved, Resolved(options, config));
   ModelWeights weights(config, layout);
-  WeightLoader loader(LoaderOptions(resolved, config), checkpoint);
+  WeightLoader loader(LoaderOptions(resolved, config), source);
   weights.AddTo(loader, config, layout);
   ASSIGN_OR_RETURN(const WeightLoader::Footprint planned, loader.Plan());
   Arena counted;
   Activations::Plan(resolved, config, layout, counted);
-  return Footprint{.weight_bytes = planned.weight_bytes, .activation_bytes = counted.peak_bytes()};
+  return Footprint{
+      .weight_bytes = planned.weight_bytes,
+      .activation_bytes = counted.peak_bytes() +
+                          device.ops().ScratchBytes(LimitsOf(resolved, config, layout)) +
+                          StepTensors::MemoryBytes(TensorsOptions(resolved), device)};
 }
 
-absl::StatusOr<std::unique_ptr<ModelShard>> ModelShard::Load(
-    const ModelShardOptions& options, const ModelConfig& config, const ShardLayout& layout,
-    const Checkpoint& checkpoint, Device& device, LoadProgress progress) {
+absl::StatusOr<std::unique_ptr<ModelShard>> ModelShard::Load(const ModelShardOptions& options,
+                                                             const ModelConfig& config,
+                                                             const ShardLayout& layout,
+                                                             WeightSource& source, Device& device,
+                                                             const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const ModelShardOptions resolved, Resolved(options, config));
-  if (layout.rank() == 0) WarnOfUnknownTensors(resolved, config, checkpoint);
+  if (layout.rank() == 0) WarnOfUnknownTensors(resolved, config, source);
   auto shard = std::make_unique<LoadedModelShard>(resolved, config, layout, device);
-  RETURN_IF_ERROR(shard->LoadWeights(checkpoint, progress));
+  RETURN_IF_ERROR(shard->LoadWeights(source, progress));
   RETURN_IF_ERROR(shard->AllocateActivations());
   return std::unique_ptr<ModelShard>(std::move(shard));
 }

@@ -394,16 +394,30 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
     return index.status();
   }
 
+  checkpoint->TakeFingerprint(config_json);
+  return checkpoint;
+}
+
+absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::WithoutTensors(
+    const std::string& model_directory) {
+  std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
+  checkpoint->directory_ = model_directory;
+  ASSIGN_OR_RETURN(const std::string config_json,
+                   ReadTextFile(absl::StrCat(model_directory, "/", kConfigName), kMaxConfigBytes));
+  checkpoint->TakeFingerprint(config_json);
+  return checkpoint;
+}
+
+void Checkpoint::TakeFingerprint(const std::string& config_json) {
   Fingerprinter fingerprinter;
   fingerprinter.Add(std::string_view(config_json));
-  for (const auto& [name, entry] : checkpoint->tensors_) {
+  for (const auto& [name, entry] : tensors_) {
     fingerprinter.Add(std::string_view(name));
     fingerprinter.Add(std::string_view(entry.info->dtype));
     fingerprinter.Add(static_cast<int64_t>(entry.info->shape.size()));
     for (int64_t size : entry.info->shape) fingerprinter.Add(size);
   }
-  checkpoint->fingerprint_ = fingerprinter.Digest();
-  return checkpoint;
+  fingerprint_ = fingerprinter.Digest();
 }
 
 const Checkpoint::Entry* Checkpoint::Find(std::string_view name) const {

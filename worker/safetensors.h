@@ -69,6 +69,10 @@ class Checkpoint {
   // Opens every file and checks every header. Reads no tensor.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::string& model_directory);
 
+  // Looks at config.json only: what stands for a checkpoint where there is none.
+  static absl::StatusOr<std::unique_ptr<Checkpoint>> WithoutTensors(
+      const std::string& model_directory);
+
   // Names in ascending order.
   const std::map<std::string, Entry, std::less<>>& tensors() const { return tensors_; }
   // Null when there is no such tensor.
@@ -82,6 +86,7 @@ class Checkpoint {
  private:
   Checkpoint() = default;
   absl::Status AddFile(const std::string& file_name);
+  void TakeFingerprint(const std::string& config_json);
   absl::Status CheckIndex(const std::map<std::string, std::string>& weight_map) const;
 
   std::string directory_;

@@ -1,6 +1,7 @@
 #include "worker/shard_keeper.h"
 
 #include <array>
+#include <memory>
 #include <utility>
 
 #include "absl/algorithm/container.h"
@@ -40,11 +41,39 @@ absl::Status CheckSpec(const v1::ShardSpec& spec) {
 absl::StatusOr<std::unique_ptr<ShardKeeper>> ShardKeeper::Open(const ShardKeeperOptions& options,
                                                                std::unique_ptr<Device> device) {
   ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(options.model_directory));
-  ASSIGN_OR_RETURN(std::unique_ptr<Checkpoint> checkpoint,
-                   Checkpoint::Open(options.model_directory));
-  RETURN_IF_ERROR(ModelShard::CheckAgreement(config, *checkpoint));
-  return std::unique_ptr<ShardKeeper>(
-      new ShardKeeper(options, std::move(config), std::move(checkpoint), std::move(device)));
+  std::unique_ptr<ShardKeeper> keeper(
+      new ShardKeeper(options, std::move(config), std::move(device)));
+  RETURN_IF_ERROR(keeper->OpenSource());
+  if (options.activation_quantization == ActivationQuantization::kFp8 && !keeper->HasFp8Weights()) {
+    return absl::InvalidArgumentError(
+        "--activation-quantization is fp8, expected none: the weights are not FP8, neither in the "
+        "checkpoint nor by --quantization fp8");
+  }
+  return keeper;
+}
+
+absl::Status ShardKeeper::OpenSource() {
+  if (options_.load_format == LoadFormat::kDummy) {
+    ASSIGN_OR_RETURN(checkpoint_, Checkpoint::WithoutTensors(options_.model_directory));
+    source_ = std::make_unique<RandomWeights>();
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(options_.model_directory));
+  RETURN_IF_ERROR(ModelShard::CheckAgreement(config_, *checkpoint_));
+  source_ = std::make_unique<CheckpointWeights>(*checkpoint_);
+  return absl::OkStatus();
+}
+
+bool ShardKeeper::HasFp8Weights() const {
+  return config_.fp8_weights || options_.quantization == Quantization::kFp8;
+}
+
+bool ShardKeeper::QuantizesActivations() const {
+  if (options_.activation_quantization != ActivationQuantization::kAuto) {
+    return options_.activation_quantization == ActivationQuantization::kFp8;
+  }
+  // On a GPU the arithmetic of F8_E4M3 is what makes it fast; a CPU has none.
+  return HasFp8Weights() && !device_->shares_host_memory();
 }
 
 void ShardKeeper::Describe(v1::DescribeResponse& response) const {
@@ -56,8 +85,8 @@ void ShardKeeper::Describe(v1::DescribeResponse& response) const {
   response.set_device(device_->name());
   response.set_dtype(FlagNameOf(options_.dtype));
   response.set_kv_cache_dtype(FlagNameOf(options_.kv_cache_dtype));
-  const bool is_fp8 = config_.fp8_weights || options_.quantization == Quantization::kFp8;
-  response.set_quantization(is_fp8 ? "fp8" : "none");
+  response.set_quantization(HasFp8Weights() ? "fp8" : "none");
+  response.set_activation_quantization(QuantizesActivations() ? "fp8" : "none");
 }
 
 absl::StatusOr<ShardLayout> ShardKeeper::Layout(const v1::ShardSpec& spec) const {
@@ -70,16 +99,20 @@ absl::StatusOr<ShardLayout> ShardKeeper::Layout(const v1::ShardSpec& spec) const
 ModelShardOptions ShardKeeper::ShardOptions(const v1::ShardSpec& spec) const {
   return {.dtype = options_.dtype,
           .quantization = options_.quantization,
+          .quantize_activations = QuantizesActivations(),
           .max_tokens_per_step = static_cast<int>(spec.max_tokens_per_step()),
           .max_logit_rows = static_cast<int>(spec.max_logit_rows()),
-          .max_model_len = static_cast<int>(spec.max_model_len())};
+          .max_sequences = static_cast<int>(spec.max_sequences()),
+          .max_model_len = static_cast<int>(spec.max_model_len()),
+          .kv_cache_dtype = options_.kv_cache_dtype,
+          .block_size = static_cast<int>(spec.block_size())};
 }
 
 absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) const {
   RETURN_IF_ERROR(CheckSpec(spec));
   ASSIGN_OR_RETURN(const ShardLayout layout, Layout(spec));
   ASSIGN_OR_RETURN(const ModelShard::Footprint footprint,
-                   ModelShard::Plan(ShardOptions(spec), config_, layout, *checkpoint_));
+                   ModelShard::Plan(ShardOptions(spec), config_, layout, *source_, *device_));
   const KvCacheOptions kv_cache = {.dtype = options_.kv_cache_dtype,
                                    .block_size = static_cast<int>(spec.block_size())};
   const uint32_t sharing = device_->shares_host_memory() ? spec.workers_on_this_host() : 1;
@@ -105,7 +138,8 @@ SlotTableOptions ShardKeeper::SlotLimits(const v1::ShardSpec& spec, int num_kv_b
           .num_kv_blocks = num_kv_blocks};
 }
 
-absl::StatusOr<ModelShard*> ShardKeeper::Load(const v1::ShardSpec& spec, LoadProgress progress) {
+absl::StatusOr<ModelShard*> ShardKeeper::Load(const v1::ShardSpec& spec,
+                                              const LoadProgress& progress) {
   RETURN_IF_ERROR(CheckSpec(spec));
   const ModelShardOptions options = ShardOptions(spec);
   const LoadedShard wanted = {.rank = static_cast<int>(spec.rank()),
@@ -113,15 +147,17 @@ absl::StatusOr<ModelShard*> ShardKeeper::Load(const v1::ShardSpec& spec, LoadPro
                               .enable_expert_parallel = spec.enable_expert_parallel(),
                               .max_tokens_per_step = options.max_tokens_per_step,
                               .max_logit_rows = options.max_logit_rows,
-                              .max_model_len = options.max_model_len};
+                              .max_sequences = options.max_sequences,
+                              .max_model_len = options.max_model_len,
+                              .block_size = options.block_size};
   if (loaded_ == wanted) return shard_.get();
 
   // The old one goes first: there may be no room for both.
   loaded_.reset();
   shard_.reset();
   ASSIGN_OR_RETURN(const ShardLayout layout, Layout(spec));
-  ASSIGN_OR_RETURN(shard_, ModelShard::Load(options, config_, layout, *checkpoint_, *device_,
-                                            std::move(progress)));
+  ASSIGN_OR_RETURN(shard_,
+                   ModelShard::Load(options, config_, layout, *source_, *device_, progress));
   loaded_ = wanted;
   return shard_.get();
 }
@@ -134,7 +170,8 @@ absl::StatusOr<std::unique_ptr<KvCache>> ShardKeeper::CreateKvCache(int block_si
 }
 
 std::string FlagNameOf(DType dtype) {
-  CHECK(dtype == DType::kF32 || dtype == DType::kBF16) << NameOf(dtype);
+  CHECK(dtype != DType::kI32);
+  if (dtype == DType::kF8E4M3) return "fp8";
   return dtype == DType::kF32 ? "float32" : "bfloat16";
 }
 

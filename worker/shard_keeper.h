@@ -15,6 +15,7 @@
 #include "worker/model_shard.h"
 #include "worker/safetensors.h"
 #include "worker/slot_table.h"
+#include "worker/weight_source.h"
 
 namespace fathom {
 
@@ -23,11 +24,25 @@ class DescribeResponse;
 class ShardSpec;
 }  // namespace v1
 
+// Whether linear layers with F8_E4M3 weights read F8_E4M3 activations.
+enum class ActivationQuantization {
+  kAuto,  // on a device whose memory is its own, if linear layers have such weights
+  kNone,
+  kFp8,
+};
+
+enum class LoadFormat {
+  kAuto,   // *.safetensors of the folder
+  kDummy,  // random numbers (RandomWeights): the folder needs no more than config.json
+};
+
 struct ShardKeeperOptions {
   std::string model_directory;
   DType dtype = DType::kF32;           // of activations
-  DType kv_cache_dtype = DType::kF32;  // kF32 or kBF16
+  DType kv_cache_dtype = DType::kF32;  // kF32, kBF16 or kF8E4M3
   Quantization quantization = Quantization::kNone;
+  ActivationQuantization activation_quantization = ActivationQuantization::kNone;
+  LoadFormat load_format = LoadFormat::kAuto;
   MemoryPlanOptions memory = {};
   // Memory that the workers of this host share; of a GPU, which a worker has to itself, what is
   // there for it.
@@ -41,14 +56,17 @@ struct LoadedShard {
   bool enable_expert_parallel = false;
   int max_tokens_per_step = 0;
   int max_logit_rows = 0;
+  int max_sequences = 0;
   int max_model_len = 0;  // as asked for; 0: the model's own
+  int block_size = 0;
   bool operator==(const LoadedShard&) const = default;
 };
 
 class ShardKeeper {
  public:
   // Reads config.json and the checkpoint's headers. Errors as of ReadModelConfig,
-  // Checkpoint::Open and ModelShard::CheckAgreement.
+  // Checkpoint::Open and ModelShard::CheckAgreement; InvalidArgument for F8_E4M3 activations
+  // without such weights.
   static absl::StatusOr<std::unique_ptr<ShardKeeper>> Open(const ShardKeeperOptions& options,
                                                            std::unique_ptr<Device> device);
 
@@ -64,31 +82,32 @@ class ShardKeeper {
 
   // Not thread-safe: one Join at a time.
   // The shard, loaded now unless it is there already. It stays until another one is loaded.
-  absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, LoadProgress progress);
+  absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, const LoadProgress& progress);
   absl::StatusOr<std::unique_ptr<KvCache>> CreateKvCache(int block_size, int num_kv_blocks);
   Device& device() { return *device_; }
 
  private:
-  ShardKeeper(const ShardKeeperOptions& options, ModelConfig config,
-              std::unique_ptr<Checkpoint> checkpoint, std::unique_ptr<Device> device)
-      : options_(options),
-        config_(std::move(config)),
-        checkpoint_(std::move(checkpoint)),
-        device_(std::move(device)) {}
+  ShardKeeper(const ShardKeeperOptions& options, ModelConfig config, std::unique_ptr<Device> device)
+      : options_(options), config_(std::move(config)), device_(std::move(device)) {}
 
+  // Finds the weights.
+  absl::Status OpenSource();
+  bool HasFp8Weights() const;
+  bool QuantizesActivations() const;
   ModelShardOptions ShardOptions(const v1::ShardSpec& spec) const;
   absl::StatusOr<ShardLayout> Layout(const v1::ShardSpec& spec) const;
 
   const ShardKeeperOptions options_;
   const ModelConfig config_;
-  const std::unique_ptr<Checkpoint> checkpoint_;
   const std::unique_ptr<Device> device_;
+  std::unique_ptr<Checkpoint> checkpoint_;  // without tensors with kDummy
+  std::unique_ptr<WeightSource> source_;
 
   std::optional<LoadedShard> loaded_;
   std::unique_ptr<ModelShard> shard_;
 };
 
-// As in flags and in DescribeResponse: float32, bfloat16.
+// As in flags and in DescribeResponse: float32, bfloat16, fp8.
 std::string FlagNameOf(DType dtype);
 
 }  // namespace fathom

@@ -1,27 +1,22 @@
 #include "worker/weight_loader.h"
 
-#include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "kernels/number_formats.h"
 #include "worker/arena.h"
 
 namespace fathom {
 namespace {
 
-constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of one read
-// A gap between two column slices below this is read and dropped: the disk delivers whole pages.
-constexpr int64_t kSmallestGapBytes = 4096;
-
-constexpr std::initializer_list<DType> kPlainTypes = {DType::kF32, DType::kBF16};
-constexpr std::initializer_list<DType> kLinearTypes = {DType::kF32, DType::kBF16, DType::kF8E4M3};
-constexpr std::initializer_list<DType> kFactorTypes = {DType::kF32};
+constexpr DType kPlainTypes[] = {DType::kF32, DType::kBF16};
+constexpr DType kLinearTypes[] = {DType::kF32, DType::kBF16, DType::kF8E4M3};
+constexpr DType kFactorTypes[] = {DType::kF32};
 
 int64_t BlocksOf(int64_t size) { return (size + kFp8Block - 1) / kFp8Block; }
 
@@ -39,77 +34,105 @@ int64_t BytesOf(const MatrixPart& part, DType dtype) {
 
 std::string FactorsName(const std::string& name) { return absl::StrCat(name, "_scale_inv"); }
 
-// A tensor of the checkpoint with the type and shape that were expected of it.
-struct Source {
-  const Checkpoint::Entry* entry = nullptr;
-  DType dtype = DType::kF32;
-};
-
-absl::StatusOr<Source> FindSource(const Checkpoint& checkpoint, const std::string& name,
-                                  const std::vector<int64_t>& shape,
-                                  std::initializer_list<DType> types) {
-  std::vector<const char*> type_names;
-  for (DType type : types) type_names.push_back(NameOf(type));
-  const std::string expected =
-      absl::StrCat(absl::StrJoin(type_names, " or "), "[", absl::StrJoin(shape, ", "), "]");
-  const Checkpoint::Entry* entry = checkpoint.Find(name);
-  if (entry == nullptr) {
-    return absl::NotFoundError(absl::StrCat(checkpoint.directory(), ": tensor \"", name,
-                                            "\" is missing, expected ", expected));
-  }
-  for (DType type : types) {
-    if (entry->info->dtype == NameOf(type) && entry->info->shape == shape) {
-      return Source{.entry = entry, .dtype = type};
-    }
-  }
-  return absl::InvalidArgumentError(absl::StrCat(entry->file->path(), ": tensor \"", name, "\" is ",
-                                                 entry->info->DebugString(), ", expected ",
-                                                 expected));
+absl::StatusOr<DType> TypeOfMatrix(const WeightSource& source, const std::string& name,
+                                   const MatrixPart& part, absl::Span<const DType> types) {
+  return source.TypeOf(name, {part.num_rows, part.num_columns}, types);
 }
 
-absl::StatusOr<Source> FindMatrix(const Checkpoint& checkpoint, const std::string& name,
-                                  const MatrixPart& part, std::initializer_list<DType> types) {
-  return FindSource(checkpoint, name, {part.num_rows, part.num_columns}, types);
-}
-
-struct LinearSource {
-  Source values;
-  Source factors;  // F8_E4M3 only
-};
-
-absl::StatusOr<LinearSource> FindLinear(const Checkpoint& checkpoint,
-                                        const WeightLoaderOptions& options, const std::string& name,
-                                        const MatrixPart& part) {
-  LinearSource source;
-  ASSIGN_OR_RETURN(source.values, FindMatrix(checkpoint, name, part,
-                                             options.accept_fp8 ? kLinearTypes : kPlainTypes));
-  if (source.values.dtype == DType::kF8E4M3) {
-    ASSIGN_OR_RETURN(source.factors,
-                     FindMatrix(checkpoint, FactorsName(name), FactorsOf(part), kFactorTypes));
-  }
-  return source;
-}
-
-// How a linear layer is kept, given how the checkpoint stores it.
+// How a linear layer is stored, and how it is kept.
 struct LinearForm {
+  DType stored = DType::kF32;
   DType kept = DType::kF32;
   bool quantises = false;   // F8_E4M3 is made here, in blocks of the slice
   MatrixPart factors = {};  // F8_E4M3 only: which the slice has, of the checkpoint's or its own
+  int64_t rows = 0;
+  int64_t columns = 0;
   int row_offset = 0;
   int column_offset = 0;
+
+  int64_t factor_rows() const { return kept == DType::kF8E4M3 ? factors.rows.size() : 0; }
+  int64_t kept_bytes() const {
+    return rows * columns * SizeOf(kept) +
+           factor_rows() * factors.columns.size() * SizeOf(DType::kF32);
+  }
+  int64_t stored_bytes() const {
+    return rows * columns * SizeOf(stored) +
+           (quantises ? 0 : factor_rows() * factors.columns.size() * SizeOf(DType::kF32));
+  }
+  bool operator==(const LinearForm& other) const {
+    return stored == other.stored && rows == other.rows && columns == other.columns &&
+           row_offset == other.row_offset && column_offset == other.column_offset;
+  }
 };
 
 LinearForm FormOf(const WeightLoaderOptions& options, const MatrixPart& part, DType stored) {
+  LinearForm form = {
+      .stored = stored, .kept = stored, .rows = part.rows.size(), .columns = part.columns.size()};
   if (stored == DType::kF8E4M3) {
-    return {.kept = stored,
-            .factors = FactorsOf(part),
-            .row_offset = static_cast<int>(part.rows.begin % kFp8Block),
-            .column_offset = static_cast<int>(part.columns.begin % kFp8Block)};
+    form.factors = FactorsOf(part);
+    form.row_offset = static_cast<int>(part.rows.begin % kFp8Block);
+    form.column_offset = static_cast<int>(part.columns.begin % kFp8Block);
+  } else if (options.quantization == Quantization::kFp8) {
+    form.kept = DType::kF8E4M3;
+    form.quantises = true;
+    form.factors = FactorsOf(MatrixPart::Whole(form.rows, form.columns));
   }
-  if (options.quantization == Quantization::kNone) return {.kept = stored};
-  return {.kept = DType::kF8E4M3,
-          .quantises = true,
-          .factors = FactorsOf(MatrixPart::Whole(part.rows.size(), part.columns.size()))};
+  return form;
+}
+
+absl::StatusOr<LinearForm> FindLinear(const WeightSource& source,
+                                      const WeightLoaderOptions& options, const LinearPart& layer,
+                                      absl::Span<const DType> types) {
+  ASSIGN_OR_RETURN(const DType stored, TypeOfMatrix(source, layer.name, layer.part, types));
+  if (stored == DType::kF8E4M3) {
+    RETURN_IF_ERROR(
+        TypeOfMatrix(source, FactorsName(layer.name), FactorsOf(layer.part), kFactorTypes)
+            .status());
+  }
+  return FormOf(options, layer.part, stored);
+}
+
+absl::Span<const DType> LinearTypes(const WeightLoaderOptions& options) {
+  return options.accept_fp8 ? absl::MakeConstSpan(kLinearTypes) : absl::MakeConstSpan(kPlainTypes);
+}
+
+// The forms of the layers of a stack, the same for each expert.
+absl::StatusOr<std::vector<LinearForm>> FindStack(
+    const WeightSource& source, const WeightLoaderOptions& options,
+    const std::vector<std::vector<LinearPart>>& experts) {
+  std::vector<LinearForm> forms;
+  for (const LinearPart& layer : experts.front()) {
+    ASSIGN_OR_RETURN(forms.emplace_back(),
+                     FindLinear(source, options, layer, LinearTypes(options)));
+  }
+  for (const std::vector<LinearPart>& expert : experts) {
+    CHECK_EQ(expert.size(), forms.size());
+    for (size_t i = 0; i < forms.size(); ++i) {
+      ASSIGN_OR_RETURN(const LinearForm form,
+                       FindLinear(source, options, expert[i], {&forms[i].stored, 1}));
+      if (form == forms[i]) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("the slices of \"", expert[i].name, "\" and \"", experts.front()[i].name,
+                       "\" differ in size, or begin in different places of an FP8 block"));
+    }
+  }
+  return forms;
+}
+
+// Whether layers can stand one below the other in one Weight: their blocks of F8_E4M3 must go on
+// where those of the layer above end.
+bool LinesUp(const std::vector<LinearForm>& forms) {
+  int64_t row = forms.front().row_offset;
+  for (const LinearForm& form : forms) {
+    if (form.kept != forms.front().kept) return false;
+    if (form.kept == DType::kF8E4M3 &&
+        (form.column_offset != forms.front().column_offset || row % kFp8Block != form.row_offset)) {
+      return false;
+    }
+    if (&form != &forms.front() && form.row_offset != 0) return false;
+    row += form.rows;
+  }
+  return true;
 }
 
 template <typename... Fns>
@@ -121,11 +144,11 @@ Overloaded(Fns...) -> Overloaded<Fns...>;
 
 }  // namespace
 
-// Checks wishes against the headers and adds up their bytes.
+// Checks wishes against what the source has and adds up their bytes.
 class WeightPlanner {
  public:
-  WeightPlanner(const WeightLoaderOptions& options, const Checkpoint& checkpoint)
-      : options_(options), checkpoint_(checkpoint) {}
+  WeightPlanner(const WeightLoaderOptions& options, const WeightSource& source)
+      : options_(options), source_(source) {}
 
   absl::Status Add(const WeightLoader::Vector& wish);
   absl::Status Add(const WeightLoader::Table& wish);
@@ -136,53 +159,40 @@ class WeightPlanner {
 
  private:
   const WeightLoaderOptions& options_;
-  const Checkpoint& checkpoint_;
+  const WeightSource& source_;
   WeightLoader::Footprint total_;
 };
 
 absl::Status WeightPlanner::Add(const WeightLoader::Vector& wish) {
-  ASSIGN_OR_RETURN(const Source source,
-                   FindSource(checkpoint_, wish.name, {wish.size}, kPlainTypes));
+  ASSIGN_OR_RETURN(const DType type, source_.TypeOf(wish.name, {wish.size}, kPlainTypes));
   total_.weight_bytes += wish.size * SizeOf(DType::kF32);
-  total_.read_bytes += wish.size * SizeOf(source.dtype);
+  total_.read_bytes += wish.size * SizeOf(type);
   return absl::OkStatus();
 }
 
 absl::Status WeightPlanner::Add(const WeightLoader::Table& wish) {
-  ASSIGN_OR_RETURN(const Source source, FindMatrix(checkpoint_, wish.name, wish.part, kPlainTypes));
-  total_.weight_bytes += BytesOf(wish.part, source.dtype);
-  total_.read_bytes += BytesOf(wish.part, source.dtype);
+  ASSIGN_OR_RETURN(const DType type, TypeOfMatrix(source_, wish.name, wish.part, kPlainTypes));
+  total_.weight_bytes += BytesOf(wish.part, type);
+  total_.read_bytes += BytesOf(wish.part, type);
   return absl::OkStatus();
 }
 
 absl::Status WeightPlanner::Add(const WeightLoader::Linear& wish) {
-  ASSIGN_OR_RETURN(const LinearSource first,
-                   FindLinear(checkpoint_, options_, wish.names[0], wish.part));
-  const DType stored = first.values.dtype;
-  const LinearForm form = FormOf(options_, wish.part, stored);
-  const int64_t factor_bytes = form.kept == DType::kF8E4M3 ? BytesOf(form.factors, DType::kF32) : 0;
-  for (const std::string& name : wish.names) {
-    ASSIGN_OR_RETURN(const LinearSource source, FindLinear(checkpoint_, options_, name, wish.part));
-    if (source.values.dtype != stored) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          source.values.entry->file->path(), ": tensor \"", name, "\" is ",
-          NameOf(source.values.dtype), ", expected ", NameOf(stored), " like ", wish.names[0]));
-    }
-    total_.weight_bytes += BytesOf(wish.part, form.kept) + factor_bytes;
-    total_.read_bytes += BytesOf(wish.part, stored) + (form.quantises ? 0 : factor_bytes);
+  ASSIGN_OR_RETURN(const std::vector<LinearForm> forms, FindStack(source_, options_, wish.experts));
+  for (const LinearForm& form : forms) {
+    total_.weight_bytes += std::ssize(wish.experts) * form.kept_bytes();
+    total_.read_bytes += std::ssize(wish.experts) * form.stored_bytes();
   }
   return absl::OkStatus();
 }
 
 absl::Status WeightPlanner::Add(const WeightLoader::KvB& wish) {
-  ASSIGN_OR_RETURN(const LinearSource source,
-                   FindLinear(checkpoint_, options_, wish.name, wish.PartOfHead(0)));
-  const DType stored = source.values.dtype;
   for (int64_t head = wish.heads.begin; head < wish.heads.end; ++head) {
-    const MatrixPart part = wish.PartOfHead(head);
-    total_.weight_bytes += BytesOf(part, options_.dtype);
-    total_.read_bytes += BytesOf(part, stored);
-    if (stored == DType::kF8E4M3) total_.read_bytes += BytesOf(FactorsOf(part), DType::kF32);
+    const LinearPart layer = wish.Head(head);
+    ASSIGN_OR_RETURN(const LinearForm form, FindLinear(source_, {.accept_fp8 = options_.accept_fp8},
+                                                       layer, LinearTypes(options_)));
+    total_.weight_bytes += BytesOf(layer.part, options_.dtype);
+    total_.read_bytes += form.stored_bytes();
   }
   return absl::OkStatus();
 }
@@ -190,10 +200,10 @@ absl::Status WeightPlanner::Add(const WeightLoader::KvB& wish) {
 // The state of one Load.
 class WeightReader {
  public:
-  WeightReader(const WeightLoaderOptions& options, const Checkpoint& checkpoint, Device& device,
+  WeightReader(const WeightLoaderOptions& options, WeightSource& source, Device& device,
                const LoadProgress& progress, int64_t bytes_total)
       : options_(options),
-        checkpoint_(checkpoint),
+        source_(source),
         device_(device),
         progress_(progress),
         bytes_total_(bytes_total) {}
@@ -211,18 +221,22 @@ class WeightReader {
   absl::StatusOr<Tensor> Allocate(DType dtype, std::initializer_list<int64_t> shape);
   // Device memory for one conversion; the next call reuses it.
   absl::Status ReserveScratch(int64_t num_bytes);
-  absl::Status ReadPart(const Source& source, const MatrixPart& part, const Tensor& target);
-  absl::Status ReadHead(const WeightLoader::KvB& wish, const LinearSource& source, int64_t head);
+  absl::Status ReadPart(const std::string& name, DType type, const MatrixPart& part,
+                        const Tensor& target);
+  // Room for these layers one below the other, for so many experts: [E, N, K].
+  absl::StatusOr<Weight> AllocateStack(absl::Span<const LinearForm> forms, int64_t num_experts);
+  // Fills `target`, [N, K].
+  absl::Status ReadLayer(const LinearPart& layer, const LinearForm& form, const Weight& target);
+  absl::Status ReadHead(const WeightLoader::KvB& wish, DType stored, int64_t head);
   void Advance(int64_t num_bytes);
 
   const WeightLoaderOptions& options_;
-  const Checkpoint& checkpoint_;
+  WeightSource& source_;
   Device& device_;
   const LoadProgress& progress_;
   const int64_t bytes_total_;
   int64_t bytes_done_ = 0;
   std::vector<Buffer> buffers_;
-  std::vector<char> staging_;  // what was read last, on the host
   Buffer scratch_;
 };
 
@@ -245,130 +259,115 @@ void WeightReader::Advance(int64_t num_bytes) {
   if (progress_) progress_(bytes_done_, bytes_total_);
 }
 
-absl::Status WeightReader::ReadPart(const Source& source, const MatrixPart& part,
+absl::Status WeightReader::ReadPart(const std::string& name, DType type, const MatrixPart& part,
                                     const Tensor& target) {
-  const SafetensorsFile& file = *source.entry->file;
-  const int64_t element_bytes = SizeOf(source.dtype);
-  const int64_t row_bytes = part.num_columns * element_bytes;
-  const int64_t slice_bytes = part.columns.size() * element_bytes;
-  const bool reads_across = row_bytes - slice_bytes < kSmallestGapBytes;
-  const int64_t rows_per_piece =
-      std::max<int64_t>(1, kPieceBytes / (reads_across ? row_bytes : slice_bytes));
-  const int64_t first =
-      source.entry->info->file_offset + part.columns.begin * element_bytes;  // of row 0
-
-  for (int64_t row = part.rows.begin; row < part.rows.end; row += rows_per_piece) {
-    const int64_t num_rows = std::min(rows_per_piece, part.rows.end - row);
-    if (reads_across) {
-      staging_.resize((num_rows - 1) * row_bytes + slice_bytes);
-      RETURN_IF_ERROR(file.Read(first + row * row_bytes, staging_.size(), staging_.data()));
-      for (int64_t i = 1; i < num_rows && slice_bytes < row_bytes; ++i) {
-        std::memmove(&staging_[i * slice_bytes], &staging_[i * row_bytes], slice_bytes);
-      }
-    } else {
-      staging_.resize(num_rows * slice_bytes);
-      for (int64_t i = 0; i < num_rows; ++i) {
-        RETURN_IF_ERROR(
-            file.Read(first + (row + i) * row_bytes, slice_bytes, &staging_[i * slice_bytes]));
-      }
-    }
-    const int64_t target_row = row - part.rows.begin;
-    device_.CopyFromHost(staging_.data(), target.Slice(0, target_row, target_row + num_rows));
-    Advance(num_rows * slice_bytes);
-  }
-  return absl::OkStatus();
+  return source_.ReadMatrix(name, type, part, device_, target,
+                            [this](int64_t num_bytes) { Advance(num_bytes); });
 }
 
 absl::Status WeightReader::Read(const WeightLoader::Vector& wish) {
-  ASSIGN_OR_RETURN(const Source source,
-                   FindSource(checkpoint_, wish.name, {wish.size}, kPlainTypes));
-  const int64_t num_bytes = wish.size * SizeOf(source.dtype);
-  staging_.resize(num_bytes);
-  RETURN_IF_ERROR(
-      source.entry->file->Read(source.entry->info->file_offset, num_bytes, staging_.data()));
+  ASSIGN_OR_RETURN(const DType type, source_.TypeOf(wish.name, {wish.size}, kPlainTypes));
   std::vector<float> values(wish.size);
-  if (source.dtype == DType::kF32) {
-    std::memcpy(values.data(), staging_.data(), num_bytes);
-  } else {
-    for (int64_t i = 0; i < wish.size; ++i) {
-      BFloat16 value;
-      std::memcpy(&value, &staging_[i * sizeof(value)], sizeof(value));
-      values[i] = ToFloat(value);
-    }
-  }
+  RETURN_IF_ERROR(source_.ReadVector(wish.name, type, values));
   ASSIGN_OR_RETURN(*wish.out, Allocate(DType::kF32, {wish.size}));
   device_.CopyFromHost(values.data(), *wish.out);
-  Advance(num_bytes);
+  Advance(wish.size * SizeOf(type));
   return absl::OkStatus();
 }
 
 absl::Status WeightReader::Read(const WeightLoader::Table& wish) {
-  ASSIGN_OR_RETURN(const Source source, FindMatrix(checkpoint_, wish.name, wish.part, kPlainTypes));
-  ASSIGN_OR_RETURN(*wish.out,
-                   Allocate(source.dtype, {wish.part.rows.size(), wish.part.columns.size()}));
-  return ReadPart(source, wish.part, *wish.out);
+  ASSIGN_OR_RETURN(const DType type, TypeOfMatrix(source_, wish.name, wish.part, kPlainTypes));
+  ASSIGN_OR_RETURN(*wish.out, Allocate(type, {wish.part.rows.size(), wish.part.columns.size()}));
+  return ReadPart(wish.name, type, wish.part, *wish.out);
+}
+
+absl::StatusOr<Weight> WeightReader::AllocateStack(absl::Span<const LinearForm> forms,
+                                                   int64_t num_experts) {
+  const LinearForm& first = forms.front();
+  int64_t rows = 0, factor_rows = 0;
+  for (const LinearForm& form : forms) {
+    rows += form.rows;
+    factor_rows += form.factor_rows();
+  }
+  Weight stack = {.values = {},
+                  .scale_inv = {},
+                  .row_offset = first.row_offset,
+                  .column_offset = first.column_offset};
+  ASSIGN_OR_RETURN(stack.values, Allocate(first.kept, {num_experts, rows, first.columns}));
+  if (first.kept != DType::kF8E4M3) return stack;
+  ASSIGN_OR_RETURN(stack.scale_inv,
+                   Allocate(DType::kF32, {num_experts, factor_rows, first.factors.columns.size()}));
+  return stack;
+}
+
+absl::Status WeightReader::ReadLayer(const LinearPart& layer, const LinearForm& form,
+                                     const Weight& target) {
+  if (form.quantises) {
+    RETURN_IF_ERROR(ReserveScratch(BytesOf(layer.part, form.stored)));
+    const Tensor slice(scratch_.data(), form.stored, {form.rows, form.columns});
+    RETURN_IF_ERROR(ReadPart(layer.name, form.stored, layer.part, slice));
+    device_.ops().QuantizeFp8(slice, target);
+    return absl::OkStatus();
+  }
+  RETURN_IF_ERROR(ReadPart(layer.name, form.stored, layer.part, target.values));
+  if (!target.scale_inv.present()) return absl::OkStatus();
+  return ReadPart(FactorsName(layer.name), DType::kF32, form.factors, target.scale_inv);
 }
 
 absl::Status WeightReader::Read(const WeightLoader::Linear& wish) {
-  ASSIGN_OR_RETURN(const LinearSource first,
-                   FindLinear(checkpoint_, options_, wish.names[0], wish.part));
-  const DType stored = first.values.dtype;
-  const LinearForm form = FormOf(options_, wish.part, stored);
-
-  // Everything is made as a stack; a single layer is a stack of one without its first dimension.
-  const int64_t count = static_cast<int64_t>(wish.names.size());
-  const int64_t rows = wish.part.rows.size(), columns = wish.part.columns.size();
-  Weight stack = {.values = {},
-                  .scale_inv = {},
-                  .row_offset = form.row_offset,
-                  .column_offset = form.column_offset};
-  ASSIGN_OR_RETURN(stack.values, Allocate(form.kept, {count, rows, columns}));
-  if (form.kept == DType::kF8E4M3) {
-    ASSIGN_OR_RETURN(stack.scale_inv, Allocate(DType::kF32, {count, form.factors.rows.size(),
-                                                             form.factors.columns.size()}));
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    ASSIGN_OR_RETURN(const LinearSource source,
-                     FindLinear(checkpoint_, options_, wish.names[i], wish.part));
-    if (form.quantises) {
-      RETURN_IF_ERROR(ReserveScratch(BytesOf(wish.part, stored)));
-      const Tensor slice(scratch_.data(), stored, {rows, columns});
-      RETURN_IF_ERROR(ReadPart(source.values, wish.part, slice));
-      device_.ops().QuantizeFp8(slice,
-                                {.values = stack.values[i], .scale_inv = stack.scale_inv[i]});
-      continue;
+  ASSIGN_OR_RETURN(const std::vector<LinearForm> forms, FindStack(source_, options_, wish.experts));
+  // All layers in one stack, or each in one of its own.
+  const size_t layers_per_stack = LinesUp(forms) ? forms.size() : 1;
+  std::vector<Weight> stacks;
+  for (size_t first = 0; first < forms.size(); first += layers_per_stack) {
+    const auto stacked = absl::MakeConstSpan(forms).subspan(first, layers_per_stack);
+    ASSIGN_OR_RETURN(Weight stack, AllocateStack(stacked, std::ssize(wish.experts)));
+    for (int64_t expert = 0; expert < std::ssize(wish.experts); ++expert) {
+      int64_t row = 0, factor_row = 0;
+      for (size_t i = 0; i < stacked.size(); ++i) {
+        const LinearForm& form = stacked[i];
+        Weight target = {.values = stack.values[expert].Slice(0, row, row + form.rows)};
+        row += form.rows;
+        if (stack.scale_inv.present()) {
+          const int64_t end = factor_row + form.factor_rows();
+          target.scale_inv = stack.scale_inv[expert].Slice(0, factor_row, end);
+          factor_row = end;
+        }
+        RETURN_IF_ERROR(ReadLayer(wish.experts[expert][first + i], form, target));
+      }
     }
-    RETURN_IF_ERROR(ReadPart(source.values, wish.part, stack.values[i]));
-    if (stack.scale_inv.present()) {
-      RETURN_IF_ERROR(ReadPart(source.factors, form.factors, stack.scale_inv[i]));
+    // A single layer is a stack of one without its first dimension.
+    if (!wish.is_stack) {
+      stack.values = stack.values[0];
+      if (stack.scale_inv.present()) stack.scale_inv = stack.scale_inv[0];
     }
+    stacks.push_back(stack);
   }
-  *wish.out = stack;
-  if (!wish.is_stack) {
-    wish.out->values = stack.values[0];
-    if (stack.scale_inv.present()) wish.out->scale_inv = stack.scale_inv[0];
-  }
+  std::visit(Overloaded{[&](Weight* out) { *out = stacks.front(); },
+                        [&](StackedLinear* out) { *out = StackedLinear(stacks); }},
+             wish.out);
   return absl::OkStatus();
 }
 
 absl::Status WeightReader::Read(const WeightLoader::KvB& wish) {
-  ASSIGN_OR_RETURN(const LinearSource source,
-                   FindLinear(checkpoint_, options_, wish.name, wish.PartOfHead(0)));
+  const LinearPart first = wish.Head(0);
+  ASSIGN_OR_RETURN(const DType stored,
+                   TypeOfMatrix(source_, first.name, first.part, LinearTypes(options_)));
   const int64_t heads = wish.heads.size();
   ASSIGN_OR_RETURN(*wish.w_uk, Allocate(options_.dtype, {heads, wish.kv_lora_rank, wish.nope_dim}));
   ASSIGN_OR_RETURN(*wish.w_uv, Allocate(options_.dtype, {heads, wish.v_dim, wish.kv_lora_rank}));
   for (int64_t head = wish.heads.begin; head < wish.heads.end; ++head) {
-    RETURN_IF_ERROR(ReadHead(wish, source, head));
+    RETURN_IF_ERROR(ReadHead(wish, stored, head));
   }
   return absl::OkStatus();
 }
 
-absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, const LinearSource& source,
-                                    int64_t head) {
-  const MatrixPart part = wish.PartOfHead(head);
+absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, DType type, int64_t head) {
+  const LinearPart layer = wish.Head(head);
+  const MatrixPart& part = layer.part;
   const MatrixPart factors = FactorsOf(part);
   const int64_t rows = part.rows.size(), rank = wish.kv_lora_rank;
-  const bool is_fp8 = source.values.dtype == DType::kF8E4M3;
+  const bool is_fp8 = type == DType::kF8E4M3;
 
   // The head as it is stored, its factors if any, and the head in the activations' type.
   Arena counted;
@@ -376,7 +375,7 @@ absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, const LinearS
   Weight stored = {.values = {}, .row_offset = static_cast<int>(part.rows.begin % kFp8Block)};
   const auto place = [&](Arena& arena) {
     plain = arena.Take(options_.dtype, {rows, rank});
-    stored.values = arena.Take(source.values.dtype, {rows, rank});
+    stored.values = arena.Take(type, {rows, rank});
     if (!is_fp8) return;
     stored.scale_inv = arena.Take(DType::kF32, {factors.rows.size(), factors.columns.size()});
   };
@@ -384,8 +383,10 @@ absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, const LinearS
   RETURN_IF_ERROR(ReserveScratch(counted.peak_bytes()));
   Arena placed(scratch_.data());
   place(placed);
-  RETURN_IF_ERROR(ReadPart(source.values, part, stored.values));
-  if (is_fp8) RETURN_IF_ERROR(ReadPart(source.factors, factors, stored.scale_inv));
+  RETURN_IF_ERROR(ReadPart(layer.name, type, part, stored.values));
+  if (is_fp8) {
+    RETURN_IF_ERROR(ReadPart(FactorsName(layer.name), DType::kF32, factors, stored.scale_inv));
+  }
   device_.ops().Dequantize(stored, plain);
 
   // [nope, R] becomes [R, nope] on the way through the host; the values' rows stay as they are.
@@ -414,14 +415,39 @@ void WeightLoader::AddTable(const std::string& name, const MatrixPart& part, Ten
   wishes_.push_back(Table{.name = name, .part = part, .out = &out});
 }
 
-void WeightLoader::AddLinear(const std::string& name, const MatrixPart& part, Weight& out) {
-  wishes_.push_back(Linear{.names = {name}, .part = part, .is_stack = false, .out = &out});
+void WeightLoader::AddLinear(const LinearPart& layer, Weight& out) {
+  wishes_.push_back(Linear{.experts = {{layer}}, .is_stack = false, .out = &out});
 }
 
-void WeightLoader::AddLinearStack(const std::vector<std::string>& names, const MatrixPart& part,
-                                  Weight& out) {
-  CHECK(!names.empty());
-  wishes_.push_back(Linear{.names = names, .part = part, .is_stack = true, .out = &out});
+void WeightLoader::AddStackedLinear(const std::vector<LinearPart>& layers, StackedLinear& out) {
+  CHECK(!layers.empty());
+  wishes_.push_back(Linear{.experts = {layers}, .is_stack = false, .out = &out});
+}
+
+std::vector<std::vector<LinearPart>> WeightLoader::OneLayerEach(
+    const std::vector<LinearPart>& experts) {
+  std::vector<std::vector<LinearPart>> layers;
+  for (const LinearPart& expert : experts) layers.push_back({expert});
+  return layers;
+}
+
+void WeightLoader::AddExperts(const std::vector<LinearPart>& experts, Weight& out) {
+  CHECK(!experts.empty());
+  wishes_.push_back(Linear{.experts = OneLayerEach(experts), .is_stack = true, .out = &out});
+}
+
+void WeightLoader::AddStackedExperts(const std::vector<std::vector<LinearPart>>& experts,
+                                     StackedLinear& out) {
+  CHECK(!experts.empty() && !experts.front().empty());
+  wishes_.push_back(Linear{.experts = experts, .is_stack = true, .out = &out});
+}
+
+bool WeightLoader::CanStack(const std::vector<LinearPart>& experts) const {
+  return CanStack(OneLayerEach(experts));
+}
+
+bool WeightLoader::CanStack(const std::vector<std::vector<LinearPart>>& experts) const {
+  return FindStack(source_, options_, experts).ok();
 }
 
 void WeightLoader::AddKvB(const std::string& name, const ModelConfig& config, const Range& heads,
@@ -436,14 +462,15 @@ void WeightLoader::AddKvB(const std::string& name, const ModelConfig& config, co
                         .w_uv = &w_uv});
 }
 
-MatrixPart WeightLoader::KvB::PartOfHead(int64_t head) const {
+LinearPart WeightLoader::KvB::Head(int64_t head) const {
   const int64_t head_rows = int64_t{nope_dim} + v_dim;
-  return MatrixPart::Rows(num_heads * head_rows, kv_lora_rank,
-                          {head * head_rows, (head + 1) * head_rows});
+  return {.name = name,
+          .part = MatrixPart::Rows(num_heads * head_rows, kv_lora_rank,
+                                   {head * head_rows, (head + 1) * head_rows})};
 }
 
 absl::StatusOr<WeightLoader::Footprint> WeightLoader::Plan() const {
-  WeightPlanner planner(options_, checkpoint_);
+  WeightPlanner planner(options_, source_);
   for (const Wish& wish : wishes_) {
     RETURN_IF_ERROR(std::visit([&](const auto& one) { return planner.Add(one); }, wish));
   }
@@ -453,7 +480,7 @@ absl::StatusOr<WeightLoader::Footprint> WeightLoader::Plan() const {
 absl::StatusOr<std::vector<Buffer>> WeightLoader::Load(Device& device,
                                                        const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const Footprint footprint, Plan());
-  WeightReader reader(options_, checkpoint_, device, progress, footprint.read_bytes);
+  WeightReader reader(options_, source_, device, progress, footprint.read_bytes);
   for (const Wish& wish : wishes_) {
     RETURN_IF_ERROR(std::visit([&](const auto& one) { return reader.Read(one); }, wish));
   }
@@ -471,7 +498,9 @@ std::vector<std::string> WeightLoader::Names() const {
     std::visit(Overloaded{[&](const Vector& one) { names.push_back(one.name); },
                           [&](const Table& one) { names.push_back(one.name); },
                           [&](const Linear& one) {
-                            for (const std::string& name : one.names) add_linear(name);
+                            for (const auto& layers : one.experts) {
+                              for (const LinearPart& layer : layers) add_linear(layer.name);
+                            }
                           },
                           [&](const KvB& one) { add_linear(one.name); }},
                wish);

@@ -1,10 +1,8 @@
 // Checkpoint names to device tensors: reads this rank's slices and nothing else.
 //
-// Layers first say what they want (Add...), then Plan() checks names, types and shapes against the
-// checkpoint's headers and counts bytes, and Load() reads. Row slices are one read; column slices
-// are one read per row, or, where rows are so short that the disk delivers the gaps anyway, reads
-// that run across. Above what it loads it needs a few MiB and, where a type is converted, one
-// tensor's slice.
+// Layers first say what they want (Add...), then Plan() checks names, types and shapes against what
+// the source has and counts bytes, and Load() reads. Above what it loads it needs a few MiB and,
+// where a type is converted, one tensor's slice.
 //
 // Errors: NotFound for a missing tensor, InvalidArgument for a wrong type or shape, with file,
 // name, what was found and what was expected; DataLoss when reading fails; ResourceExhausted when
@@ -22,8 +20,10 @@
 #include "kernels/device.h"
 #include "kernels/ops.h"
 #include "kernels/tensor.h"
-#include "worker/safetensors.h"
+#include "worker/model_config.h"
 #include "worker/shard_layout.h"
+#include "worker/stacked_linear.h"
+#include "worker/weight_source.h"
 
 namespace fathom {
 
@@ -38,29 +38,17 @@ struct WeightLoaderOptions {
   bool accept_fp8 = false;                          // config.json announces F8_E4M3 weights
 };
 
-// A rectangle of a checkpoint's matrix.
-struct MatrixPart {
-  int64_t num_rows = 0;  // of the whole matrix
-  int64_t num_columns = 0;
-  Range rows;  // the part
-  Range columns;
-
-  static MatrixPart Whole(int64_t num_rows, int64_t num_columns) {
-    return {num_rows, num_columns, {0, num_rows}, {0, num_columns}};
-  }
-  static MatrixPart Rows(int64_t num_rows, int64_t num_columns, const Range& rows) {
-    return {num_rows, num_columns, rows, {0, num_columns}};
-  }
-  static MatrixPart Columns(int64_t num_rows, int64_t num_columns, const Range& columns) {
-    return {num_rows, num_columns, {0, num_rows}, columns};
-  }
+// A linear layer of the checkpoint and the part of it that is wanted.
+struct LinearPart {
+  std::string name;
+  MatrixPart part;
 };
 
 class WeightLoader {
  public:
-  // `checkpoint` must outlive the loader.
-  WeightLoader(const WeightLoaderOptions& options, const Checkpoint& checkpoint)
-      : options_(options), checkpoint_(checkpoint) {}
+  // `source` must outlive the loader.
+  WeightLoader(const WeightLoaderOptions& options, WeightSource& source)
+      : options_(options), source_(source) {}
 
   // What is wanted. The outputs must stay in place until Load.
 
@@ -69,9 +57,17 @@ class WeightLoader {
   // A matrix that is never quantised (embedding, head, router).   F32 or BF16, as in the checkpoint
   void AddTable(const std::string& name, const MatrixPart& part, Tensor& out);
   // A linear layer.   F32, BF16 or F8_E4M3 with NAME_scale_inv, as in the checkpoint or quantised
-  void AddLinear(const std::string& name, const MatrixPart& part, Weight& out);
-  // The same part of one linear layer per expert.   out [E, rows, columns]
-  void AddLinearStack(const std::vector<std::string>& names, const MatrixPart& part, Weight& out);
+  void AddLinear(const LinearPart& layer, Weight& out);
+  // Layers of the same width, one below the other; see StackedLinear for when they stay apart.
+  void AddStackedLinear(const std::vector<LinearPart>& layers, StackedLinear& out);
+  // The same for experts, each with equally large parts of as many layers, in the same types.
+  //   out [E, rows, columns]
+  void AddExperts(const std::vector<LinearPart>& experts, Weight& out);
+  void AddStackedExperts(const std::vector<std::vector<LinearPart>>& experts, StackedLinear& out);
+  // Whether Plan would find them as AddExperts and AddStackedExperts want them.
+  bool CanStack(const std::vector<LinearPart>& experts) const;
+  bool CanStack(const std::vector<std::vector<LinearPart>>& experts) const;
+
   // kv_b_proj, split for attention in the latent space and dequantised to the activations' type.
   //   checkpoint [num_attention_heads * (nope + v), R], per head first the keys' rows
   //   w_uk [A, R, nope], transposed   w_uv [A, v, R]
@@ -105,10 +101,9 @@ class WeightLoader {
     Tensor* out;
   };
   struct Linear {
-    std::vector<std::string> names;  // one, or one per expert of a stack
-    MatrixPart part;
-    bool is_stack;
-    Weight* out;
+    std::vector<std::vector<LinearPart>> experts;  // one, or one per expert of a stack
+    bool is_stack;                                 // whether the result has a dimension of experts
+    std::variant<Weight*, StackedLinear*> out;     // the first for single layers
   };
   struct KvB {
     std::string name;
@@ -116,12 +111,13 @@ class WeightLoader {
     Range heads;
     Tensor* w_uk;
     Tensor* w_uv;
-    MatrixPart PartOfHead(int64_t head) const;
+    LinearPart Head(int64_t head) const;
   };
+  static std::vector<std::vector<LinearPart>> OneLayerEach(const std::vector<LinearPart>& experts);
   using Wish = std::variant<Vector, Table, Linear, KvB>;
 
   const WeightLoaderOptions options_;
-  const Checkpoint& checkpoint_;
+  WeightSource& source_;
   std::vector<Wish> wishes_;
 };
 

@@ -237,7 +237,7 @@ TEST(ModelVariantTest, AnExpertOfAnotherTypeIsRefused) {
   FileTensor& tensor = variant.tensors()["model.layers.1.mlp.experts.2.up_proj.weight"];
   tensor = {"BF16", tensor.shape, tensor.bytes + tensor.bytes};
   EXPECT_THAT(variant.Refusal(),
-              HasSubstr("experts.2.up_proj.weight\" is BF16, expected F8_E4M3 like"));
+              HasSubstr("experts.2.up_proj.weight\" is BF16[128, 256], expected F8_E4M3["));
 }
 
 TEST(ModelVariantTest, WrongShapesAreRefusedWithWhatWasFoundAndExpected) {

@@ -24,18 +24,19 @@ TEST_P(ShardFootprintTest, IsWhatIsAllocatedToTheByte) {
   const auto config = *ReadModelConfig(GoldenCheckpoint(model));
   const auto layout = *ShardLayout::Create(layout_options, config);
   const auto checkpoint = *Checkpoint::Open(GoldenCheckpoint(model));
-  const auto plan = *ModelShard::Plan(options, config, layout, *checkpoint);
-
+  CheckpointWeights source(*checkpoint);
   CountingDevice device;
+  const auto plan = *ModelShard::Plan(options, config, layout, source, device);
+
   int64_t bytes_done = 0, bytes_total = 0, weights_peak_bytes = 0;
-  const auto shard = ModelShard::Load(options, config, layout, *checkpoint, device,
-                                      [&](int64_t done, int64_t total) {
-                                        EXPECT_GT(done, bytes_done);
-                                        EXPECT_LE(done, total);
-                                        bytes_done = done;
-                                        bytes_total = total;
-                                        weights_peak_bytes = device.peak_bytes();
-                                      });
+  const auto shard =
+      ModelShard::Load(options, config, layout, source, device, [&](int64_t done, int64_t total) {
+        EXPECT_GT(done, bytes_done);
+        EXPECT_LE(done, total);
+        bytes_done = done;
+        bytes_total = total;
+        weights_peak_bytes = device.peak_bytes();
+      });
   ASSERT_TRUE(shard.ok()) << shard.status();
   EXPECT_EQ(device.live_bytes(), plan.weight_bytes + plan.activation_bytes);
   EXPECT_EQ(bytes_done, bytes_total);

@@ -23,6 +23,7 @@
 #include "worker/shard_layout.h"
 #include "worker/staged_communicator.h"
 #include "worker/step_batch.h"
+#include "worker/weight_source.h"
 
 namespace fathom {
 
@@ -63,6 +64,10 @@ class ShardGroup {
     ASSIGN_OR_RETURN(group->config_, ReadModelConfig(directory));
     ASSIGN_OR_RETURN(const auto checkpoint, Checkpoint::Open(directory));
     RETURN_IF_ERROR(ModelShard::CheckAgreement(group->config_, *checkpoint));
+    CheckpointWeights source(*checkpoint);
+    ModelShardOptions shard_options = options.shard;
+    shard_options.kv_cache_dtype = options.kv_cache.dtype;
+    shard_options.block_size = options.kv_cache.block_size;
     for (int rank = 0; rank < options.world_size; ++rank) {
       ASSIGN_OR_RETURN(
           const ShardLayout layout,
@@ -72,8 +77,8 @@ class ShardGroup {
                               group->config_));
       Rank& one = group->ranks_.emplace_back();
       ASSIGN_OR_RETURN(one.device, OpenDevice(options.device));
-      ASSIGN_OR_RETURN(one.shard, ModelShard::Load(options.shard, group->config_, layout,
-                                                   *checkpoint, *one.device, nullptr));
+      ASSIGN_OR_RETURN(one.shard, ModelShard::Load(shard_options, group->config_, layout, source,
+                                                   *one.device, nullptr));
       ASSIGN_OR_RETURN(one.kv_cache,
                        KvCache::Create(options.kv_cache, group->config_, *one.device));
       one.communicator = std::make_unique<ThreadCommunicator>(rank, group->meeting_);

@@ -50,7 +50,8 @@ class WeightLoaderTest : public testing::Test {
     WriteCheckpoint(directory_.path(), "{}", tensors_);
     const auto checkpoint = Checkpoint::Open(directory_.path());
     CHECK(checkpoint.ok()) << checkpoint.status();
-    WeightLoader loader(options, **checkpoint);
+    CheckpointWeights source(**checkpoint);
+    WeightLoader loader(options, source);
     add(loader);
     absl::StatusOr<std::vector<Buffer>> buffers = loader.Load(*device_, nullptr);
     if (!buffers.ok()) return buffers.status();
@@ -62,7 +63,7 @@ class WeightLoaderTest : public testing::Test {
   void ExpectPart(const std::string& name, const MatrixPart& part) {
     Weight weight;
     ASSERT_TRUE(Load({.accept_fp8 = true}, [&](WeightLoader& loader) {
-                  loader.AddLinear(name, part, weight);
+                  loader.AddLinear({name, part}, weight);
                 }).ok());
     const int64_t rows = part.rows.size(), columns = part.columns.size();
     std::vector<float> values(rows * columns);
@@ -122,8 +123,8 @@ TEST_F(WeightLoaderTest, StacksHoldTheSamePartOfEachExpert) {
   AddMatrix("e1.weight", "F8_E4M3", 256, 200);
   Weight stack;
   ASSERT_TRUE(Load({.accept_fp8 = true}, [&](WeightLoader& loader) {
-                loader.AddLinearStack({"e0.weight", "e1.weight"},
-                                      MatrixPart::Rows(256, 200, {96, 192}), stack);
+                const MatrixPart part = MatrixPart::Rows(256, 200, {96, 192});
+                loader.AddExperts({{"e0.weight", part}, {"e1.weight", part}}, stack);
               }).ok());
   EXPECT_EQ(stack.values.DebugString(), "F8_E4M3[2, 96, 200]");
   EXPECT_EQ(stack.scale_inv.DebugString(), "F32[2, 2, 2]");
@@ -141,7 +142,7 @@ TEST_F(WeightLoaderTest, AStackOfOneIsStillAStack) {
   AddMatrix("e.weight", "BF16", 4, 6);
   Weight stack;
   ASSERT_TRUE(Load({}, [&](WeightLoader& loader) {
-                loader.AddLinearStack({"e.weight"}, MatrixPart::Whole(4, 6), stack);
+                loader.AddExperts({{"e.weight", MatrixPart::Whole(4, 6)}}, stack);
               }).ok());
   EXPECT_EQ(stack.values.DebugString(), "BF16[1, 4, 6]");
 }
@@ -152,7 +153,7 @@ TEST_F(WeightLoaderTest, QuantisesSlicesInBlocksOfTheirOwn) {
   const MatrixPart part = MatrixPart::Rows(300, 200, {50, 250});
   Weight weight;
   ASSERT_TRUE(Load({.quantization = Quantization::kFp8}, [&](WeightLoader& loader) {
-                loader.AddLinear("w.weight", part, weight);
+                loader.AddLinear({"w.weight", part}, weight);
               }).ok());
   EXPECT_EQ(weight.values.DebugString(), "F8_E4M3[200, 200]");
   EXPECT_EQ(weight.scale_inv.DebugString(), "F32[2, 2]");
@@ -230,9 +231,10 @@ TEST_F(WeightLoaderTest, RanksTogetherReadEveryByteOnce) {
   int64_t read_bytes = 0;
   for (int64_t rank = 0; rank < 4; ++rank) {
     Weight rows, columns;
-    WeightLoader loader({}, *checkpoint);
-    loader.AddLinear("rows.weight", MatrixPart::Rows(64, 32, {rank * 16, rank * 16 + 16}), rows);
-    loader.AddLinear("columns.weight", MatrixPart::Columns(64, 32, {rank * 8, rank * 8 + 8}),
+    CheckpointWeights source(*checkpoint);
+    WeightLoader loader({}, source);
+    loader.AddLinear({"rows.weight", MatrixPart::Rows(64, 32, {rank * 16, rank * 16 + 16})}, rows);
+    loader.AddLinear({"columns.weight", MatrixPart::Columns(64, 32, {rank * 8, rank * 8 + 8})},
                      columns);
     read_bytes += loader.Plan()->read_bytes;
   }
@@ -251,12 +253,12 @@ TEST_F(WeightLoaderTest, WhatIsNotAsExpectedIsNamedWithFileAndBoth) {
   };
   EXPECT_THAT(
       refusal([&](WeightLoader& loader) {
-        loader.AddLinear("absent.weight", MatrixPart::Whole(4, 6), weight);
+        loader.AddLinear({"absent.weight", MatrixPart::Whole(4, 6)}, weight);
       }),
       AllOf(HasSubstr(directory_.path()), HasSubstr("tensor \"absent.weight\" is missing, "
                                                     "expected F32 or BF16 or F8_E4M3[4, 6]")));
   EXPECT_THAT(refusal([&](WeightLoader& loader) {
-                loader.AddLinear("w.weight", MatrixPart::Whole(4, 7), weight);
+                loader.AddLinear({"w.weight", MatrixPart::Whole(4, 7)}, weight);
               }),
               HasSubstr("model.safetensors: tensor \"w.weight\" is BF16[4, 6], "
                         "expected F32 or BF16 or F8_E4M3[4, 7]"));
@@ -267,7 +269,7 @@ TEST_F(WeightLoaderTest, WhatIsNotAsExpectedIsNamedWithFileAndBoth) {
               }),
               HasSubstr("\"fp8.weight\" is F8_E4M3[200, 6], expected F32 or BF16[200, 6]"));
   EXPECT_THAT(refusal([&](WeightLoader& loader) {
-                loader.AddLinear("fp8.weight", MatrixPart::Whole(200, 6), weight);
+                loader.AddLinear({"fp8.weight", MatrixPart::Whole(200, 6)}, weight);
               }),
               HasSubstr("\"fp8.weight_scale_inv\" is I32[2, 1], expected F32[2, 1]"));
 }
