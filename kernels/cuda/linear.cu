@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/shape_checks.h"
 
@@ -26,6 +27,8 @@ struct Stack {
   const void* x;
   int64_t x_stride;         // elements, between rows
   int64_t x_matrix_stride;  // between what two matrices read
+  const float* x_factors;   // F8_E4M3 only: [rows of x, ⌈inputs / 128⌉]
+  int64_t x_factors_stride;
   // Sorted row i reads row rows_of_x[i] / rows_of_x_divisor of x; null: row i.
   const int* rows_of_x;
   int rows_of_x_divisor;
@@ -46,10 +49,17 @@ struct Stack {
   __device__ int end(int matrix) const {
     return offsets == nullptr ? num_rows : offsets[matrix + 1];
   }
+  __device__ int64_t source(int row) const {
+    return rows_of_x == nullptr ? row : rows_of_x[row] / rows_of_x_divisor;
+  }
   template <typename X>
-  __device__ const X* x_row(int matrix, int row) const {
-    const int64_t source = rows_of_x == nullptr ? row : rows_of_x[row] / rows_of_x_divisor;
+  __device__ const X* x_row(int matrix, int64_t source) const {
     return static_cast<const X*>(x) + matrix * x_matrix_stride + source * x_stride;
+  }
+  template <typename X>
+  __device__ float x_factor(int64_t source, int input) const {
+    if constexpr (sizeof(X) > 1) return 1.0f;
+    return x_factors[source * x_factors_stride + input / kFp8Block];
   }
   template <typename W>
   __device__ const W* weight_row(int matrix, int output) const {
@@ -101,6 +111,8 @@ __device__ void Load(const Element* from, float (&to)[kCount]) {
 // kAtOnce inputs per lane and load: 16 bytes of the weight, or 1 where rows are not aligned.
 template <typename X, typename W, int kAtOnce>
 __global__ __launch_bounds__(kThreads) void FewRowsKernel(const Stack stack) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
   const int matrix = blockIdx.y;
   const int output = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
@@ -108,12 +120,10 @@ __global__ __launch_bounds__(kThreads) void FewRowsKernel(const Stack stack) {
   const W* weight = stack.weight_row<W>(matrix, output);
   const int end = stack.end(matrix);
   for (int first = stack.begin(matrix); first < end; first += kFewRows) {
-    const X* rows[kFewRows];
+    int64_t sources[kFewRows];
     float sums[kFewRows] = {};
 #pragma unroll
-    for (int m = 0; m < kFewRows; ++m) {
-      rows[m] = stack.x_row<X>(matrix, min(first + m, end - 1));
-    }
+    for (int m = 0; m < kFewRows; ++m) sources[m] = stack.source(min(first + m, end - 1));
     for (int k = lane * kAtOnce; k < stack.inputs; k += kWarp * kAtOnce) {
       float w[kAtOnce];
       Load(weight + k, w);
@@ -122,11 +132,11 @@ __global__ __launch_bounds__(kThreads) void FewRowsKernel(const Stack stack) {
       for (int m = 0; m < kFewRows; ++m) {
         if (first + m < end) {
           float x[kAtOnce];
-          Load(rows[m] + k, x);
+          Load(stack.x_row<X>(matrix, sources[m]) + k, x);
           float sum = 0.0f;
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) sum += x[i] * w[i];
-          sums[m] += sum * factor;
+          sums[m] += sum * stack.x_factor<X>(sources[m], k) * factor;
         }
       }
     }
@@ -140,6 +150,8 @@ __global__ __launch_bounds__(kThreads) void FewRowsKernel(const Stack stack) {
 
 template <typename X, typename W>
 __global__ __launch_bounds__(kThreads) void TiledKernel(const Stack stack) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
   constexpr int kSide = 16;  // threads; each has 4 rows × 4 outputs, kSide apart
   constexpr int kEach = kTile / kSide;
   constexpr int kLoads = kTile * kTileInputs / kThreads;
@@ -153,11 +165,11 @@ __global__ __launch_bounds__(kThreads) void TiledKernel(const Stack stack) {
 
   for (int first = stack.begin(matrix) + blockIdx.y * kTile; first < end;
        first += gridDim.y * kTile) {
-    const X* rows[kLoads];
+    int64_t sources[kLoads];
     float sums[kEach][kEach] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      rows[i] = stack.x_row<X>(matrix, min(first + load_row + i * (kTile / kLoads), end - 1));
+      sources[i] = stack.source(min(first + load_row + i * (kTile / kLoads), end - 1));
     }
     for (int k = 0; k < stack.inputs; k += kTileInputs) {
       const int input = k + load_k;
@@ -165,7 +177,10 @@ __global__ __launch_bounds__(kThreads) void TiledKernel(const Stack stack) {
       for (int i = 0; i < kLoads; ++i) {
         const int row = load_row + i * (kTile / kLoads);
         const int output = first_output + row;
-        x_tile[load_k][row] = input < stack.inputs ? ToFloat(rows[i][input]) : 0.0f;
+        x_tile[load_k][row] = input < stack.inputs
+                                  ? ToFloat(stack.x_row<X>(matrix, sources[i])[input]) *
+                                        stack.x_factor<X>(sources[i], input)
+                                  : 0.0f;
         w_tile[load_k][row] = input < stack.inputs && output < stack.outputs
                                   ? ToFloat(stack.weight_row<W>(matrix, output)[input]) *
                                         stack.factor<W>(matrix, output, input)
@@ -201,10 +216,15 @@ __global__ __launch_bounds__(kThreads) void TiledKernel(const Stack stack) {
 
 // --- the host's side
 
-Stack StackOf(const Tensor& x, const Weight& weight, const LinearSizes& sizes, const Tensor& out) {
+Stack StackOf(const LinearInput& x, const Weight& weight, const LinearSizes& sizes,
+              const Tensor& out) {
   Stack stack = {};
-  stack.x = x.raw();
-  stack.x_stride = x.stride(0);
+  stack.x = x.values.raw();
+  stack.x_stride = x.values.stride(0);
+  if (x.quantized()) {
+    stack.x_factors = x.scales.data<float>();
+    stack.x_factors_stride = x.scales.stride(0);
+  }
   stack.num_rows = static_cast<int>(sizes.rows);
   stack.weight = weight.values.raw();
   stack.num_matrices = static_cast<int>(sizes.experts);
@@ -250,20 +270,23 @@ void Launch(const Stack& stack, cudaStream_t stream) {
     const dim3 blocks(blocks_of(stack.outputs, kThreads / kWarp), matrices);
     constexpr int kAtOnce = 16 / sizeof(W);
     if (IsAligned<X, W>(stack)) {
-      FewRowsKernel<X, W, kAtOnce><<<blocks, kThreads, 0, stream>>>(stack);
+      LaunchDependent(FewRowsKernel<X, W, kAtOnce>, {blocks, dim3(kThreads)}, stream, stack);
     } else {
-      FewRowsKernel<X, W, 1><<<blocks, kThreads, 0, stream>>>(stack);
+      LaunchDependent(FewRowsKernel<X, W, 1>, {blocks, dim3(kThreads)}, stream, stack);
     }
   } else {
     const unsigned row_tiles = std::min<unsigned>(kMostRowTiles, blocks_of(stack.num_rows, kTile));
     const dim3 blocks(blocks_of(stack.outputs, kTile), row_tiles, matrices);
-    TiledKernel<X, W><<<blocks, kThreads, 0, stream>>>(stack);
+    LaunchDependent(TiledKernel<X, W>, {blocks, dim3(kThreads)}, stream, stack);
   }
-  CUDA_CHECK(cudaGetLastError());
 }
 
 void Multiply(const Stack& stack, DType x_type, DType weight_type, cudaStream_t stream) {
   if (stack.num_rows == 0 || stack.outputs == 0 || stack.num_matrices == 0) return;
+  if (x_type == DType::kF8E4M3) {
+    Launch<__nv_fp8_e4m3, __nv_fp8_e4m3>(stack, stream);
+    return;
+  }
   VisitAct(x_type, [&](auto x) {
     VisitWeight(weight_type, [&](auto w) { Launch<decltype(x), decltype(w)>(stack, stream); });
   });
@@ -272,29 +295,33 @@ void Multiply(const Stack& stack, DType x_type, DType weight_type, cudaStream_t 
 }  // namespace
 }  // namespace cuda
 
-void CudaOps::Linear(const Tensor& x, const Weight& weight, const Tensor& out) {
+void CudaOps::Linear(const LinearInput& x, const Weight& weight, const Tensor& out) {
   const LinearSizes sizes = CheckLinear(x, weight, out);
-  cuda::Multiply(cuda::StackOf(x, weight, sizes, out), x.dtype(), weight.values.dtype(), stream_);
+  cuda::Multiply(cuda::StackOf(x, weight, sizes, out), x.values.dtype(), weight.values.dtype(),
+                 stream_);
 }
 
-void CudaOps::HeadLinear(const Tensor& x, const Tensor& weight, const Tensor& out) {
-  const LinearSizes sizes = CheckHeadLinear(x, weight, out);
+void CudaOps::MultiplyHeads(const Tensor& x, const Tensor& weight, const Tensor& out) {
+  const LinearSizes sizes = {.rows = x.dim(0),
+                             .outputs = weight.dim(1),
+                             .inputs = weight.dim(2),
+                             .experts = weight.dim(0)};
   cuda::Stack stack = cuda::StackOf(x, {.values = weight}, sizes, out);
   stack.x_matrix_stride = x.stride(1);
   stack.out_matrix_stride = out.stride(1);
   cuda::Multiply(stack, x.dtype(), weight.dtype(), stream_);
 }
 
-void CudaOps::GroupedLinear(const Tensor& x, const ExpertGroups& groups, const Weight& weight,
-                            int num_experts_per_tok, const Tensor& out) {
-  const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_experts_per_tok, out);
+void CudaOps::GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                            int num_choices, const Tensor& out) {
+  const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_choices, out);
   cuda::Stack stack = cuda::StackOf(x, weight, sizes, out);
   stack.offsets = groups.offsets.data<int32_t>();
-  if (num_experts_per_tok > 0 && x.dim(0) * num_experts_per_tok == sizes.rows) {
+  if (num_choices > 0 && x.values.dim(0) * num_choices == sizes.rows) {
     stack.rows_of_x = groups.rows.data<int32_t>();
-    stack.rows_of_x_divisor = num_experts_per_tok;
+    stack.rows_of_x_divisor = num_choices;
   }
-  cuda::Multiply(stack, x.dtype(), weight.values.dtype(), stream_);
+  cuda::Multiply(stack, x.values.dtype(), weight.values.dtype(), stream_);
 }
 
 }  // namespace fathom

@@ -1,14 +1,19 @@
-// Attention over the latent cache with a running softmax.
+// Attention over the latent cache with a running softmax, and the steps around it: queries are
+// rotated and taken into the latent space by w_uk, what they gather out of it by w_uv. Each of
+// these steps rounds to act.
 //
 // A block takes eight heads of one token, a warp each, and walks the token's positions in tiles of
 // 32, one position to a lane: scores, the largest so far, then the sums. Decoding in the shape of
 // DeepSeek-V3 on Hopper goes to MlaDecodeSm90 instead.
 
 #include <cmath>
+#include <cstring>
 
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/mla_decode_sm90.h"
+#include "kernels/number_formats.h"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -89,6 +94,29 @@ __device__ void LoadQueries(const Arguments& arguments, int token, int first_hea
   }
 }
 
+// Element `column` of the latent and key that the cache holds at `place`.
+template <typename Stored>
+__device__ float CachedAt(const Arguments& arguments, int64_t place, int column) {
+  const int rank = arguments.kv_lora_rank;
+  if constexpr (sizeof(Stored) > 1) {
+    const int width = rank + arguments.rope_dim;
+    return ToFloat(static_cast<const Stored*>(arguments.cache)[place * width + column]);
+  } else {
+    // codes | factors | key; neither factors nor key need be aligned.
+    const int factors_end = rank + (rank + kFp8Block - 1) / kFp8Block * 4;
+    const char* row =
+        static_cast<const char*>(arguments.cache) + place * (factors_end + 2 * arguments.rope_dim);
+    if (column < rank) {
+      float factor;
+      memcpy(&factor, row + rank + column / kFp8Block * 4, sizeof factor);
+      return ToFloat(reinterpret_cast<const Stored*>(row)[column]) * factor;
+    }
+    __nv_bfloat16 key;
+    memcpy(&key, row + factors_end + (column - rank) * 2, sizeof key);
+    return ToFloat(key);
+  }
+}
+
 // Positions from `context` on become zero: zero times whatever stands there might be NaN.
 template <typename Stored>
 __device__ void LoadTile(const Arguments& arguments, const int* block_table, int first, int context,
@@ -100,7 +128,7 @@ __device__ void LoadTile(const Arguments& arguments, const int* block_table, int
       const int64_t place =
           int64_t{block_table[position / arguments.block_size]} * arguments.block_size +
           position % arguments.block_size;
-      value = ToFloat(static_cast<const Stored*>(arguments.cache)[place * tiles.width + column]);
+      value = CachedAt<Stored>(arguments, place, column);
     }
     tiles.kv[i / tiles.width * tiles.kv_stride + column] = value;
   }
@@ -108,6 +136,8 @@ __device__ void LoadTile(const Arguments& arguments, const int* block_table, int
 
 template <typename Act, typename Stored>
 __global__ __launch_bounds__(kThreads) void AttendKernel(const Arguments arguments) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
   extern __shared__ float shared[];
   const Tiles tiles(shared, arguments.kv_lora_rank, arguments.rope_dim);
   const int head_blocks = (arguments.num_heads + kHeads - 1) / kHeads;
@@ -177,19 +207,137 @@ void Launch(const Arguments& arguments, int64_t num_tokens, int most_shared_byte
   CUDA_CHECK(cudaFuncSetAttribute(AttendKernel<Act, Stored>,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const int64_t blocks = num_tokens * ((arguments.num_heads + kHeads - 1) / kHeads);
-  AttendKernel<Act, Stored>
-      <<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream>>>(arguments);
-  CUDA_CHECK(cudaGetLastError());
+  LaunchDependent(AttendKernel<Act, Stored>,
+                  {dim3(static_cast<unsigned>(blocks)), dim3(kThreads), shared_bytes}, stream,
+                  arguments);
 }
+
+// A block turns the heads of one token.
+template <typename Act>
+__global__ __launch_bounds__(kThreads) void RotateHeadsKernel(const Act* q_rope,
+                                                              int64_t token_stride,
+                                                              int64_t head_stride, int num_heads,
+                                                              int rope_dim, const int* positions,
+                                                              const float* cos_sin, Act* out) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
+  const int64_t token = blockIdx.x;
+  const float* turn = cos_sin + int64_t{positions[token]} * rope_dim;
+  for (int pair = threadIdx.x; pair < num_heads * rope_dim / 2; pair += kThreads) {
+    const int head = 2 * pair / rope_dim, column = 2 * pair % rope_dim;
+    const Act* from = q_rope + token * token_stride + head * head_stride + column;
+    Act* to = out + (token * num_heads + head) * rope_dim + column;
+    const float even = ToFloat(from[0]), odd = ToFloat(from[1]);
+    StoreFloat(even * turn[column] - odd * turn[column + 1], to);
+    StoreFloat(even * turn[column + 1] + odd * turn[column], to + 1);
+  }
+}
+
+// A warp quantises a group of 128 columns.
+template <typename Act>
+__global__ __launch_bounds__(kThreads) void QuantizeRowsKernel(Rows<const Act> x,
+                                                               Rows<__nv_fp8_storage_t> values,
+                                                               Rows<float> scales, int num_rows,
+                                                               int size) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
+  const int groups = (size + kFp8Block - 1) / kFp8Block;
+  const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
+  const int64_t row = warp / groups;
+  const int group = warp % groups, lane = threadIdx.x % kWarp;
+  if (row >= num_rows) return;
+  const int begin = group * kFp8Block, end = min(size, begin + kFp8Block);
+  float largest = kSmallestQuantizedMagnitude;
+  for (int k = begin + lane; k < end; k += kWarp)
+    largest = fmaxf(largest, fabsf(ToFloat(x[row][k])));
+  const float factor = WarpMax(largest) / kLargestE4M3;
+  for (int k = begin + lane; k < end; k += kWarp) {
+    values[row][k] = __nv_cvt_float_to_fp8(ToFloat(x[row][k]) / factor, __NV_SATFINITE, __NV_E4M3);
+  }
+  if (lane == 0) scales[row][group] = factor;
+}
+
+unsigned BlocksOf(int64_t threads) {
+  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+}
+
+// What MlaAttention writes between its steps, each of T rows.
+struct Between {
+  int64_t q_latent, q_rope, out_latent, values;  // bytes, each a multiple of 256
+
+  Between(int64_t tokens, int64_t heads, int64_t rank, int64_t rope_dim, int64_t v_dim, DType act) {
+    const auto bytes = [&](int64_t width) {
+      return (tokens * heads * width * SizeOf(act) + 255) / 256 * 256;
+    };
+    q_latent = out_latent = bytes(rank);
+    q_rope = bytes(rope_dim);
+    values = bytes(v_dim);
+  }
+  int64_t total() const { return q_latent + q_rope + out_latent + values; }
+};
 
 }  // namespace
 }  // namespace cuda
 
-void CudaOps::MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                           const AttentionBatch& batch, float scale, const Tensor& out) {
-  const AttentionSizes sizes = CheckMlaAttention(q_latent, q_rope, cache, batch, out);
-  if (sizes.tokens == 0 || sizes.heads == 0) return;
-  if (IsHopperDecode(q_latent, q_rope, cache, batch, out)) {
+int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
+  return cuda::Between(limits.max_tokens, limits.heads, limits.kv_lora_rank,
+                       limits.qk_rope_head_dim, limits.v_head_dim, limits.act)
+             .total() +
+         MlaDecodeSm90::WorkspaceBytes(1, device_.multiProcessorCount);
+}
+
+void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
+  const int64_t decode_bytes = MlaDecodeSm90::WorkspaceBytes(1, device_.multiProcessorCount);
+  const int64_t attention_bytes = ScratchBytes(limits) - decode_bytes;
+  attention_memory_.Use(memory, attention_bytes);
+  decode_memory_.Use(static_cast<char*>(memory) + attention_bytes, decode_bytes);
+}
+
+void CudaOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                           const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                           float scale, const LinearInput& out) {
+  const AttentionSizes sizes = CheckMlaAttention(q, weights, positions, cos_sin, cache, batch, out);
+  const int64_t tokens = sizes.tokens, heads = sizes.heads;
+  if (tokens == 0 || heads == 0) return;
+  const DType act = q.dtype();
+  const cuda::Between between(tokens, heads, sizes.kv_lora_rank, sizes.rope_dim, sizes.v_dim, act);
+  char* memory = static_cast<char*>(attention_memory_.Reserve(between.total()));
+  const Tensor q_latent(memory, act, {tokens, heads, sizes.kv_lora_rank});
+  memory += between.q_latent;
+  const Tensor q_rope(memory, act, {tokens, heads, sizes.rope_dim});
+  memory += between.q_rope;
+  const Tensor out_latent(memory, act, {tokens, heads, sizes.kv_lora_rank});
+  memory += between.out_latent;
+  const Tensor values(memory, act, {tokens, heads * sizes.v_dim});
+
+  CHECK_EQ(positions.stride(0), 1);
+  cuda::VisitAct(act, [&](auto element) {
+    using Act = decltype(element);
+    const Tensor unturned = q.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim);
+    cuda::LaunchDependent(
+        cuda::RotateHeadsKernel<Act>, {dim3(static_cast<unsigned>(tokens)), dim3(cuda::kThreads)},
+        stream_, static_cast<const Act*>(unturned.raw()), unturned.stride(0), unturned.stride(1),
+        static_cast<int>(heads), static_cast<int>(sizes.rope_dim), positions.data<int32_t>(),
+        cos_sin.data<float>(), static_cast<Act*>(q_rope.raw()));
+  });
+  MultiplyHeads(q.Slice(2, 0, sizes.nope_dim), weights.w_uk, q_latent);
+  AttendLatents(q_latent, q_rope, cache, batch, scale, out_latent);
+  const Tensor& multiplied = out.quantized() ? values : out.values;
+  MultiplyHeads(out_latent, weights.w_uv, multiplied.SplitLast(heads, sizes.v_dim));
+  if (!out.quantized()) return;
+  const int64_t groups = out.scales.dim(1);
+  cuda::VisitAct(act, [&](auto element) {
+    cuda::LaunchDependent(
+        cuda::QuantizeRowsKernel<decltype(element)>,
+        {dim3(cuda::BlocksOf(tokens * groups * cuda::kWarp)), dim3(cuda::kThreads)}, stream_,
+        cuda::Rows<const decltype(element)>(values), cuda::Rows<__nv_fp8_storage_t>(out.values),
+        cuda::Rows<float>(out.scales), static_cast<int>(tokens), static_cast<int>(values.dim(1)));
+  });
+}
+
+void CudaOps::AttendLatents(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
+                            const AttentionBatch& batch, float scale, const Tensor& out) {
+  if (IsHopperDecode(q_latent, q_rope, cache, batch)) {
     HopperDecode(q_latent, q_rope, cache, batch, scale, out);
     return;
   }
@@ -202,9 +350,9 @@ void CudaOps::MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const T
     arguments.q_rope_strides[i] = q_rope.stride(i);
     arguments.out_strides[i] = out.stride(i);
   }
-  arguments.num_heads = static_cast<int>(sizes.heads);
-  arguments.kv_lora_rank = static_cast<int>(sizes.kv_lora_rank);
-  arguments.rope_dim = static_cast<int>(sizes.rope_dim);
+  arguments.num_heads = static_cast<int>(q_latent.dim(1));
+  arguments.kv_lora_rank = static_cast<int>(q_latent.dim(2));
+  arguments.rope_dim = static_cast<int>(q_rope.dim(2));
   arguments.scale = scale;
   arguments.cache = cache.raw();
   arguments.block_size = batch.block_size;
@@ -212,20 +360,19 @@ void CudaOps::MlaAttention(const Tensor& q_latent, const Tensor& q_rope, const T
   arguments.table_stride = batch.block_tables.stride(0);
   arguments.query_start = batch.query_start.data<int32_t>();
   arguments.context_lens = batch.context_lens.data<int32_t>();
-  arguments.num_sequences = static_cast<int>(sizes.sequences);
+  arguments.num_sequences = static_cast<int>(batch.context_lens.dim(0));
   const auto most_shared_bytes = static_cast<int>(device_.sharedMemPerBlockOptin);
   cuda::VisitAct(q_latent.dtype(), [&](auto act) {
-    cuda::VisitAct(cache.dtype(), [&](auto stored) {
-      cuda::Launch<decltype(act), decltype(stored)>(arguments, sizes.tokens, most_shared_bytes,
+    cuda::VisitWeight(cache.dtype(), [&](auto stored) {
+      cuda::Launch<decltype(act), decltype(stored)>(arguments, q_latent.dim(0), most_shared_bytes,
                                                     stream_);
     });
   });
 }
 
 bool CudaOps::IsHopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                             const AttentionBatch& batch, const Tensor& out) const {
+                             const AttentionBatch& batch) const {
   using Decode = MlaDecodeSm90;
-  constexpr int64_t kAligned = 8;  // elements: 16 bytes
   const bool is_v3 = q_latent.dim(1) == Decode::kHeads && q_latent.dim(2) == Decode::kKvLoraRank &&
                      q_rope.dim(2) == Decode::kRopeHeadDim &&
                      batch.block_size == Decode::kBlockSize;
@@ -233,9 +380,7 @@ bool CudaOps::IsHopperDecode(const Tensor& q_latent, const Tensor& q_rope, const
   // Every sequence has a token, so as many tokens as sequences are one each.
   const int64_t sequences = batch.context_lens.dim(0);
   const bool is_decode = q_latent.dim(0) == sequences && sequences <= Decode::kMaxSequences;
-  return is_v3 && is_bf16 && is_decode && Decode::Supports(device_) && q_latent.dense() &&
-         out.dense() && q_rope.stride(0) % kAligned == 0 && q_rope.stride(1) % kAligned == 0 &&
-         reinterpret_cast<uintptr_t>(q_rope.raw()) % 16 == 0;
+  return is_v3 && is_bf16 && is_decode && Decode::Supports(device_);
 }
 
 void CudaOps::HopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
