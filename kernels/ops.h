@@ -118,6 +118,19 @@ struct Routes {
   ExpertGroups groups;
 };
 
+// How a row of logits becomes a token: stages 4 to 6 of worker/sampler.h.
+struct SamplingRow {
+  double inverse_temperature = 0.0;  // 0: the best token, ties to the lower id
+  double uniform = 0.0;              // [0, 1), a multiple of 2^-53: where the draw falls
+  float top_p = 1.0f;                // (0, 1]
+  float min_p = 0.0f;                // [0, 1]
+  int32_t top_k = 0;                 // 0: all
+  int32_t may_ban = 0;    // whether -inf is a ban; else it is a fault, as inf and NaN are
+  int32_t logit_row = 0;  // of the logits of the step
+  int32_t unused = 0;
+};
+inline constexpr int64_t kSamplingRowWords = sizeof(SamplingRow) / sizeof(int32_t);
+
 // The largest steps that will come, of one model, as this rank sees it.
 struct StepLimits {
   DType act = DType::kF32;
@@ -232,6 +245,10 @@ class Ops {
 
   // out[r] = x[rows[r]].   x [T, N]   rows [R] i32   out [R, N], same type
   virtual void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) = 0;
+
+  // Picks a token for each of `rows`; -1 where a logit is faulty or nothing is left to choose.
+  //   logits [L, V] f32   rows [S, kSamplingRowWords] i32: SamplingRow   tokens [S] i32, out
+  virtual void SampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens) = 0;
 
   // x += y, in place.   x, y [T, N] act
   virtual void Add(const Tensor& x, const Tensor& y) = 0;

@@ -336,6 +336,16 @@ void CheckQuantizeFp8(const Tensor& x, const Weight& out) {
   CHECK_EQ(out.column_offset, 0);
 }
 
+void CheckSampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens) {
+  CHECK_EQ(logits.rank(), 2) << logits.DebugString();
+  CheckType("logits", logits, DType::kF32);
+  CheckType("tokens", tokens, DType::kI32);
+  CheckDense("tokens", tokens);
+  CheckType("rows", rows, DType::kI32);
+  CheckShape("rows", rows, {tokens.dim(0), kSamplingRowWords});
+  CheckDense("rows", rows);
+}
+
 void CheckFillRandom(const Tensor& out) {
   CHECK(out.dtype() != DType::kI32) << out.DebugString();
   CheckDense("out", out);

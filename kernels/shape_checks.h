@@ -70,6 +70,7 @@ void CheckAdd(const Tensor& x, const Tensor& y);
 void CheckGatherRows(const Tensor& x, const Tensor& rows, const Tensor& out);
 void CheckDequantize(const Weight& weight, const Tensor& out);
 void CheckQuantizeFp8(const Tensor& x, const Weight& out);
+void CheckSampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens);
 void CheckFillRandom(const Tensor& out);
 
 }  // namespace fathom

@@ -44,6 +44,7 @@ class CpuOps final : public Ops {
   void Add(const Tensor& x, const Tensor& y) override;
   void Dequantize(const Weight& weight, const Tensor& out) override;
   void QuantizeFp8(const Tensor& x, const Weight& out) override;
+  void SampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens) override;
   void FillRandom(const Tensor& out, float amplitude, uint64_t seed) override;
 
  private:

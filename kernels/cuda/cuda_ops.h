@@ -65,6 +65,7 @@ class CudaOps final : public Ops {
   void SwiGlu(const Tensor& gate_up, const ExpertGroups* groups, const LinearInput& out) override;
   void CombineExperts(const Tensor& y, const Routes& routes, bool accumulate,
                       const Tensor& out) override;
+  void SampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens) override;
   void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) override;
   void Add(const Tensor& x, const Tensor& y) override;
   void Dequantize(const Weight& weight, const Tensor& out) override;
