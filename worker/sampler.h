@@ -27,6 +27,8 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "kernels/cpu/token_draw.h"
+#include "kernels/ops.h"
 #include "worker/sampling_params.h"
 
 namespace fathom {
@@ -73,27 +75,20 @@ class Sampler {
   absl::StatusOr<TokenLogprobs> Logprobs(absl::Span<const float> logits, int32_t token_id,
                                          int num_top, int64_t position);
 
- private:
-  struct Candidate {
-    int32_t token_id;
-    float logit;
-    double weight;  // probability relative to the best token's
-  };
-  static bool IsBetter(const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.token_id < b.token_id;
-  }
+  // Whether the logits stay as they are, so that Ops::SampleTokens can do what Sample does; and
+  // how.
+  static bool IsPlain(const SamplingContext& context);
+  static SamplingRow RowOf(const SamplingContext& context);
+  // What Sample says of logits that are not finite.
+  static absl::Status NotFinite(int64_t position);
 
+ private:
   absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingContext& context);
   void AddPenalties(const SamplingContext& context);
-  void CollectAll(absl::Span<const float> logits);
-  void CollectTopK(absl::Span<const float> logits, int top_k);
-  void KeepTopP(double top_p);
-  int32_t Draw(absl::Span<const float> logits, float best_logit, const SamplingContext& context);
 
   const int vocab_size_;
   std::vector<float> adjusted_;
-  std::vector<Candidate> candidates_;
-  std::vector<Candidate> ranked_;
+  TokenDraw draw_;
   std::vector<int32_t> order_;
 };
 
