@@ -272,7 +272,6 @@ class LoadedModelShard final : public ModelShard {
   Buffer ops_scratch_;
   StepTensors step_tensors_;
   StepRecordings recordings_;
-  std::vector<float> host_logits_;  // where the device's memory is not the host's
 };
 
 absl::Status LoadedModelShard::LoadWeights(WeightSource& source, const LoadProgress& progress) {
@@ -330,11 +329,7 @@ absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache
   }
 
   if (rows == 0 || layout_.rank() != 0) return Tensor();
-  const Tensor logits = Logits(rows);
-  if (device_.shares_host_memory()) return logits;
-  host_logits_.resize(logits.num_elements());
-  device_.CopyToHost(logits, host_logits_.data());
-  return Tensor(host_logits_.data(), DType::kF32, {logits.dim(0), logits.dim(1)});
+  return Logits(rows);
 }
 
 absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& communicator) {

@@ -67,7 +67,7 @@ class ModelShard {
   // logits of batch.logit_rows. An error is the communicator's. Every rank gets the same batch.
   // A step that only decodes is recorded on a device that can (StepRecordings).
   //   REQUIRES: 1 to max_tokens_per_step tokens, at most max_logit_rows logit rows
-  //   logits [L, vocab_size] f32 in host memory, valid until the next call; absent on ranks other
+  //   logits [L, vocab_size] f32 in device memory, valid until the next call; absent on ranks other
   //   than 0, and when no logits are wanted
   virtual absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
                                          Communicator& communicator) = 0;

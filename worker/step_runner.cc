@@ -21,11 +21,6 @@ void Write(const TokenLogprobs& from, v1::TokenLogprobs& to) {
   to.mutable_top_logprobs()->Add(from.top_logprobs.begin(), from.top_logprobs.end());
 }
 
-absl::Span<const float> RowOf(const Tensor& logits, int row) {
-  const Tensor values = logits[row];
-  return {values.data<float>(), static_cast<size_t>(values.num_elements())};
-}
-
 void AddFault(int slot, const absl::Status& status, v1::StepResult& result) {
   v1::SlotFault& fault = *result.add_faults();
   fault.set_slot(slot);
@@ -42,12 +37,14 @@ bool HasFault(const v1::StepResult& result, int slot) {
 
 StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
                        std::unique_ptr<KvCache> kv_cache,
-                       std::unique_ptr<Communicator> communicator)
+                       std::unique_ptr<Communicator> communicator,
+                       std::unique_ptr<DeviceSampler> device_sampler)
     : epoch_(epoch),
       vocab_size_(slots.vocab_size),
       shard_(shard),
       kv_cache_(std::move(kv_cache)),
       communicator_(std::move(communicator)),
+      device_sampler_(std::move(device_sampler)),
       slots_(slots),
       sampler_(slots.vocab_size) {}
 
@@ -109,8 +106,8 @@ void StepRunner::ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits
   for (const StepPlan::PromptRow& row : plan.prompt_rows) {
     if (HasFault(result, row.slot)) continue;
     const int num_top = slots_.sampling(row.slot).num_prompt_logprobs.value_or(0);
-    const absl::StatusOr<TokenLogprobs> logprobs =
-        sampler_.Logprobs(RowOf(logits, row.logit_row), row.token_id, num_top, row.position);
+    const absl::StatusOr<TokenLogprobs> logprobs = sampler_.Logprobs(
+        device_sampler_->Row(logits, row.logit_row), row.token_id, num_top, row.position);
     const bool continues = current != nullptr && current->slot() == static_cast<uint32_t>(row.slot);
     if (!logprobs.ok()) {
       if (continues) result.mutable_prompt_logprobs()->RemoveLast();
@@ -126,14 +123,35 @@ void StepRunner::ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits
   }
 }
 
+StepRunner::Choices StepRunner::ChoosePlain(const StepPlan& plan, const Tensor& logits) {
+  std::vector<SamplingRow> rows;
+  std::vector<size_t> places;
+  for (size_t i = 0; i < plan.sampled.size(); ++i) {
+    const SamplingContext context = slots_.ContextOf(plan.sampled[i].slot);
+    if (!Sampler::IsPlain(context)) continue;
+    rows.push_back(Sampler::RowOf(context));
+    rows.back().logit_row = plan.sampled[i].logit_row;
+    places.push_back(i);
+  }
+  Choices choices(plan.sampled.size(), kFault);
+  const absl::Span<const int32_t> tokens = device_sampler_->Sample(logits, rows);
+  for (size_t i = 0; i < places.size(); ++i) choices[places[i]] = tokens[i];
+  return choices;
+}
+
 void StepRunner::Choose(const StepPlan& plan, const Tensor& logits, Choices& choices,
                         v1::StepResult& result) {
+  const Choices plain = ChoosePlain(plan, logits);
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
     const auto& [slot, logit_row] = plan.sampled[i];
     if (HasFault(result, slot)) continue;
-    const absl::Span<const float> row = RowOf(logits, logit_row);
     const SamplingContext context = slots_.ContextOf(slot);
-    const absl::StatusOr<int32_t> token_id = sampler_.Sample(row, context);
+    absl::StatusOr<int32_t> token_id = plain[i];
+    if (!Sampler::IsPlain(context)) {
+      token_id = sampler_.Sample(device_sampler_->Row(logits, logit_row), context);
+    } else if (plain[i] == kFault) {
+      token_id = Sampler::NotFinite(context.position);
+    }
     if (!token_id.ok()) {
       AddFault(slot, token_id.status(), result);
       continue;
@@ -143,7 +161,8 @@ void StepRunner::Choose(const StepPlan& plan, const Tensor& logits, Choices& cho
     result.add_sampled_token_ids(*token_id);
     if (!context.params.num_logprobs.has_value()) continue;
     const absl::StatusOr<TokenLogprobs> logprobs =
-        sampler_.Logprobs(row, *token_id, *context.params.num_logprobs, context.position);
+        sampler_.Logprobs(device_sampler_->Row(logits, logit_row), *token_id,
+                          *context.params.num_logprobs, context.position);
     CHECK(logprobs.ok()) << logprobs.status();  // the row was found finite just now
     v1::SlotLogprobs& report = *result.add_logprobs();
     report.set_slot(slot);

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/communicator.h"
+#include "worker/device_sampler.h"
 #include "worker/kv_cache.h"
 #include "worker/model_shard.h"
 #include "worker/sampler.h"
@@ -26,9 +27,10 @@ class TokenLogprobs;
 
 class StepRunner {
  public:
-  // `shard` must outlive this.
+  // `shard` must outlive this. `device_sampler`: for as many rows as there are slots.
   StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
-             std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator);
+             std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator,
+             std::unique_ptr<DeviceSampler> device_sampler);
 
   uint64_t epoch() const { return epoch_; }
   int rank() const { return communicator_->rank(); }
@@ -51,6 +53,8 @@ class StepRunner {
   absl::Status CheckOrder(const v1::StepCommand& command) const;
   absl::Status MakeStep(const v1::StepCommand& command, v1::StepResult& result);
   void ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits, v1::StepResult& result);
+  // Tokens of the rows that are plain (Sampler::IsPlain), -1 if faulty; kFault for the others.
+  Choices ChoosePlain(const StepPlan& plan, const Tensor& logits);
   void Choose(const StepPlan& plan, const Tensor& logits, Choices& choices, v1::StepResult& result);
 
   const uint64_t epoch_;
@@ -58,6 +62,7 @@ class StepRunner {
   ModelShard& shard_;
   const std::unique_ptr<KvCache> kv_cache_;
   const std::unique_ptr<Communicator> communicator_;
+  const std::unique_ptr<DeviceSampler> device_sampler_;
   SlotTable slots_;
   Sampler sampler_;
   uint64_t last_step_ = 0;

@@ -205,10 +205,12 @@ absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& j
   ASSIGN_OR_RETURN(
       std::unique_ptr<KvCache> kv_cache,
       keeper_.CreateKvCache(static_cast<int>(shard.block_size()), static_cast<int>(num_kv_blocks)));
+  const SlotTableOptions slots = keeper_.SlotLimits(shard, static_cast<int>(num_kv_blocks));
+  ASSIGN_OR_RETURN(std::unique_ptr<DeviceSampler> device_sampler,
+                   DeviceSampler::Create(keeper_.device(), slots.max_sequences));
   ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, Connect(joining));
-  return std::make_shared<StepRunner>(joining.epoch(),
-                                      keeper_.SlotLimits(shard, static_cast<int>(num_kv_blocks)),
-                                      *model, std::move(kv_cache), std::move(communicator));
+  return std::make_shared<StepRunner>(joining.epoch(), slots, *model, std::move(kv_cache),
+                                      std::move(communicator), std::move(device_sampler));
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& joining) {

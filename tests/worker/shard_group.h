@@ -111,7 +111,8 @@ class ShardGroup {
         CHECK_EQ(result->dim(0), static_cast<int64_t>(batch.logit_rows.size()));
         CHECK_EQ(result->dim(1), config_.vocab_size);
         CHECK(result->dense());
-        logits.assign(result->data<float>(), result->data<float>() + result->num_elements());
+        logits.resize(result->num_elements());
+        one.device->CopyToHost(*result, logits.data());
       });
     }
     for (std::thread& thread : threads) thread.join();
