@@ -74,7 +74,7 @@ struct RoutingConfig {
   // them, with weight 1. They have the ids n_routed_experts, n_routed_experts + 1, …
   int num_shared_experts = 0;
 
-  int num_choices() const { return num_experts_per_tok + num_shared_experts; }  // k
+  constexpr int num_choices() const { return num_experts_per_tok + num_shared_experts; }  // k
 };
 
 // Where the tokens of a step stand in their sequences. Sequence s owns tokens
@@ -102,11 +102,11 @@ struct ExpertGroups {
   Tensor
       rows;  // [M] i32: token * k + choice, ascending within an expert; the first offsets[E] count
   Tensor offsets;  // [E + 1] i32: expert e owns rows [offsets[e], offsets[e + 1])
-  // The device's own notes about how it will divide the rows, from Route to GroupedLinear.
+  // The device's own notes about the sorted rows, from Route to GroupedLinear and CombineExperts.
   Tensor notes;  // [NumGroupNotes(E, M)] i32
 };
 constexpr int64_t NumGroupNotes(int64_t num_experts, int64_t num_rows) {
-  return 4 * (1 + num_experts + num_rows / 8);
+  return 4 * (1 + num_experts + num_rows / 8) + num_rows;
 }
 
 // Which experts each token goes to, and how much each one counts.

@@ -177,29 +177,6 @@ class CudaDevice final : public Device {
 
 }  // namespace
 
-GrowingMemory::~GrowingMemory() { Release(); }
-
-void GrowingMemory::Release() {
-  if (is_owned_) CUDA_CHECK(cudaFree(data_));  // waits for whoever uses it
-}
-
-void* GrowingMemory::Reserve(int64_t num_bytes) {
-  if (num_bytes > num_bytes_) {
-    Release();
-    CUDA_CHECK(cudaMalloc(&data_, static_cast<size_t>(num_bytes)));
-    num_bytes_ = num_bytes;
-    is_owned_ = true;
-  }
-  return data_;
-}
-
-void GrowingMemory::Use(void* data, int64_t num_bytes) {
-  Release();
-  data_ = data;
-  num_bytes_ = num_bytes;
-  is_owned_ = false;
-}
-
 absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(const DeviceOptions&) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

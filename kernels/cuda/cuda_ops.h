@@ -11,42 +11,23 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/prefetch.cuh"
+#include "kernels/cuda/scratch.h"
 #include "kernels/ops.h"
 
 namespace fathom {
 
-// Device memory that grows to what its user needed most and stays; or a part of what was planned
-// for all operations (Ops::UseScratch), which is enough for planned steps. Contents do not survive
-// growth.
-class GrowingMemory {
- public:
-  GrowingMemory() = default;
-  GrowingMemory(const GrowingMemory&) = delete;
-  GrowingMemory& operator=(const GrowingMemory&) = delete;
-  ~GrowingMemory();
-
-  // 256-byte aligned.
-  void* Reserve(int64_t num_bytes);
-  // Takes the place of what was allocated; owned by somebody else.
-  void Use(void* data, int64_t num_bytes);
-
- private:
-  void Release();
-
-  void* data_ = nullptr;
-  int64_t num_bytes_ = 0;
-  bool is_owned_ = false;
-};
-
 class CudaOps final : public Ops {
  public:
   // `stream` must outlive this.
-  CudaOps(const cudaDeviceProp& device, cudaStream_t stream) : device_(device), stream_(stream) {}
+  CudaOps(const cudaDeviceProp& device, cudaStream_t stream);
 
   int64_t ScratchBytes(const StepLimits& limits) const override;
   void UseScratch(const StepLimits& limits, void* memory) override;
-  void BeginStep(const AttentionBatch&) override {}
-  void Prefetch(const Tensor&) override {}
+
+  void BeginStep(const AttentionBatch& batch) override;
+  void Prefetch(const Tensor& weight) override;
+
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override;
   void AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight, float eps,
@@ -73,25 +54,41 @@ class CudaOps final : public Ops {
   void FillRandom(const Tensor& out, float amplitude, uint64_t seed) override;
 
  private:
-  // One small linear layer per head: out[t, a] = x[t, a] · weight[a]ᵀ. x and out may be strided.
-  //   x [T, A, K] act   weight [A, N, K] act   out [T, A, N] act
-  void MultiplyHeads(const Tensor& x, const Tensor& weight, const Tensor& out);
+  // Each kind of kernel for linear layers takes the shapes that it is good for, and says so.
+  bool LinearSm90(const LinearInput& x, const Weight& weight, const Tensor& out);
+  bool LinearBf16(const LinearInput& x, const Weight& weight, const Tensor& out);
+  bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                         int num_choices, const Tensor& out);
 
-  // Attention in the latent space, on queries that are rotated and absorbed.
-  //   q_latent [T, A, R] act   q_rope [T, A, P] act   out [T, A, R] act
-  void AttendLatents(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                     const AttentionBatch& batch, float scale, const Tensor& out);
+  // The steps of MlaAttention, for tokens [first, first + tokens of q): queries into the latent
+  // space, what they gather there, and out of it. q_latent, latent [T, A, R], q_rope [T, A, P] act.
+  struct Latents {
+    Tensor q_latent, q_rope, latent;
+  };
+  void IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                       const Tensor& cos_sin, const Latents& latents);
+  bool DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
+                  float scale);
+  void AttendGeneric(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
+                     float scale, int64_t first);
+  void OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
+                        const LinearInput& out);
 
-  // One query token per sequence in the shape of DeepSeek-V3 on eight GPUs: MlaDecodeSm90 takes it.
-  bool IsHopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                      const AttentionBatch& batch) const;
-  void HopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                    const AttentionBatch& batch, float scale, const Tensor& out);
+  // What was to be prefetched, for a kernel of a step of this many tokens to carry.
+  cuda::PrefetchList TakePrefetches(int64_t num_tokens);
+  // Two numbers that are zero between kernels.
+  int* counters() const { return counters_; }
 
   const cudaDeviceProp device_;
   const cudaStream_t stream_;
-  GrowingMemory attention_memory_;  // what lies between the steps of MlaAttention
-  GrowingMemory decode_memory_;     // of MlaDecodeSm90
+  GrowingMemory counter_memory_;
+  int* counters_ = nullptr;
+  cuda::Scratch scratch_;        // of one operation at a time
+  GrowingMemory decode_memory_;  // of MlaDecodeSm90, if UseScratch gave none
+  void* decode_workspace_ = nullptr;
+  int decode_layers_ = 0;  // that the workspace has room for
+  int layer_ = 0;          // of the step, that calls MlaAttention next
+  cuda::PrefetchList prefetches_;
 };
 
 }  // namespace fathom

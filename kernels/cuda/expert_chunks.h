@@ -2,6 +2,8 @@
 //
 //   notes[0]         number of chunks
 //   notes[4 + 4 i]   chunk i, an ExpertChunk
+//   notes[PlacesNote + r]  where row r (token * k + choice) stands among the sorted rows; -1 if
+//                    its expert is another rank's
 // Chunks stand in the order of the sorted rows; an expert without rows has none, one with more than
 // fit has several, all full but the last. Written by Route, read by the grouped kernels, both on
 // the device: the host knows no more than that there are at most MaxChunks.
@@ -35,5 +37,8 @@ constexpr int RowsPerChunk(int64_t rows, int64_t experts) {
 constexpr int64_t MaxChunks(int64_t rows, int64_t experts) {
   return (rows < experts ? rows : experts) + rows / RowsPerChunk(rows, experts);
 }
+
+// Behind as many chunks as there can be.
+constexpr int64_t PlacesNote(int64_t experts, int64_t rows) { return 4 * (1 + experts + rows / 8); }
 
 }  // namespace fathom

@@ -1,19 +1,20 @@
-// Attention over the latent cache with a running softmax, and the steps around it: queries are
-// rotated and taken into the latent space by w_uk, what they gather out of it by w_uv. Each of
-// these steps rounds to act.
+// Attention over the latent cache: queries are rotated and taken into the latent space, they gather
+// there, and what they gather is taken out of it. Each of these steps rounds to act.
 //
-// A block takes eight heads of one token, a warp each, and walks the token's positions in tiles of
-// 32, one position to a lane: scores, the largest so far, then the sums. Decoding in the shape of
-// DeepSeek-V3 on Hopper goes to MlaDecodeSm90 instead.
+// The kernel of this file takes any shape and type, with a running softmax. A block takes eight
+// heads of one token, a warp each, and walks the token's positions in tiles of 32, one position to
+// a lane: scores, the largest so far, then the sums. What Hopper and the shape of DeepSeek-V3 have
+// kernels for goes to those.
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "kernels/cuda/cuda_ops.h"
-#include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/linear_generic.h"
 #include "kernels/cuda/mla_decode_sm90.h"
-#include "kernels/number_formats.h"
+#include "kernels/cuda/mla_projections.h"
+#include "kernels/cuda/quantize.h"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -24,11 +25,34 @@ constexpr int kThreads = 256;
 constexpr int kHeads = kThreads / kWarp;  // of one block
 constexpr int kPositions = kWarp;         // of one tile
 
+// --- queries are rotated
+
+template <typename Act>
+__global__ void RotateKernel(Rows<const Act> q, int64_t head_stride, int num_heads, int rope_dim,
+                             Rows<const int> positions, const float2* turns, Act* out) {
+  LetDependentsLaunch();
+  WaitForPredecessors();
+  const int64_t token = blockIdx.x;
+  const int num_pairs = rope_dim / 2;
+  const float2* turn = turns + int64_t{*positions[token]} * num_pairs;
+  for (int i = threadIdx.x; i < num_heads * num_pairs; i += kThreads) {
+    const Act* pair = q[token] + i / num_pairs * head_stride + i % num_pairs * 2;
+    const float2 cos_sin = turn[i % num_pairs];
+    const float even = ToFloat(pair[0]);
+    const float odd = ToFloat(pair[1]);
+    Act* to = out + (token * num_heads * num_pairs + i) * 2;
+    StoreFloat(even * cos_sin.x - odd * cos_sin.y, to);
+    StoreFloat(even * cos_sin.y + odd * cos_sin.x, to + 1);
+  }
+}
+
+// --- and gather
+
 struct Arguments {
   const void* q_latent;
   const void* q_rope;
   void* out;
-  int64_t q_latent_strides[2], q_rope_strides[2], out_strides[2];  // elements: token, head
+  int first_token;  // that the first rows of q_latent, q_rope and out belong to
   int num_heads, kv_lora_rank, rope_dim;
   float scale;
 
@@ -78,41 +102,37 @@ __device__ int SequenceOf(const Arguments& arguments, int token) {
 }
 
 template <typename Act>
-__device__ void LoadQueries(const Arguments& arguments, int token, int first_head, int num_heads,
+__device__ void LoadQueries(const Arguments& arguments, int64_t row, int first_head, int num_heads,
                             const Tiles& tiles) {
-  const Act* latent = static_cast<const Act*>(arguments.q_latent) +
-                      token * arguments.q_latent_strides[0] +
-                      first_head * arguments.q_latent_strides[1];
-  const Act* rope = static_cast<const Act*>(arguments.q_rope) +
-                    token * arguments.q_rope_strides[0] + first_head * arguments.q_rope_strides[1];
+  const int64_t first = row * arguments.num_heads + first_head;
+  const Act* latent = static_cast<const Act*>(arguments.q_latent) + first * arguments.kv_lora_rank;
+  const Act* rope = static_cast<const Act*>(arguments.q_rope) + first * arguments.rope_dim;
   for (int i = threadIdx.x; i < num_heads * tiles.width; i += kThreads) {
     const int head = i / tiles.width, column = i % tiles.width;
     tiles.queries[i] =
         ToFloat(column < arguments.kv_lora_rank
-                    ? latent[head * arguments.q_latent_strides[1] + column]
-                    : rope[head * arguments.q_rope_strides[1] + column - arguments.kv_lora_rank]);
+                    ? latent[head * arguments.kv_lora_rank + column]
+                    : rope[head * arguments.rope_dim + column - arguments.kv_lora_rank]);
   }
 }
 
-// Element `column` of the latent and key that the cache holds at `place`.
+// Element `column` of a cached token, as floats.
 template <typename Stored>
-__device__ float CachedAt(const Arguments& arguments, int64_t place, int column) {
-  const int rank = arguments.kv_lora_rank;
+__device__ float CachedElement(const Arguments& arguments, int64_t place, int column) {
+  const int rank = arguments.kv_lora_rank, width = rank + arguments.rope_dim;
   if constexpr (sizeof(Stored) > 1) {
-    const int width = rank + arguments.rope_dim;
     return ToFloat(static_cast<const Stored*>(arguments.cache)[place * width + column]);
-  } else {
-    // codes | factors | key; neither factors nor key need be aligned.
-    const int factors_end = rank + (rank + kFp8Block - 1) / kFp8Block * 4;
-    const char* row =
-        static_cast<const char*>(arguments.cache) + place * (factors_end + 2 * arguments.rope_dim);
+  } else {  // codes, factors, key, as StoreLatents wrote them
+    const int factors_bytes = (rank + kFp8Block - 1) / kFp8Block * 4;
+    const auto* token = static_cast<const char*>(arguments.cache) +
+                        place * (rank + factors_bytes + 2 * arguments.rope_dim);
     if (column < rank) {
       float factor;
-      memcpy(&factor, row + rank + column / kFp8Block * 4, sizeof factor);
-      return ToFloat(reinterpret_cast<const Stored*>(row)[column]) * factor;
+      memcpy(&factor, token + rank + column / kFp8Block * 4, sizeof factor);
+      return ToFloat(reinterpret_cast<const Stored*>(token)[column]) * factor;
     }
     __nv_bfloat16 key;
-    memcpy(&key, row + factors_end + (column - rank) * 2, sizeof key);
+    memcpy(&key, token + rank + factors_bytes + (column - rank) * 2, sizeof key);
     return ToFloat(key);
   }
 }
@@ -128,7 +148,7 @@ __device__ void LoadTile(const Arguments& arguments, const int* block_table, int
       const int64_t place =
           int64_t{block_table[position / arguments.block_size]} * arguments.block_size +
           position % arguments.block_size;
-      value = CachedAt<Stored>(arguments, place, column);
+      value = CachedElement<Stored>(arguments, place, column);
     }
     tiles.kv[i / tiles.width * tiles.kv_stride + column] = value;
   }
@@ -136,12 +156,13 @@ __device__ void LoadTile(const Arguments& arguments, const int* block_table, int
 
 template <typename Act, typename Stored>
 __global__ __launch_bounds__(kThreads) void AttendKernel(const Arguments arguments) {
-  LetDependentsLaunch();
-  WaitForPredecessors();
   extern __shared__ float shared[];
   const Tiles tiles(shared, arguments.kv_lora_rank, arguments.rope_dim);
   const int head_blocks = (arguments.num_heads + kHeads - 1) / kHeads;
-  const int token = blockIdx.x / head_blocks;
+  const int row = blockIdx.x / head_blocks;
+  const int token = arguments.first_token + row;
+  LetDependentsLaunch();
+  WaitForPredecessors();
   const int first_head = blockIdx.x % head_blocks * kHeads;
   const int num_heads = min(kHeads, arguments.num_heads - first_head);
   const int sequence = SequenceOf(arguments, token);
@@ -150,7 +171,7 @@ __global__ __launch_bounds__(kThreads) void AttendKernel(const Arguments argumen
   const int* block_table = arguments.block_tables + sequence * arguments.table_stride;
   const int head = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
-  LoadQueries<Act>(arguments, token, first_head, num_heads, tiles);
+  LoadQueries<Act>(arguments, row, first_head, num_heads, tiles);
   for (int i = threadIdx.x; i < kHeads * arguments.kv_lora_rank; i += kThreads) {
     tiles.gathered[i] = 0.0f;
   }
@@ -192,8 +213,8 @@ __global__ __launch_bounds__(kThreads) void AttendKernel(const Arguments argumen
   __syncthreads();
   for (int i = threadIdx.x; i < num_heads * arguments.kv_lora_rank; i += kThreads) {
     const int h = i / arguments.kv_lora_rank, column = i % arguments.kv_lora_rank;
-    Act* out = static_cast<Act*>(arguments.out) + token * arguments.out_strides[0] +
-               (first_head + h) * arguments.out_strides[1];
+    Act* out = static_cast<Act*>(arguments.out) +
+               (int64_t{row} * arguments.num_heads + first_head + h) * arguments.kv_lora_rank;
     StoreFloat(tiles.gathered[i] / tiles.per_head[h], out + column);
   }
 }
@@ -212,147 +233,127 @@ void Launch(const Arguments& arguments, int64_t num_tokens, int most_shared_byte
                   arguments);
 }
 
-// A block turns the heads of one token.
-template <typename Act>
-__global__ __launch_bounds__(kThreads) void RotateHeadsKernel(const Act* q_rope,
-                                                              int64_t token_stride,
-                                                              int64_t head_stride, int num_heads,
-                                                              int rope_dim, const int* positions,
-                                                              const float* cos_sin, Act* out) {
-  LetDependentsLaunch();
-  WaitForPredecessors();
-  const int64_t token = blockIdx.x;
-  const float* turn = cos_sin + int64_t{positions[token]} * rope_dim;
-  for (int pair = threadIdx.x; pair < num_heads * rope_dim / 2; pair += kThreads) {
-    const int head = 2 * pair / rope_dim, column = 2 * pair % rope_dim;
-    const Act* from = q_rope + token * token_stride + head * head_stride + column;
-    Act* to = out + (token * num_heads + head) * rope_dim + column;
-    const float even = ToFloat(from[0]), odd = ToFloat(from[1]);
-    StoreFloat(even * turn[column] - odd * turn[column + 1], to);
-    StoreFloat(even * turn[column + 1] + odd * turn[column], to + 1);
-  }
+// Whether the kernels of mla_projections.h can take it.
+bool HasProjections(const AttentionSizes& sizes, const MlaWeights& weights, DType act) {
+  return act == DType::kBF16 && weights.w_uk.dtype() == act && weights.w_uv.dtype() == act &&
+         sizes.kv_lora_rank == kLatentSize && sizes.nope_dim == kHeadSize &&
+         sizes.v_dim == kHeadSize && sizes.rope_dim % kEight == 0 && sizes.rope_dim <= 1024 &&
+         AreAlignedForEight(weights.w_uk, weights.w_uv);
 }
-
-// A warp quantises a group of 128 columns.
-template <typename Act>
-__global__ __launch_bounds__(kThreads) void QuantizeRowsKernel(Rows<const Act> x,
-                                                               Rows<__nv_fp8_storage_t> values,
-                                                               Rows<float> scales, int num_rows,
-                                                               int size) {
-  LetDependentsLaunch();
-  WaitForPredecessors();
-  const int groups = (size + kFp8Block - 1) / kFp8Block;
-  const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
-  const int64_t row = warp / groups;
-  const int group = warp % groups, lane = threadIdx.x % kWarp;
-  if (row >= num_rows) return;
-  const int begin = group * kFp8Block, end = min(size, begin + kFp8Block);
-  float largest = kSmallestQuantizedMagnitude;
-  for (int k = begin + lane; k < end; k += kWarp)
-    largest = fmaxf(largest, fabsf(ToFloat(x[row][k])));
-  const float factor = WarpMax(largest) / kLargestE4M3;
-  for (int k = begin + lane; k < end; k += kWarp) {
-    values[row][k] = __nv_cvt_float_to_fp8(ToFloat(x[row][k]) / factor, __NV_SATFINITE, __NV_E4M3);
-  }
-  if (lane == 0) scales[row][group] = factor;
-}
-
-unsigned BlocksOf(int64_t threads) {
-  return static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-}
-
-// What MlaAttention writes between its steps, each of T rows.
-struct Between {
-  int64_t q_latent, q_rope, out_latent, values;  // bytes, each a multiple of 256
-
-  Between(int64_t tokens, int64_t heads, int64_t rank, int64_t rope_dim, int64_t v_dim, DType act) {
-    const auto bytes = [&](int64_t width) {
-      return (tokens * heads * width * SizeOf(act) + 255) / 256 * 256;
-    };
-    q_latent = out_latent = bytes(rank);
-    q_rope = bytes(rope_dim);
-    values = bytes(v_dim);
-  }
-  int64_t total() const { return q_latent + q_rope + out_latent + values; }
-};
 
 }  // namespace
 }  // namespace cuda
 
-int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
-  return cuda::Between(limits.max_tokens, limits.heads, limits.kv_lora_rank,
-                       limits.qk_rope_head_dim, limits.v_head_dim, limits.act)
-             .total() +
-         MlaDecodeSm90::WorkspaceBytes(1, device_.multiProcessorCount);
-}
-
-void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
-  const int64_t decode_bytes = MlaDecodeSm90::WorkspaceBytes(1, device_.multiProcessorCount);
-  const int64_t attention_bytes = ScratchBytes(limits) - decode_bytes;
-  attention_memory_.Use(memory, attention_bytes);
-  decode_memory_.Use(static_cast<char*>(memory) + attention_bytes, decode_bytes);
-}
-
 void CudaOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
                            const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
                            float scale, const LinearInput& out) {
+  constexpr int64_t kMostTokens = 1024;  // at once, for what they are in the latent space
   const AttentionSizes sizes = CheckMlaAttention(q, weights, positions, cos_sin, cache, batch, out);
-  const int64_t tokens = sizes.tokens, heads = sizes.heads;
-  if (tokens == 0 || heads == 0) return;
+  if (sizes.tokens == 0 || sizes.heads == 0) return;
   const DType act = q.dtype();
-  const cuda::Between between(tokens, heads, sizes.kv_lora_rank, sizes.rope_dim, sizes.v_dim, act);
-  char* memory = static_cast<char*>(attention_memory_.Reserve(between.total()));
-  const Tensor q_latent(memory, act, {tokens, heads, sizes.kv_lora_rank});
-  memory += between.q_latent;
-  const Tensor q_rope(memory, act, {tokens, heads, sizes.rope_dim});
-  memory += between.q_rope;
-  const Tensor out_latent(memory, act, {tokens, heads, sizes.kv_lora_rank});
-  memory += between.out_latent;
-  const Tensor values(memory, act, {tokens, heads * sizes.v_dim});
+  const int64_t most_rows = std::min(kMostTokens, sizes.tokens) * sizes.heads;
+  const int64_t latent_bytes = cuda::AlignUp(most_rows * sizes.kv_lora_rank * SizeOf(act));
+  const int64_t rope_bytes = cuda::AlignUp(most_rows * sizes.rope_dim * SizeOf(act));
+  const int64_t value_bytes = cuda::AlignUp(most_rows * sizes.v_dim * SizeOf(act));
+  char* memory = static_cast<char*>(scratch_.Reserve(2 * latent_bytes + rope_bytes + value_bytes));
+  for (int64_t first = 0; first < sizes.tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, sizes.tokens - first);
+    const Latents latents = {
+        .q_latent = Tensor(memory, act, {count, sizes.heads, sizes.kv_lora_rank}),
+        .q_rope = Tensor(memory + 2 * latent_bytes, act, {count, sizes.heads, sizes.rope_dim}),
+        .latent = Tensor(memory + latent_bytes, act, {count, sizes.heads, sizes.kv_lora_rank})};
+    const auto part = [&](const Tensor& tensor) {
+      return tensor.present() ? tensor.Slice(0, first, first + count) : Tensor();
+    };
+    IntoLatentSpace(part(q), weights, part(positions), cos_sin, latents);
+    if (count < sizes.tokens || !DecodeSm90(latents, cache, batch, scale)) {
+      AttendGeneric(latents, cache, batch, scale, first);
+    }
+    OutOfLatentSpace(latents.latent, weights, memory + 2 * latent_bytes + rope_bytes,
+                     {part(out.values), part(out.scales)});
+  }
+  ++layer_;
+}
 
-  CHECK_EQ(positions.stride(0), 1);
-  cuda::VisitAct(act, [&](auto element) {
+void CudaOps::IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                              const Tensor& cos_sin, const Latents& latents) {
+  const AttentionSizes sizes = {.tokens = q.dim(0),
+                                .heads = q.dim(1),
+                                .kv_lora_rank = weights.w_uk.dim(1),
+                                .nope_dim = weights.w_uk.dim(2),
+                                .rope_dim = latents.q_rope.dim(2),
+                                .v_dim = weights.w_uv.dim(1),
+                                .sequences = 0};
+  const bool is_aligned =
+      cuda::IsAlignedForEight(q) && reinterpret_cast<uintptr_t>(cos_sin.raw()) % 16 == 0;
+  if (is_aligned && cuda::HasProjections(sizes, weights, q.dtype())) {
+    cuda::Absorb({.q = static_cast<const __nv_bfloat16*>(q.raw()),
+                  .q_token_stride = q.stride(0),
+                  .q_head_stride = q.stride(1),
+                  .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
+                  .positions = positions.data<int32_t>(),
+                  .positions_stride = positions.stride(0),
+                  .cos_sin = cos_sin.data<float>(),
+                  .num_tokens = static_cast<int>(sizes.tokens),
+                  .num_heads = static_cast<int>(sizes.heads),
+                  .rope_dim = static_cast<int>(sizes.rope_dim),
+                  .q_latent = static_cast<__nv_bfloat16*>(latents.q_latent.raw()),
+                  .q_rope = static_cast<__nv_bfloat16*>(latents.q_rope.raw())},
+                 stream_);
+    return;
+  }
+  cuda::MultiplyHeads(q.Slice(2, 0, sizes.nope_dim), weights.w_uk, latents.q_latent, stream_);
+  if (sizes.rope_dim == 0) return;
+  const Tensor q_rope = q.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim);
+  cuda::VisitAct(q.dtype(), [&](auto element) {
     using Act = decltype(element);
-    const Tensor unturned = q.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim);
     cuda::LaunchDependent(
-        cuda::RotateHeadsKernel<Act>, {dim3(static_cast<unsigned>(tokens)), dim3(cuda::kThreads)},
-        stream_, static_cast<const Act*>(unturned.raw()), unturned.stride(0), unturned.stride(1),
-        static_cast<int>(heads), static_cast<int>(sizes.rope_dim), positions.data<int32_t>(),
-        cos_sin.data<float>(), static_cast<Act*>(q_rope.raw()));
-  });
-  MultiplyHeads(q.Slice(2, 0, sizes.nope_dim), weights.w_uk, q_latent);
-  AttendLatents(q_latent, q_rope, cache, batch, scale, out_latent);
-  const Tensor& multiplied = out.quantized() ? values : out.values;
-  MultiplyHeads(out_latent, weights.w_uv, multiplied.SplitLast(heads, sizes.v_dim));
-  if (!out.quantized()) return;
-  const int64_t groups = out.scales.dim(1);
-  cuda::VisitAct(act, [&](auto element) {
-    cuda::LaunchDependent(
-        cuda::QuantizeRowsKernel<decltype(element)>,
-        {dim3(cuda::BlocksOf(tokens * groups * cuda::kWarp)), dim3(cuda::kThreads)}, stream_,
-        cuda::Rows<const decltype(element)>(values), cuda::Rows<__nv_fp8_storage_t>(out.values),
-        cuda::Rows<float>(out.scales), static_cast<int>(tokens), static_cast<int>(values.dim(1)));
+        cuda::RotateKernel<Act>, {dim3(static_cast<unsigned>(sizes.tokens)), dim3(cuda::kThreads)},
+        stream_, cuda::Rows<const Act>(q_rope), q_rope.stride(1), static_cast<int>(sizes.heads),
+        static_cast<int>(sizes.rope_dim), cuda::Rows<const int>(positions),
+        reinterpret_cast<const float2*>(cos_sin.data<float>()),
+        static_cast<Act*>(latents.q_rope.raw()));
   });
 }
 
-void CudaOps::AttendLatents(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                            const AttentionBatch& batch, float scale, const Tensor& out) {
-  if (IsHopperDecode(q_latent, q_rope, cache, batch)) {
-    HopperDecode(q_latent, q_rope, cache, batch, scale, out);
+void CudaOps::OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
+                               const LinearInput& out) {
+  const int64_t tokens = latent.dim(0), heads = latent.dim(1), v_dim = weights.w_uv.dim(1);
+  const AttentionSizes sizes = {.tokens = tokens,
+                                .heads = heads,
+                                .kv_lora_rank = latent.dim(2),
+                                .nope_dim = weights.w_uk.dim(2),
+                                .rope_dim = 0,
+                                .v_dim = v_dim,
+                                .sequences = 0};
+  if (cuda::HasProjections(sizes, weights, latent.dtype())) {
+    cuda::Project({.latent = static_cast<const __nv_bfloat16*>(latent.raw()),
+                   .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
+                   .num_tokens = static_cast<int>(tokens),
+                   .num_heads = static_cast<int>(heads),
+                   .out = out.values.raw(),
+                   .out_stride = out.values.stride(0),
+                   .scales = out.quantized() ? out.scales.data<float>() : nullptr,
+                   .scales_stride = out.quantized() ? out.scales.stride(0) : 0},
+                  stream_);
     return;
   }
+  const Tensor values =
+      out.quantized() ? Tensor(room, latent.dtype(), {tokens, heads * v_dim}) : out.values;
+  cuda::MultiplyHeads(latent, weights.w_uv, values.SplitLast(heads, v_dim), stream_);
+  if (out.quantized()) cuda::QuantizeRows(values, out, stream_);
+}
+
+void CudaOps::AttendGeneric(const Latents& latents, const Tensor& cache,
+                            const AttentionBatch& batch, float scale, int64_t first) {
   cuda::Arguments arguments = {};
-  arguments.q_latent = q_latent.raw();
-  arguments.q_rope = q_rope.raw();
-  arguments.out = out.raw();
-  for (int i = 0; i < 2; ++i) {
-    arguments.q_latent_strides[i] = q_latent.stride(i);
-    arguments.q_rope_strides[i] = q_rope.stride(i);
-    arguments.out_strides[i] = out.stride(i);
-  }
-  arguments.num_heads = static_cast<int>(q_latent.dim(1));
-  arguments.kv_lora_rank = static_cast<int>(q_latent.dim(2));
-  arguments.rope_dim = static_cast<int>(q_rope.dim(2));
+  arguments.q_latent = latents.q_latent.raw();
+  arguments.q_rope = latents.q_rope.raw();
+  arguments.out = latents.latent.raw();
+  arguments.first_token = static_cast<int>(first);
+  arguments.num_heads = static_cast<int>(latents.q_latent.dim(1));
+  arguments.kv_lora_rank = static_cast<int>(latents.q_latent.dim(2));
+  arguments.rope_dim = static_cast<int>(latents.q_rope.dim(2));
   arguments.scale = scale;
   arguments.cache = cache.raw();
   arguments.block_size = batch.block_size;
@@ -362,48 +363,43 @@ void CudaOps::AttendLatents(const Tensor& q_latent, const Tensor& q_rope, const 
   arguments.context_lens = batch.context_lens.data<int32_t>();
   arguments.num_sequences = static_cast<int>(batch.context_lens.dim(0));
   const auto most_shared_bytes = static_cast<int>(device_.sharedMemPerBlockOptin);
-  cuda::VisitAct(q_latent.dtype(), [&](auto act) {
+  cuda::VisitAct(latents.q_latent.dtype(), [&](auto act) {
     cuda::VisitWeight(cache.dtype(), [&](auto stored) {
-      cuda::Launch<decltype(act), decltype(stored)>(arguments, q_latent.dim(0), most_shared_bytes,
-                                                    stream_);
+      cuda::Launch<decltype(act), decltype(stored)>(arguments, latents.q_latent.dim(0),
+                                                    most_shared_bytes, stream_);
     });
   });
 }
 
-bool CudaOps::IsHopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                             const AttentionBatch& batch) const {
+bool CudaOps::DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
+                         float scale) {
   using Decode = MlaDecodeSm90;
-  const bool is_v3 = q_latent.dim(1) == Decode::kHeads && q_latent.dim(2) == Decode::kKvLoraRank &&
-                     q_rope.dim(2) == Decode::kRopeHeadDim &&
+  const Tensor& q = latents.q_latent;
+  const bool is_v3 = q.dim(1) == Decode::kHeads && q.dim(2) == Decode::kKvLoraRank &&
+                     latents.q_rope.dim(2) == Decode::kRopeHeadDim &&
                      batch.block_size == Decode::kBlockSize;
-  const bool is_bf16 = q_latent.dtype() == DType::kBF16 && cache.dtype() == DType::kBF16;
+  const bool is_bf16 = q.dtype() == DType::kBF16 && cache.dtype() == DType::kBF16;
   // Every sequence has a token, so as many tokens as sequences are one each.
   const int64_t sequences = batch.context_lens.dim(0);
-  const bool is_decode = q_latent.dim(0) == sequences && sequences <= Decode::kMaxSequences;
-  return is_v3 && is_bf16 && is_decode && Decode::Supports(device_);
-}
+  const bool is_decode = q.dim(0) == sequences && sequences <= Decode::kMaxSequences;
+  if (!is_v3 || !is_bf16 || !is_decode || !Decode::Supports(device_)) return false;
 
-void CudaOps::HopperDecode(const Tensor& q_latent, const Tensor& q_rope, const Tensor& cache,
-                           const AttentionBatch& batch, float scale, const Tensor& out) {
-  // An operation knows nothing of the layer it belongs to: it divides the work anew and shares
-  // counters with nobody, for what follows on the stream waits until it is complete.
-  const int num_multiprocessors = device_.multiProcessorCount;
-  const MlaDecodeSm90 decode(
-      decode_memory_.Reserve(MlaDecodeSm90::WorkspaceBytes(1, num_multiprocessors)), 1,
-      num_multiprocessors);
-  const auto* context_lens = batch.context_lens.data<int32_t>();
-  decode.Schedule(context_lens, static_cast<int>(batch.context_lens.dim(0)), stream_);
-  decode.Run(MlaDecodeSm90::MapCache(cache.raw(), cache.dim(0)),
-             {.q_latent = static_cast<const __nv_bfloat16*>(q_latent.raw()),
-              .q_rope = static_cast<const __nv_bfloat16*>(q_rope.raw()),
-              .q_rope_token_stride = q_rope.stride(0),
-              .q_rope_head_stride = q_rope.stride(1),
+  const Decode decode(decode_workspace_, decode_layers_, device_.multiProcessorCount);
+  if (layer_ == decode_layers_) {  // more layers than were announced: their counters are used up
+    decode.Schedule(batch.context_lens.data<int32_t>(), static_cast<int>(sequences), stream_);
+    layer_ = 0;
+  }
+  decode.Run(Decode::MapCache(cache.raw(), cache.dim(0)),
+             {.index = layer_,
+              .q_latent = static_cast<const __nv_bfloat16*>(q.raw()),
+              .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
               .block_tables = batch.block_tables.data<int32_t>(),
               .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-              .context_lens = context_lens,
+              .context_lens = batch.context_lens.data<int32_t>(),
               .scale = scale,
-              .out = static_cast<__nv_bfloat16*>(out.raw())},
+              .out = static_cast<__nv_bfloat16*>(latents.latent.raw())},
              stream_);
+  return true;
 }
 
 }  // namespace fathom

@@ -1,0 +1,103 @@
+#include "kernels/cuda/cuda_ops.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/mla_decode_sm90.h"
+
+namespace fathom {
+namespace {
+
+// Attention takes longer steps in pieces of so many tokens.
+constexpr int64_t kMostLatentTokens = 1024;
+
+int64_t AttentionBytes(const StepLimits& limits) {
+  const int64_t rows = std::min(limits.max_tokens, kMostLatentTokens) * limits.heads;
+  int64_t bytes = 0;
+  for (const int64_t width :
+       {limits.kv_lora_rank, limits.kv_lora_rank, limits.qk_rope_head_dim, limits.v_head_dim}) {
+    bytes += cuda::AlignUp(rows * width * SizeOf(limits.act));
+  }
+  return bytes;
+}
+
+// Parts of the router's logits: in so many parts that all multiprocessors have 128 rows.
+int64_t RouteBytes(const StepLimits& limits, int num_multiprocessors) {
+  const int64_t rows = std::max<int64_t>(limits.max_tokens, int64_t{num_multiprocessors} * 128);
+  return cuda::AlignUp(rows * limits.num_experts * static_cast<int64_t>(sizeof(float)));
+}
+
+}  // namespace
+
+GrowingMemory::~GrowingMemory() { CUDA_CHECK(cudaFree(data_)); }
+
+void* GrowingMemory::Reserve(int64_t num_bytes) {
+  if (num_bytes > num_bytes_) {
+    CUDA_CHECK(cudaFree(data_));  // waits for whoever uses it
+    CUDA_CHECK(cudaMalloc(&data_, static_cast<size_t>(num_bytes)));
+    num_bytes_ = num_bytes;
+  }
+  return data_;
+}
+
+CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
+    : device_(device), stream_(stream) {
+  constexpr int64_t kCounterBytes = 256;
+  counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
+  CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
+}
+
+int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
+  const int64_t once =
+      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
+  if (!MlaDecodeSm90::Supports(device_)) return once;
+  return once + cuda::AlignUp(MlaDecodeSm90::WorkspaceBytes(static_cast<int>(limits.num_layers),
+                                                            device_.multiProcessorCount));
+}
+
+void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
+  const int64_t once =
+      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
+  scratch_.Use(memory, once);
+  decode_workspace_ = static_cast<char*>(memory) + once;
+  decode_layers_ = static_cast<int>(limits.num_layers);
+}
+
+void CudaOps::BeginStep(const AttentionBatch& batch) {
+  layer_ = 0;
+  prefetches_ = {};
+  const auto sequences = static_cast<int>(batch.context_lens.dim(0));
+  if (!MlaDecodeSm90::Supports(device_) || sequences == 0 ||
+      sequences > MlaDecodeSm90::kMaxSequences) {
+    return;
+  }
+  if (decode_workspace_ == nullptr) {
+    constexpr int kLayers = 128;
+    decode_layers_ = kLayers;
+    decode_workspace_ =
+        decode_memory_.Reserve(MlaDecodeSm90::WorkspaceBytes(kLayers, device_.multiProcessorCount));
+  }
+  MlaDecodeSm90(decode_workspace_, decode_layers_, device_.multiProcessorCount)
+      .Schedule(batch.context_lens.data<int32_t>(), sequences, stream_);
+}
+
+void CudaOps::Prefetch(const Tensor& weight) {
+  cuda::PrefetchList& list = prefetches_;
+  int64_t room = cuda::kMostPrefetchBytes;
+  for (int i = 0; i < list.count; ++i) room -= list.num_bytes[i];
+  const int64_t bytes = std::min(weight.num_bytes() / 16 * 16, room);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(weight.raw()) % 16 == 0;
+  if (list.count == cuda::kMostPrefetches || bytes <= 0 || !is_aligned || !weight.dense()) return;
+  list.data[list.count] = static_cast<const char*>(weight.raw());
+  list.num_bytes[list.count] = bytes;
+  ++list.count;
+}
+
+cuda::PrefetchList CudaOps::TakePrefetches(int64_t num_tokens) {
+  constexpr int64_t kIdleTokens = 32;  // with more, small kernels leave no multiprocessor idle
+  cuda::PrefetchList taken = prefetches_;
+  prefetches_ = {};
+  return num_tokens <= kIdleTokens ? taken : cuda::PrefetchList();
+}
+
+}  // namespace fathom

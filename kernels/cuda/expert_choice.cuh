@@ -1,0 +1,185 @@
+// A token's experts, chosen by one warp that keeps all scores in registers: lane l has experts
+// [l * kPer, (l + 1) * kPer).
+//
+// Scores are compared as integers of the same order: one instruction finds the largest of a warp.
+// Ties go to the lower id; NaN is worse than anything, so that a row that is broken still yields
+// ids that exist.
+#pragma once
+
+#include <cmath>
+
+#include "kernels/cuda/elements.cuh"
+#include "kernels/ops.h"
+
+namespace fathom::cuda {
+
+inline constexpr int kMostRoutedExperts = 1024;
+inline constexpr int kMostGroups = kWarp;
+inline constexpr int kMostChoices = kWarp;  // of routed experts
+
+struct Choice {
+  RoutingConfig config;
+  const float* bias;  // null without
+  int num_experts;    // routed
+  int* experts;       // [T, k]
+  float* weights;     // [T, k]
+};
+
+// Greater for the better score; at least 1.
+__device__ inline uint32_t SortKey(float score) {
+  if (isnan(score)) return 1;
+  const uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// The best two of some experts' scores; NaN does not count.
+struct BestTwo {
+  float best = -INFINITY, second = -INFINITY;
+  __device__ void Add(float score) {
+    if (score > best) {
+      second = best;
+      best = score;
+    } else if (score > second) {
+      second = score;
+    }
+  }
+  __device__ float ScoreOfGroup(int size, TopkMethod method) const {
+    return method == TopkMethod::kNoauxTc && size > 1 ? best + second : best;
+  }
+};
+
+// Sigmoid of each logit, or softmax over all. Logits of experts that do not exist are -inf.
+template <int kPer>
+__device__ void Score(const float (&logits)[kPer], ScoringFunc scoring_func,
+                      float (&scores)[kPer]) {
+  if (scoring_func == ScoringFunc::kSigmoid) {
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) scores[i] = 1.0f / (1.0f + expf(-logits[i]));
+    return;
+  }
+  float largest = -INFINITY, sum = 0.0f;
+#pragma unroll
+  for (const float logit : logits) largest = fmaxf(largest, logit);
+  largest = WarpMax(largest);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    scores[i] = expf(logits[i] - largest);
+    sum += scores[i];
+  }
+  sum = WarpSum(sum);
+#pragma unroll
+  for (float& score : scores) score /= sum;
+}
+
+// Bit g: whether group g is one of the topk_group best. `room`: shared memory of this warp's,
+// num_experts floats.
+template <int kPer>
+__device__ uint32_t KeptGroups(const float (&choice)[kPer], const Choice& arguments, float* room) {
+  const int lane = threadIdx.x % kWarp;
+  const int groups = arguments.config.n_group, size = arguments.num_experts / groups;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (lane * kPer + i < arguments.num_experts) room[lane * kPer + i] = choice[i];
+  }
+  __syncwarp();
+  // As many lanes as there are share a group, a power of two of them.
+  int sharing = 1;
+  while (sharing * 2 * groups <= kWarp && sharing * 2 <= size) sharing *= 2;
+  const int group = lane / sharing, part = lane % sharing;
+  BestTwo best;
+  if (group < groups) {
+    for (int i = part; i < size; i += sharing) best.Add(room[group * size + i]);
+  }
+  for (int lanes = 1; lanes < sharing; lanes *= 2) {
+    const float other_best = __shfl_xor_sync(kAllLanes, best.best, lanes);
+    const float other_second = __shfl_xor_sync(kAllLanes, best.second, lanes);
+    best.Add(other_best);
+    best.Add(other_second);
+  }
+  const uint32_t key =
+      group < groups ? SortKey(best.ScoreOfGroup(size, arguments.config.topk_method)) : 0;
+  int better = 0;  // groups than this lane's
+  for (int g = 0; g < groups; ++g) {
+    const uint32_t other = __shfl_sync(kAllLanes, key, g * sharing);
+    better += other > key || (other == key && g < group);
+  }
+  const bool kept = group < groups && part == 0 && better < arguments.config.topk_group;
+  const uint32_t lanes = __ballot_sync(kAllLanes, kept);
+  uint32_t result = 0;
+  for (int g = 0; g < groups; ++g) result |= (lanes >> (g * sharing) & 1) << g;
+  __syncwarp();
+  return result;
+}
+
+// All lanes of a warp. Logits of experts that do not exist are -inf.
+template <int kPer>
+__device__ void ChooseExperts(const float (&logits)[kPer], const Choice& arguments, int64_t token,
+                              float* room) {
+  const RoutingConfig& config = arguments.config;
+  const int lane = threadIdx.x % kWarp;
+  float scores[kPer], choice[kPer];
+  Score(logits, config.scoring_func, scores);
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int expert = lane * kPer + i;
+    const bool biased =
+        config.topk_method == TopkMethod::kNoauxTc && expert < arguments.num_experts;
+    choice[i] = biased ? scores[i] + arguments.bias[expert] : scores[i];
+  }
+  uint32_t kept = ~0u;
+  if (config.topk_method != TopkMethod::kGreedy && config.topk_group < config.n_group) {
+    kept = KeptGroups(choice, arguments, room);
+  }
+  const int group_size = arguments.num_experts / config.n_group;
+  uint32_t keys[kPer];  // 0: taken, or no expert
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int expert = lane * kPer + i;
+    keys[i] = expert >= arguments.num_experts     ? 0
+              : kept == ~0u                       ? SortKey(choice[i])
+              : kept >> (expert / group_size) & 1 ? SortKey(choice[i])
+                                                  : SortKey(-INFINITY);
+  }
+
+  int my_expert = 0;  // lane j keeps choice j
+  float my_score = 0.0f, sum = 0.0f;
+  for (int j = 0; j < config.num_experts_per_tok; ++j) {
+    uint32_t best = keys[0];
+    int place = 0;
+    float score = scores[0];
+#pragma unroll
+    for (int i = 1; i < kPer; ++i) {
+      if (keys[i] > best) {
+        best = keys[i];
+        place = i;
+        score = scores[i];
+      }
+    }
+    const uint32_t best_of_all = __reduce_max_sync(kAllLanes, best);
+    const int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, best == best_of_all))) - 1;
+    const int expert = __shfl_sync(kAllLanes, lane * kPer + place, owner);
+    score = __shfl_sync(kAllLanes, score, owner);
+    sum += score;
+    if (lane == j) {
+      my_expert = expert;
+      my_score = score;
+    }
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      if (lane * kPer + i == expert) keys[i] = 0;
+    }
+  }
+  const int64_t first = token * config.num_choices();
+  if (lane < config.num_experts_per_tok) {
+    const float divisor = config.norm_topk_prob ? sum + 1e-20f : 1.0f;  // never 0 / 0
+    arguments.experts[first + lane] = my_expert;
+    arguments.weights[first + lane] = my_score / divisor * config.routed_scaling_factor;
+  }
+  for (int j = lane; j < config.num_shared_experts; j += kWarp) {
+    const int64_t place = first + config.num_experts_per_tok + j;
+    arguments.experts[place] = arguments.num_experts + j;
+    arguments.weights[place] = 1.0f;
+  }
+}
+
+}  // namespace fathom::cuda

@@ -1,0 +1,120 @@
+// Sorting the rows of a step by expert, by one block of threads: a counting sort that keeps the
+// order, because each warp counts and later places a contiguous part of the rows.
+#pragma once
+
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/expert_chunks.h"
+
+namespace fathom::cuda {
+
+struct Grouping {
+  const int* experts;  // [num_rows]: of all ranks
+  int num_rows;        // M
+  int first_expert, num_experts;
+  int rows_per_chunk;
+  int* rows;     // [M]
+  int* offsets;  // [E + 1]
+  int* notes;    // null: nobody wants them
+  int64_t places_at;
+
+  // Shared memory of a block, in ints: counts of each warp, sums of each warp.
+  static constexpr int SharedInts(int experts, int warps) {
+    return (experts + 2) * warps + 2 * kWarp;
+  }
+};
+
+// The sum of the values of the threads before this one, and of all threads. All threads.
+__device__ inline int2 ScanBlock(int2 value, int* warp_sums, int2* total) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int2 sum = value;
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int x = __shfl_up_sync(kAllLanes, sum.x, lanes);
+    const int y = __shfl_up_sync(kAllLanes, sum.y, lanes);
+    if (lane >= lanes) sum = make_int2(sum.x + x, sum.y + y);
+  }
+  __syncthreads();
+  if (lane == kWarp - 1) {
+    warp_sums[2 * warp] = sum.x;
+    warp_sums[2 * warp + 1] = sum.y;
+  }
+  __syncthreads();
+  int2 before = make_int2(sum.x - value.x, sum.y - value.y);
+  *total = make_int2(0, 0);
+  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
+    if (w == warp) before = make_int2(before.x + total->x, before.y + total->y);
+    *total = make_int2(total->x + warp_sums[2 * w], total->y + warp_sums[2 * w + 1]);
+  }
+  return before;
+}
+
+// By a whole block of at most 1,024 threads, all of its warps full.
+__device__ inline void GroupRows(const Grouping& grouping, int* shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warps = blockDim.x / kWarp, experts = grouping.num_experts;
+  int* counts = shared;  // [warps][experts]
+  int* warp_sums = counts + experts * warps;
+  const int part = (grouping.num_rows + warps * kWarp - 1) / (warps * kWarp) * kWarp;
+  const int begin = warp * part, end = min(begin + part, grouping.num_rows);
+  // Behind the last row, or another rank's: -1. From the L2, where other blocks have just put it.
+  const auto expert_of = [&](int row) {
+    const int expert = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
+    return expert >= 0 && expert < experts ? expert : -1;
+  };
+
+  for (int i = threadIdx.x; i < experts * warps; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  for (int row = begin + lane; row < end; row += kWarp) {
+    const int expert = expert_of(row);
+    if (expert >= 0) atomicAdd(&counts[warp * experts + expert], 1);
+  }
+  __syncthreads();
+
+  // Counts become places: of an expert's first row, and of each warp's first row of it.
+  int2 first = make_int2(0, 0);  // row, chunk
+  for (int base = 0; base < experts; base += blockDim.x) {
+    const int expert = base + threadIdx.x;
+    int count = 0;
+    if (expert < experts) {
+      for (int w = 0; w < warps; ++w) {
+        const int of_warp = counts[w * experts + expert];
+        counts[w * experts + expert] = count;
+        count += of_warp;
+      }
+    }
+    const int chunk_rows = grouping.rows_per_chunk;
+    const int chunks = (count + chunk_rows - 1) / chunk_rows;
+    int2 total;
+    int2 before = ScanBlock(make_int2(count, chunks), warp_sums, &total);
+    before = make_int2(before.x + first.x, before.y + first.y);
+    if (expert < experts) {
+      grouping.offsets[expert] = before.x;
+      for (int w = 0; w < warps; ++w) counts[w * experts + expert] += before.x;
+      for (int c = 0; grouping.notes != nullptr && c < chunks; ++c) {
+        reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[before.y + c] = make_int4(
+            expert, before.x + c * chunk_rows, min(chunk_rows, count - c * chunk_rows), 0);
+      }
+    }
+    first = make_int2(first.x + total.x, first.y + total.y);
+  }
+  if (threadIdx.x == 0) {
+    grouping.offsets[experts] = first.x;
+    if (grouping.notes != nullptr) grouping.notes[0] = first.y;
+  }
+  __syncthreads();
+
+  for (int first_row = begin; first_row < end; first_row += kWarp) {
+    const int row = first_row + lane, expert = expert_of(row);
+    const unsigned same = __match_any_sync(kAllLanes, expert);
+    int place = -1;
+    if (expert >= 0) {
+      place = counts[warp * experts + expert] + __popc(same & ((1u << lane) - 1));
+      grouping.rows[place] = row;
+    }
+    __syncwarp();
+    if (expert >= 0 && (same >> lane) == 1) counts[warp * experts + expert] = place + 1;
+    __syncwarp();
+    if (grouping.notes != nullptr && row < end) grouping.notes[grouping.places_at + row] = place;
+  }
+}
+
+}  // namespace fathom::cuda

@@ -1,0 +1,368 @@
+// The router, from activations to sorted rows, in one launch for few tokens and in two for many.
+//
+// Few tokens: the gate (3.7 MB for DeepSeek-V3) is streamed by all multiprocessors at once. A block
+// has 32 experts and 448 inputs, in registers before the activations are there, and leaves partial
+// logits; the blocks wait for each other (all of them are resident), one block per token adds the
+// parts up in order and chooses, and the last of those sorts the rows.
+//
+// Many tokens: logits by MultiplyBf16 (or any linear layer), whose parts one warp per token adds
+// up; again the last block sorts.
+
+#include <algorithm>
+
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/elements.cuh"
+#include "kernels/cuda/expert_choice.cuh"
+#include "kernels/cuda/expert_groups.cuh"
+#include "kernels/cuda/linear_bf16.h"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/shape_checks.h"
+
+namespace fathom {
+namespace cuda {
+namespace {
+
+// --- few tokens
+
+constexpr int kBlockExperts = 32;
+constexpr int kExpertTiles = kBlockExperts / 16;
+constexpr int kInputWarps = 7;                                // that share the inputs of a block
+constexpr int kWarpChunks = 2;                                // of 32 inputs, of a warp
+constexpr int kBlockInputs = kInputWarps * kWarpChunks * 32;  // 448 = 7168 / 16
+constexpr int kStreamThreads = kInputWarps * kExpertTiles * kWarp;
+constexpr int kPassTokens = 64;
+constexpr int kMostStreamTokens = 256;
+constexpr int kSumStride = 36;  // floats between tokens of a warp's sums: no two lanes in a bank
+constexpr int kMostStreamExperts = 512;
+
+struct RouteArguments {
+  Rows<const __nv_bfloat16> x;
+  const __nv_bfloat16* gate;  // [E, H]
+  int num_tokens, hidden_size;
+  float* parts;   // [slices][T][E]
+  int* counters;  // [2], zero before and after
+  Rows<float> logits;
+  Choice choice;
+  Grouping grouping;
+};
+
+// Whether this block is the last of `count` to come here. What the blocks wrote before is visible
+// to the last. All threads.
+__device__ bool IsLastArrival(int* counter, int count, bool* room) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *room = atomicAdd(counter, 1) == count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *room;
+}
+
+__device__ void WaitForArrivals(const int* counter, int count) {
+  if (threadIdx.x == 0) {
+    int arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+    } while (arrived < count);
+  }
+  __syncthreads();
+}
+
+// Σ over the slices of the logits of one token, for lane l experts [l * kPer, (l + 1) * kPer).
+template <int kPer>
+__device__ void ChooseFromShared(const float* token_logits, const RouteArguments& arguments,
+                                 int token, float* room) {
+  float logits[kPer];
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    const int expert = threadIdx.x % kWarp * kPer + i;
+    logits[i] = expert < arguments.choice.num_experts ? token_logits[expert] : -INFINITY;
+  }
+  ChooseExperts(logits, arguments.choice, token, room);
+}
+
+// Leaves this block's part of the logits of tokens [first, first + 64).
+template <int kTiles>  // of eight tokens
+__device__ void MultiplyPass(const RouteArguments& arguments, int first,
+                             const uint4 (&weights)[2][kWarpChunks],
+                             const int (&inputs)[kWarpChunks], float* sums) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int group = lane / 4, in_group = lane % 4;
+  const int expert_tile = warp / kInputWarps, input_warp = warp % kInputWarps;
+  const int expert = expert_tile * 16 + group;
+  float* mine = sums + input_warp * kPassTokens * kSumStride;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    const int token = min(first + tile * 8 + group, arguments.num_tokens - 1);
+    const __nv_bfloat16* x = arguments.x[token];
+    float d[4] = {};
+#pragma unroll
+    for (int c = 0; c < kWarpChunks; ++c) {
+      if (inputs[c] < 0) continue;
+      const uint4 b = *reinterpret_cast<const uint4*>(x + inputs[c]);
+      ProductOf32(weights[0][c], weights[1][c], b, d);
+    }
+    float* to = mine + (tile * 8 + in_group * 2) * kSumStride + expert;
+    to[0] = d[0];
+    to[kSumStride] = d[1];
+    to[8] = d[2];
+    to[kSumStride + 8] = d[3];
+  }
+}
+
+// Adds up the sums of the block's warps and leaves them to the others.
+__device__ void StoreParts(const RouteArguments& arguments, int first, int count, int first_expert,
+                           int slice, const float* sums) {
+  const int num_experts = arguments.choice.num_experts;
+  for (int i = threadIdx.x; i < count * kBlockExperts; i += kStreamThreads) {
+    const int token = i / kBlockExperts, expert = i % kBlockExperts;
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kInputWarps; ++w) {
+      sum += sums[(w * kPassTokens + token) * kSumStride + expert];
+    }
+    arguments.parts[(int64_t{slice} * arguments.num_tokens + first + token) * num_experts +
+                    first_expert + expert] = sum;
+  }
+}
+
+// Logits of a token, in shared memory and where they are asked for. All threads.
+__device__ void AddParts(const RouteArguments& arguments, int token, int slices, float* logits) {
+  constexpr int kInFlight = 8;
+  const int num_experts = arguments.choice.num_experts;
+  for (int expert = threadIdx.x; expert < num_experts; expert += kStreamThreads) {
+    const float* part = arguments.parts + int64_t{token} * num_experts + expert;
+    const int64_t stride = int64_t{arguments.num_tokens} * num_experts;
+    float sum = 0.0f;
+    for (int s = 0; s < slices; s += kInFlight) {
+      float values[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        values[i] = s + i < slices ? __ldcg(part + (s + i) * stride) : 0.0f;
+      }
+#pragma unroll
+      for (const float value : values) sum += value;
+    }
+    logits[expert] = sum;
+    arguments.logits[token][expert] = sum;
+  }
+}
+
+template <int kPer>
+__global__ __launch_bounds__(kStreamThreads,
+                             2) void StreamRouteKernel(const RouteArguments arguments) {
+  extern __shared__ float shared[];
+  __shared__ bool is_last;
+  LetDependentsLaunch();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int num_experts = arguments.choice.num_experts, num_tokens = arguments.num_tokens;
+  const int expert_blocks = num_experts / kBlockExperts;
+  const int slice = blockIdx.x / expert_blocks;
+  const int slices = gridDim.x / expert_blocks;
+  const int first_expert = blockIdx.x % expert_blocks * kBlockExperts;
+
+  uint4 weights[2][kWarpChunks];
+  int inputs[kWarpChunks];
+  const int64_t expert = first_expert + warp / kInputWarps * 16 + lane / 4;
+#pragma unroll
+  for (int c = 0; c < kWarpChunks; ++c) {
+    const int chunk = slice * kBlockInputs + (warp % kInputWarps * kWarpChunks + c) * 32;
+    inputs[c] = chunk < arguments.hidden_size ? chunk + lane % 4 * 8 : -1;
+    if (inputs[c] < 0) continue;
+    const __nv_bfloat16* gate = arguments.gate + expert * arguments.hidden_size + inputs[c];
+    weights[0][c] = *reinterpret_cast<const uint4*>(gate);
+    weights[1][c] = *reinterpret_cast<const uint4*>(gate + 8 * int64_t{arguments.hidden_size});
+  }
+  WaitForPredecessors();
+
+  for (int first = 0; first < num_tokens; first += kPassTokens) {
+    const int count = min(kPassTokens, num_tokens - first);
+    if (count <= 8) {
+      MultiplyPass<1>(arguments, first, weights, inputs, shared);
+    } else if (count <= 32) {
+      MultiplyPass<4>(arguments, first, weights, inputs, shared);
+    } else {
+      MultiplyPass<8>(arguments, first, weights, inputs, shared);
+    }
+    __syncthreads();
+    StoreParts(arguments, first, count, first_expert, slice, shared);
+    __syncthreads();
+  }
+
+  // One token: whoever comes last chooses. More: each waits for all and chooses for its own.
+  const int blocks = gridDim.x;
+  const bool last = IsLastArrival(&arguments.counters[0], blocks, &is_last);
+  const int choosers = min(blocks, num_tokens);
+  const int chooser = num_tokens == 1 ? (last ? 0 : blocks) : static_cast<int>(blockIdx.x);
+  if (chooser >= choosers) return;
+  WaitForArrivals(&arguments.counters[0], blocks);
+  int mine = 0;
+  for (int token = chooser; token < num_tokens; token += blocks, ++mine) {
+    AddParts(arguments, token, slices, shared + mine * num_experts);
+  }
+  __syncthreads();
+  float* room = shared + (mine + warp) * num_experts;
+  if (warp < mine) {
+    ChooseFromShared<kPer>(shared + warp * num_experts, arguments, chooser + warp * blocks, room);
+  }
+
+  if (!IsLastArrival(&arguments.counters[1], choosers, &is_last)) return;
+  GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
+  if (threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
+}
+
+// --- many tokens
+
+constexpr int kChooseThreads = 256;
+
+// parts: [slices][T] rows of the logits' stride, or the logits themselves.
+template <int kPer>
+__global__ __launch_bounds__(kChooseThreads) void ChooseKernel(const RouteArguments arguments,
+                                                               const float* parts,
+                                                               int64_t parts_stride, int slices) {
+  extern __shared__ float shared[];
+  __shared__ bool is_last;
+  LetDependentsLaunch();
+  WaitForPredecessors();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int num_experts = arguments.choice.num_experts;
+  const int token = blockIdx.x * (kChooseThreads / kWarp) + warp;
+  if (token < arguments.num_tokens) {
+    float logits[kPer];
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) logits[i] = lane * kPer + i < num_experts ? 0.0f : -INFINITY;
+    for (int s = 0; s < slices; ++s) {
+      const float* part = parts + (int64_t{s} * arguments.num_tokens + token) * parts_stride;
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        if (lane * kPer + i < num_experts) logits[i] += part[lane * kPer + i];
+      }
+    }
+    if (parts != arguments.logits.data) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        if (lane * kPer + i < num_experts) arguments.logits[token][lane * kPer + i] = logits[i];
+      }
+    }
+    ChooseExperts(logits, arguments.choice, token, shared + warp * num_experts);
+  }
+  if (!IsLastArrival(&arguments.counters[0], gridDim.x, &is_last)) return;
+  GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
+  if (threadIdx.x == 0) arguments.counters[0] = 0;
+}
+
+// --- the host's side
+
+template <typename Fn>
+void VisitExpertsPerLane(int num_experts, Fn&& fn) {
+  CHECK_LE(num_experts, kMostRoutedExperts);
+  if (num_experts <= kWarp) return fn(std::integral_constant<int, 1>());
+  if (num_experts <= 2 * kWarp) return fn(std::integral_constant<int, 2>());
+  if (num_experts <= 8 * kWarp) return fn(std::integral_constant<int, 8>());
+  if (num_experts <= 16 * kWarp) return fn(std::integral_constant<int, 16>());
+  return fn(std::integral_constant<int, 32>());
+}
+
+int StreamSlices(int hidden_size) { return static_cast<int>(DivideUp(hidden_size, kBlockInputs)); }
+
+void LaunchStream(const RouteArguments& arguments, cudaStream_t stream) {
+  const int experts = arguments.choice.num_experts;
+  const int blocks = experts / kBlockExperts * StreamSlices(arguments.hidden_size);
+  const int warps = kStreamThreads / kWarp;
+  const int tokens_per_block = static_cast<int>(DivideUp(arguments.num_tokens, blocks));
+  const int floats =
+      std::max({kInputWarps * kPassTokens * kSumStride, (2 * tokens_per_block + 1) * experts,
+                Grouping::SharedInts(arguments.grouping.num_experts, warps)});
+  const int shared_bytes = floats * static_cast<int>(sizeof(float));
+  VisitExpertsPerLane(experts, [&](auto per) {
+    const auto kernel = StreamRouteKernel<decltype(per)::value>;
+    CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    LaunchDependent(kernel, {dim3(blocks), dim3(kStreamThreads), shared_bytes}, stream, arguments);
+  });
+}
+
+void LaunchChoose(const RouteArguments& arguments, const float* parts, int64_t parts_stride,
+                  int slices, cudaStream_t stream) {
+  const int warps = kChooseThreads / kWarp;
+  const int experts = arguments.choice.num_experts;
+  const int floats =
+      std::max(warps * experts, Grouping::SharedInts(arguments.grouping.num_experts, warps));
+  const int shared_bytes = floats * static_cast<int>(sizeof(float));
+  const auto blocks = static_cast<unsigned>(DivideUp(arguments.num_tokens, warps));
+  VisitExpertsPerLane(experts, [&](auto per) {
+    const auto kernel = ChooseKernel<decltype(per)::value>;
+    CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    LaunchDependent(kernel, {dim3(blocks), dim3(kChooseThreads), shared_bytes}, stream, arguments,
+                    parts, parts_stride, slices);
+  });
+}
+
+}  // namespace
+}  // namespace cuda
+
+void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
+                    const RoutingConfig& config, int first_expert, const Routes& routes) {
+  CheckRoute(x, gate, bias, config, routes);
+  CHECK_LE(config.num_experts_per_tok, cuda::kMostChoices);
+  CHECK_LE(config.n_group, cuda::kMostGroups);
+  const ExpertGroups& groups = routes.groups;
+  const int64_t tokens = x.dim(0), experts = gate.dim(0), rows = groups.rows.dim(0);
+  const int64_t local_experts = groups.offsets.dim(0) - 1;
+  if (tokens == 0 || local_experts == 0) {
+    CUDA_CHECK(cudaMemsetAsync(groups.offsets.raw(), 0, groups.offsets.num_bytes(), stream_));
+    if (groups.notes.present()) {
+      CUDA_CHECK(cudaMemsetAsync(groups.notes.raw(), 0xff, groups.notes.num_bytes(), stream_));
+      CUDA_CHECK(cudaMemsetAsync(groups.notes.raw(), 0, sizeof(int32_t), stream_));
+    }
+    if (tokens == 0) return;
+  }
+  cuda::RouteArguments arguments = {};
+  arguments.num_tokens = static_cast<int>(tokens);
+  arguments.hidden_size = static_cast<int>(x.dim(1));
+  arguments.counters = counters();
+  arguments.logits = cuda::Rows<float>(routes.logits);
+  arguments.choice = {.config = config,
+                      .bias = bias.present() ? bias.data<float>() : nullptr,
+                      .num_experts = static_cast<int>(experts),
+                      .experts = routes.experts.data<int32_t>(),
+                      .weights = routes.weights.data<float>()};
+  arguments.grouping = {.experts = arguments.choice.experts,
+                        .num_rows = static_cast<int>(rows),
+                        .first_expert = first_expert,
+                        .num_experts = static_cast<int>(local_experts),
+                        .rows_per_chunk = RowsPerChunk(rows, std::max<int64_t>(local_experts, 1)),
+                        .rows = groups.rows.data<int32_t>(),
+                        .offsets = groups.offsets.data<int32_t>(),
+                        .notes = groups.notes.present() ? groups.notes.data<int32_t>() : nullptr,
+                        .places_at = PlacesNote(local_experts, rows)};
+
+  const bool is_bf16 = x.dtype() == DType::kBF16 && gate.dtype() == DType::kBF16 &&
+                       cuda::AreAlignedForEight(x, gate) && x.dim(1) % 32 == 0;
+  const int slices = cuda::StreamSlices(arguments.hidden_size);
+  const int64_t blocks = experts / cuda::kBlockExperts * slices;
+  if (is_bf16 && tokens <= cuda::kMostStreamTokens && experts % cuda::kBlockExperts == 0 &&
+      experts <= cuda::kMostStreamExperts && blocks <= device_.multiProcessorCount) {
+    arguments.x = cuda::Rows<const __nv_bfloat16>(x);
+    arguments.gate = static_cast<const __nv_bfloat16*>(gate.raw());
+    arguments.parts = static_cast<float*>(
+        scratch_.Reserve(slices * tokens * experts * static_cast<int64_t>(sizeof(float))));
+    cuda::LaunchStream(arguments, stream_);
+    return;
+  }
+  const cuda::Bf16Product product = {.x = x, .weight = gate, .out = routes.logits};
+  if (cuda::FitsBf16Product(product)) {
+    const int parts = cuda::NumParts(product, device_.multiProcessorCount);
+    auto* memory = static_cast<float*>(
+        scratch_.Reserve(parts * tokens * experts * static_cast<int64_t>(sizeof(float))));
+    cuda::MultiplyBf16InParts(product, parts, memory, stream_);
+    cuda::LaunchChoose(arguments, memory, experts, parts, stream_);
+    return;
+  }
+  Linear(x, {.values = gate}, routes.logits);
+  cuda::LaunchChoose(arguments, routes.logits.data<float>(), routes.logits.stride(0), 1, stream_);
+}
+
+}  // namespace fathom
