@@ -110,8 +110,9 @@ def route(logits, bias, config):
 class ReferenceModel:
     """A checkpoint as a function from token ids to logits.
 
-    fp8_activations: round the input of every FP8 matrix as DeepSeek's kernels do. Off, FP8 weights
-    are decoded and everything else is exact, which is what the golden logits of FP8 are.
+    fp8_activations: round the input of every FP8 matrix as DeepSeek's kernels do, but for
+    kv_b_proj, which attention in the latent space decodes. Off, FP8 weights are decoded and
+    everything else is exact, which is what the golden logits of FP8 are.
     """
 
     def __init__(self, folder, fp8_activations=False):
@@ -126,7 +127,7 @@ class ReferenceModel:
             if tensor.dtype == "F8_E4M3":
                 scales = stored[name.replace(".weight", ".weight_scale_inv")].to_float64()
                 values = values * spread_blocks(scales, values.shape)
-                if fp8_activations:
+                if fp8_activations and "kv_b_proj" not in name:
                     self.fp8_names.add(name)
             self.weights[name] = values
         self.frequencies = rotary_frequencies(self.config)

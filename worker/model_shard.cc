@@ -257,7 +257,7 @@ class LoadedModelShard final : public ModelShard {
   // Queues the logits of the rows of `normed` that the step wants.
   absl::Status QueueHead(const Tensor& normed, Communicator& communicator);
   // Where QueueHead leaves so many rows: on rank 0, in device memory.
-  Tensor Logits(int64_t rows) const;
+  Tensor Logits(int64_t rows, const Communicator& communicator) const;
 
   const ModelShardOptions options_;
   const ModelConfig config_;
@@ -329,7 +329,7 @@ absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache
   }
 
   if (rows == 0 || layout_.rank() != 0) return Tensor();
-  return Logits(rows);
+  return Logits(rows, communicator);
 }
 
 absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& communicator) {
@@ -390,7 +390,7 @@ absl::Status LoadedModelShard::QueueHead(const Tensor& normed, Communicator& com
   const Tensor wanted = wants_all ? normed : head.rows.Slice(0, 0, rows);
   if (!wants_all) ops_.GatherRows(normed, step_tensors_.logit_rows(), wanted);
   ops_.Linear(wanted, {.values = weights_.lm_head}, part);
-  if (layout_.world_size() == 1) return absl::OkStatus();
+  if (communicator.world_size() == 1) return absl::OkStatus();
   if (layout_.rank() != 0) return communicator.GatherToRank0(part, Tensor());
 
   // [world, L, part of vocabulary] becomes [L, vocabulary].
@@ -398,15 +398,16 @@ absl::Status LoadedModelShard::QueueHead(const Tensor& normed, Communicator& com
   const Tensor gathered =
       head.gathered.Slice(0, 0, world * rows * part_size).Reshape({world, rows, part_size});
   RETURN_IF_ERROR(communicator.GatherToRank0(part, gathered));
+  const Tensor logits = Logits(rows, communicator);
   for (int64_t rank = 0; rank < world; ++rank) {
-    device_.Copy(gathered[rank], Logits(rows).Slice(1, rank * part_size, (rank + 1) * part_size));
+    device_.Copy(gathered[rank], logits.Slice(1, rank * part_size, (rank + 1) * part_size));
   }
   return absl::OkStatus();
 }
 
-Tensor LoadedModelShard::Logits(int64_t rows) const {
+Tensor LoadedModelShard::Logits(int64_t rows, const Communicator& communicator) const {
   const Activations::Head& head = activations_.head;
-  return (layout_.world_size() == 1 ? head.part : head.logits).Slice(0, 0, rows);
+  return (communicator.world_size() == 1 ? head.part : head.logits).Slice(0, 0, rows);
 }
 
 }  // namespace

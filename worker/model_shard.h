@@ -68,7 +68,8 @@ class ModelShard {
   // A step that only decodes is recorded on a device that can (StepRecordings).
   //   REQUIRES: 1 to max_tokens_per_step tokens, at most max_logit_rows logit rows
   //   logits [L, vocab_size] f32 in device memory, valid until the next call; absent on ranks other
-  //   than 0, and when no logits are wanted
+  //   than 0, and when no logits are wanted. One rank of several that computes alone, with a lonely
+  //   communicator, to be measured: [L, its part of vocab_size]
   virtual absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
                                          Communicator& communicator) = 0;
 };

@@ -89,7 +89,6 @@ constexpr NeedlessFlag kNeedlessFlags[] = {
     {"--enforce-eager", "", "there are no graphs to capture on this device"},
     {"--disable-log-requests", "",
      "prompts and parameters are never logged; one line per request is, see --log-level"},
-    {"--load-format", "auto|safetensors", "checkpoints are read from safetensors only"},
     {"--tokenizer-mode", "auto", "the tokenizer is chosen by the model folder"},
     {"--distributed-executor-backend", "mp", "workers are processes of this host"},
     {"--pipeline-parallel-size", "1",
@@ -161,6 +160,17 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
                  "none, or fp8: weights become FP8 in blocks of 128x128 while loading")
       ->capture_default_str()
       ->check(OneOf({"none", "fp8"}));
+  app.add_option("--activation-quantization", options.activation_quantization,
+                 "What FP8 weights are multiplied with: none, fp8 (rows in blocks of 128), auto; "
+                 "auto is fp8 on a GPU, none on a CPU")
+      ->capture_default_str()
+      ->check(OneOf({"auto", "none", "fp8"}));
+  const std::string only_safetensors = "checkpoints are read from safetensors only";
+  app.add_option("--load-format", options.load_format,
+                 "auto, safetensors: the checkpoint; dummy: random weights, for trying a machine")
+      ->capture_default_str()
+      ->check(OneOf({"auto", "safetensors", "dummy"},
+                    {{"pt", only_safetensors}, {"npcache", only_safetensors}}));
   app.add_option("--tensor-parallel-size", options.tensor_parallel_size,
                  "Workers that share each layer; must divide heads, experts' width and vocabulary; "
                  "-tp for short")
@@ -207,11 +217,12 @@ void AddMemoryFlags(CLI::App& app, ServeOptions& options) {
                  "KV cache of each worker, e.g. 512M, 4G [what the utilization leaves]")
       ->type_name("COUNT")
       ->check(CountInto(&options.kv_cache_memory_bytes, 1, int64_t{1} << 50));
-  const std::string no_fp8_kv = "the KV cache holds float32 or bfloat16 in this version";
-  app.add_option("--kv-cache-dtype", options.kv_cache_dtype, "auto (as --dtype), float32, bfloat16")
+  const std::string no_e5m2 = "the KV cache holds e4m3, which has more digits; use fp8";
+  app.add_option(
+         "--kv-cache-dtype", options.kv_cache_dtype,
+         "auto (as --dtype), float32, bfloat16, fp8 (the latent in e4m3, the key in bfloat16)")
       ->capture_default_str()
-      ->check(OneOf({"auto", "float32", "bfloat16"},
-                    {{"fp8", no_fp8_kv}, {"fp8_e4m3", no_fp8_kv}, {"fp8_e5m2", no_fp8_kv}}));
+      ->check(OneOf({"auto", "float32", "bfloat16", "fp8", "fp8_e4m3"}, {{"fp8_e5m2", no_e5m2}}));
   app.add_option("--block-size", options.block_size, "Tokens per KV block: 1, 16, 32, 64, 128")
       ->default_str(absl::StrCat(BlockSizeOf(options)))
       ->check(OneOf({"1", "16", "32", "64", "128"}));
@@ -478,6 +489,8 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
   result.command = chosen == serve ? Command::kServe : Command::kCheck;
   RETURN_IF_ERROR(NoteNeedlessFlags(*chosen, result.notes));
   if (result.serve.dtype == "float") result.serve.dtype = "float32";
+  if (result.serve.kv_cache_dtype == "fp8_e4m3") result.serve.kv_cache_dtype = "fp8";
+  if (result.serve.load_format == "safetensors") result.serve.load_format = "auto";
   if (result.serve.host == "localhost") result.serve.host = "127.0.0.1";
   RETURN_IF_ERROR(CheckTogether(result.serve));
   return result;

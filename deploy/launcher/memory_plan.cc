@@ -51,6 +51,7 @@ absl::StatusOr<MemoryPlan> ParseMemoryPlan(const std::string& json) {
   RETURN_IF_ERROR(Read(object, "dtype", plan.dtype));
   RETURN_IF_ERROR(Read(object, "kv_cache_dtype", plan.kv_cache_dtype));
   RETURN_IF_ERROR(Read(object, "quantization", plan.quantization));
+  RETURN_IF_ERROR(Read(object, "activation_quantization", plan.activation_quantization));
   RETURN_IF_ERROR(Read(object, "vocab_size", plan.vocab_size));
   RETURN_IF_ERROR(Read(object, "max_position_embeddings", plan.max_position_embeddings));
   RETURN_IF_ERROR(Read(object, "max_model_len", plan.max_model_len));
@@ -71,7 +72,9 @@ std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeO
   std::vector<std::string> lines;
   lines.push_back(absl::StrCat("Model: ", plan.architecture, ", vocabulary ",
                                WithThousands(plan.vocab_size), ", activations ", plan.dtype,
-                               ", quantization ", plan.quantization));
+                               ", quantization ", plan.quantization,
+                               plan.activation_quantization == "fp8" ? " of activations too" : ""));
+  if (options.load_format == "dummy") lines.push_back("Weights: random (--load-format dummy)");
   lines.push_back(absl::StrCat("Workers: ", options.tensor_parallel_size, " on ", options.device,
                                options.enable_expert_parallel ? ", expert parallel" : ""));
   if (options.quantization == "fp8" && IsFp8Checkpoint(options.model_dir)) {

@@ -16,6 +16,7 @@ struct MemoryPlan {
   std::string dtype;
   std::string kv_cache_dtype;
   std::string quantization;
+  std::string activation_quantization;
   int64_t vocab_size = 0;
   int64_t max_position_embeddings = 0;
   int64_t max_model_len = 0;

@@ -54,6 +54,8 @@ Arguments WorkerArguments(const ServeOptions& options, const std::string& progra
       .Add("--device", options.device)
       .Add("--dtype", options.dtype)
       .Add("--quantization", options.quantization)
+      .Add("--activation-quantization", options.activation_quantization)
+      .Add("--load-format", options.load_format)
       .Add("--kv-cache-dtype", options.kv_cache_dtype)
       .AddUnless<int64_t>(0, "--kv-cache-memory-bytes", options.kv_cache_memory_bytes)
       .Add("--gpu-memory-utilization", options.gpu_memory_utilization)

@@ -23,14 +23,16 @@ struct ServeOptions {
   std::string device = "cpu";
   int tensor_parallel_size = 1;
   bool enable_expert_parallel = false;
-  std::string dtype = "auto";         // of activations: auto, float32, bfloat16
-  std::string quantization = "none";  // none, fp8
-  int threads = 0;                    // per worker; 0: the cores shared out among the workers
-  std::string collectives = "shm";    // shm, gloo
+  std::string dtype = "auto";                    // of activations: auto, float32, bfloat16
+  std::string quantization = "none";             // none, fp8
+  std::string activation_quantization = "auto";  // auto, none, fp8
+  std::string load_format = "auto";              // auto, dummy: random weights
+  int threads = 0;                  // per worker; 0: the cores shared out among the workers
+  std::string collectives = "shm";  // shm, gloo
   uint64_t seed = 0;
 
   // Memory.
-  std::string kv_cache_dtype = "auto";  // auto, float32, bfloat16
+  std::string kv_cache_dtype = "auto";  // auto, float32, bfloat16, fp8
   int64_t kv_cache_memory_bytes = 0;    // per worker; 0: what the utilisation leaves
   double gpu_memory_utilization = 0.9;  // share of the device's memory; on a CPU of the host's
   int block_size = 0;                   // tokens per KV block; 0: the default, kDefaultBlockSize

@@ -108,6 +108,9 @@ TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
   EXPECT_EQ(Served({"--max-model-len", "-1"}).max_model_len, 0);
   EXPECT_EQ(Served({"-q", "fp8"}).quantization, "fp8");
   EXPECT_EQ(Served({"--dtype", "float"}).dtype, "float32");
+  EXPECT_EQ(Served({"--kv-cache-dtype", "fp8_e4m3"}).kv_cache_dtype, "fp8");
+  EXPECT_EQ(Served({"--load-format", "safetensors"}).load_format, "auto");
+  EXPECT_EQ(Served({"--load-format", "dummy"}).load_format, "dummy");
   EXPECT_EQ(Served({"--host", "localhost"}).host, "127.0.0.1");
   EXPECT_EQ(Served({"--port", "1", "--port", "2"}).port, 2);  // the last one counts
 }
@@ -115,7 +118,9 @@ TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
 TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
   EXPECT_THAT(Refusal({"--dtype", "half"}), HasSubstr("leave the range of float16"));
   EXPECT_THAT(Refusal({"--dtype", "int8"}), HasSubstr("not one of auto, float32"));
-  EXPECT_THAT(Refusal({"--kv-cache-dtype", "fp8"}), HasSubstr("float32 or bfloat16"));
+  EXPECT_THAT(Refusal({"--kv-cache-dtype", "fp8_e5m2"}), HasSubstr("use fp8"));
+  EXPECT_THAT(Refusal({"--load-format", "pt"}), HasSubstr("from safetensors only"));
+  EXPECT_THAT(Refusal({"--activation-quantization", "int8"}), HasSubstr("not one of auto, none"));
   EXPECT_THAT(Refusal({"--block-size", "8"}), HasSubstr("not one of 1, 16, 32, 64, 128"));
   EXPECT_THAT(Refusal({"--device", "tpu"}), HasSubstr("not one of cpu, cuda"));
   EXPECT_THAT(Refusal({"--quantization", "awq"}), HasSubstr("not one of none, fp8"));

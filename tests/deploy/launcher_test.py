@@ -21,6 +21,7 @@ PATIENCE_SECONDS = 30  # for what takes a fraction of a second on an idle machin
 PLAN = {
     "architecture": "DeepseekV3ForCausalLM", "vocab_size": 512, "max_position_embeddings": 5120,
     "world_size": 2, "dtype": "float32", "kv_cache_dtype": "float32", "quantization": "none",
+    "activation_quantization": "none",
     "budget_bytes": 1 << 30, "weight_bytes": 3 << 20, "activation_bytes": 1 << 20,
     "kv_block_bytes": 20480, "kv_block_capacity": 90000, "num_kv_blocks": 71840,
     "max_model_len": 32768,

@@ -17,7 +17,7 @@ using ::testing::Not;
 
 constexpr char kPlan[] =
     R"({"architecture":"DeepseekV3ForCausalLM","vocab_size":129280,"max_position_embeddings":163840,)"
-    R"("world_size":8,"dtype":"float32","kv_cache_dtype":"bfloat16","quantization":"fp8",)"
+    R"("world_size":8,"dtype":"float32","kv_cache_dtype":"bfloat16","quantization":"fp8","activation_quantization":"fp8",)"
     R"("budget_bytes":34359738368,"weight_bytes":17179869184,"activation_bytes":104857600,)"
     R"("kv_block_bytes":20480,"kv_block_capacity":90000,"num_kv_blocks":71840,)"
     R"("max_model_len":32768})"

@@ -88,8 +88,9 @@ TEST(ProcessPlanTest, TheCheckSeesWhatTheWorkersWillSee) {
   EXPECT_THAT(ValuesOf(check, "--world-size"), ElementsAre("8"));
   EXPECT_THAT(ValuesOf(check, "--max-model-len"), ElementsAre("4096"));
   const std::vector<std::string> worker = PlanProcesses(options, kPlaces)[0].arguments;
-  for (const char* flag : {"--model", "--dtype", "--quantization", "--kv-cache-dtype",
-                           "--gpu-memory-utilization", "--threads", "--device"}) {
+  for (const char* flag :
+       {"--model", "--dtype", "--quantization", "--activation-quantization", "--load-format",
+        "--kv-cache-dtype", "--gpu-memory-utilization", "--threads", "--device"}) {
     EXPECT_EQ(ValuesOf(check, flag), ValuesOf(worker, flag)) << flag;
     EXPECT_EQ(ValuesOf(check, flag).size(), 1) << flag;
   }

@@ -15,6 +15,7 @@
 #include "base/status_macros.h"
 #include "kernels/device.h"
 #include "tests/worker/distant_device.h"
+#include "tests/worker/recording_device.h"
 #include "tests/worker/thread_communicator.h"
 #include "worker/kv_cache.h"
 #include "worker/model_config.h"
@@ -27,10 +28,11 @@
 
 namespace fathom {
 
-enum class DeviceKind { kCpu, kDistantCpu, kCuda };
+enum class DeviceKind { kCpu, kDistantCpu, kRecordingCpu, kCuda };
 
 inline absl::StatusOr<std::unique_ptr<Device>> OpenDevice(DeviceKind kind) {
   if (kind == DeviceKind::kDistantCpu) return std::make_unique<DistantDevice>();
+  if (kind == DeviceKind::kRecordingCpu) return std::make_unique<RecordingDevice>();
   return kind == DeviceKind::kCuda ? OpenCudaDevice({}) : OpenCpuDevice({});
 }
 
@@ -81,6 +83,10 @@ class ShardGroup {
                                                    *one.device, nullptr));
       ASSIGN_OR_RETURN(one.kv_cache,
                        KvCache::Create(options.kv_cache, group->config_, *one.device));
+      if (options.world_size == 1) {
+        one.communicator = MakeLonelyCommunicator();
+        continue;
+      }
       one.communicator = std::make_unique<ThreadCommunicator>(rank, group->meeting_);
       if (!one.device->shares_host_memory()) {
         one.communicator = MakeStagedCommunicator(*one.device, std::move(one.communicator));
@@ -91,6 +97,7 @@ class ShardGroup {
 
   const ModelConfig& config() const { return config_; }
   const KvCache& kv_cache(int rank) const { return *ranks_[rank].kv_cache; }
+  const Device& device(int rank) const { return *ranks_[rank].device; }
 
   enum class Want { kEveryToken, kLastToken };
 

@@ -147,6 +147,63 @@ TEST_F(WeightLoaderTest, AStackOfOneIsStillAStack) {
   EXPECT_EQ(stack.values.DebugString(), "BF16[1, 4, 6]");
 }
 
+TEST_F(WeightLoaderTest, LayersOfOneInputAreStackedWhereTheirBlocksLineUp) {
+  AddMatrix("a.weight", "F8_E4M3", 256, 200);
+  AddMatrix("b.weight", "F8_E4M3", 144, 200);
+  AddMatrix("c.weight", "BF16", 144, 200);
+  const auto stacked = [&](const std::vector<LinearPart>& layers) {
+    StackedLinear stack;
+    CHECK(Load({.accept_fp8 = true}, [&](WeightLoader& loader) {
+            loader.AddStackedLinear(layers, stack);
+          }).ok());
+    return stack.weights();
+  };
+  const LinearPart a = {"a.weight", MatrixPart::Whole(256, 200)};
+  const LinearPart upper = {"a.weight", MatrixPart::Rows(256, 200, {0, 96})};
+  const LinearPart lower = {"a.weight", MatrixPart::Rows(256, 200, {96, 256})};
+  const LinearPart b = {"b.weight", MatrixPart::Whole(144, 200)};
+  const LinearPart c = {"c.weight", MatrixPart::Whole(144, 200)};
+
+  const auto together = stacked({a, b});
+  ASSERT_EQ(together.size(), 1);
+  EXPECT_EQ(together[0].values.DebugString(), "F8_E4M3[400, 200]");
+  EXPECT_EQ(together[0].scale_inv.DebugString(), "F32[4, 2]");
+  std::vector<float> values(400 * 200);
+  device_->ops().Dequantize(together[0], Tensor(values.data(), DType::kF32, {400, 200}));
+  for (int64_t i = 0; i < 400 * 200; ++i) {
+    const int64_t row = i / 200, column = i % 200;
+    ASSERT_EQ(values[i], row < 256 ? Expected("a.weight", row, column)
+                                   : Expected("b.weight", row - 256, column));
+  }
+  // The first may begin within a block, if the next begins where one ends.
+  EXPECT_EQ(stacked({lower, b}).size(), 1);
+  EXPECT_EQ(stacked({lower, b})[0].row_offset, 96);
+  EXPECT_EQ(stacked({b, a}).size(), 2) << "b ends within a block";
+  EXPECT_EQ(stacked({upper, a}).size(), 2);
+  EXPECT_EQ(stacked({a, lower}).size(), 2) << "lower begins within a block";
+  EXPECT_EQ(stacked({a, c}).size(), 2) << "of different types";
+  EXPECT_EQ(stacked({c, c}).size(), 1);
+}
+
+TEST_F(WeightLoaderTest, ExpertsOfOtherFormsMakeNoStack) {
+  AddMatrix("e0.weight", "F8_E4M3", 256, 256);
+  AddMatrix("e1.weight", "F8_E4M3", 512, 256);
+  AddMatrix("e2.weight", "BF16", 256, 256);
+  const LinearPart e0 = {"e0.weight", MatrixPart::Rows(256, 256, {0, 64})};
+  WriteCheckpoint(directory_.path(), "{}", tensors_);
+  const auto checkpoint = *Checkpoint::Open(directory_.path());
+  CheckpointWeights source(*checkpoint);
+  const WeightLoader loader({.accept_fp8 = true}, source);
+  const auto can_stack = [&](const std::string& name, const MatrixPart& part) {
+    return loader.CanStack(std::vector<LinearPart>{e0, {name, part}});
+  };
+  EXPECT_TRUE(can_stack("e1.weight", MatrixPart::Rows(512, 256, {384, 448})));
+  EXPECT_FALSE(can_stack("e1.weight", MatrixPart::Rows(512, 256, {64, 128})));
+  EXPECT_FALSE(can_stack("e1.weight", MatrixPart::Rows(512, 256, {0, 128})));
+  EXPECT_FALSE(can_stack("e2.weight", MatrixPart::Rows(256, 256, {0, 64})));
+  EXPECT_FALSE(can_stack("absent.weight", MatrixPart::Rows(256, 256, {0, 64})));
+}
+
 // Factors are of the slice's own blocks, and no value is off by more than half a step of E4M3.
 TEST_F(WeightLoaderTest, QuantisesSlicesInBlocksOfTheirOwn) {
   AddMatrix("w.weight", "BF16", 300, 200);

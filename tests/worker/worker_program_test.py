@@ -74,6 +74,22 @@ class WorkerProgramTest(unittest.TestCase):
         plan = json.loads(self.run_worker("--check", "--dtype", "bfloat16", "--kv-cache-dtype",
                                           "float32", "--quantization", "fp8").stdout)
         self.assertEqual((plan["kv_cache_dtype"], plan["quantization"]), ("float32", "fp8"))
+        self.assertEqual(plan["activation_quantization"], "none")
+        plan = json.loads(self.run_worker("--check", "--kv-cache-dtype", "fp8_e4m3",
+                                          "--quantization", "fp8", "--activation-quantization",
+                                          "fp8", "--block-size", "16").stdout)
+        self.assertEqual((plan["kv_cache_dtype"], plan["activation_quantization"]), ("fp8", "fp8"))
+        # A latent of 64 bytes, one factor, a key of 16 numbers of 2 bytes; four layers.
+        self.assertEqual(plan["kv_block_bytes"], 16 * 4 * (64 + 4 + 16 * 2))
+
+    def test_dummy_weights_need_no_checkpoint(self):
+        model = self.folder / "model"
+        model.mkdir()
+        shutil.copy(MODEL / "config.json", model)
+        flags = ("--check", "--dtype", "bfloat16", "--world-size", "2", "--quantization", "fp8")
+        real = json.loads(self.run_worker(*flags).stdout)
+        self.assertEqual(json.loads(self.run_worker(*flags, "--load-format", "dummy",
+                                                    model=model).stdout), real)
 
     def test_check_refuses_with_the_reason(self):
         self.refused(78, "world size 3 does not divide", "--check", "--world-size", "3")
@@ -83,6 +99,8 @@ class WorkerProgramTest(unittest.TestCase):
                      "--max-model-len", "4096", "--kv-cache-memory-bytes", "100000")
         self.refused(78, "max_model_len is 5121", "--check", "--max-model-len", "5121")
         self.refused(78, "No such file", "--check", model=self.folder)
+        self.refused(78, "activation-quantization is fp8, expected none", "--check",
+                     "--activation-quantization", "fp8")
 
     def test_a_broken_checkpoint_is_named(self):
         model = self.copy_of_model()
