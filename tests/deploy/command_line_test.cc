@@ -143,10 +143,9 @@ TEST(CommandLineTest, RefusesWhatOnlyVllmCanDoWithTheReason) {
 }
 
 TEST(CommandLineTest, AcceptsWhatChangesNothingAndSaysSo) {
-  const CommandLine line = Parsed({"serve", "model", "--pipeline-parallel-size", "1",
-                                   "--load-format", "auto", "--no-enable-prefix-caching"});
+  const CommandLine line =
+      Parsed({"serve", "model", "--pipeline-parallel-size", "1", "--no-enable-prefix-caching"});
   EXPECT_THAT(line.notes, ElementsAre(HasSubstr("--no-enable-prefix-caching changes nothing"),
-                                      HasSubstr("--load-format auto changes nothing"),
                                       HasSubstr("--pipeline-parallel-size 1 changes nothing")));
 }
 

@@ -117,6 +117,7 @@ def test_with_any_block_size_as_with_16(model, alone, block_size):
     ("--dtype", "bfloat16"),
     ("--kv-cache-dtype", "bfloat16"),
     ("--quantization", "fp8"),
+    ("--quantization", "fp8", "--activation-quantization", "fp8", "--kv-cache-dtype", "fp8"),
     ("--enable-expert-parallel",),
     ("--collectives", "gloo"),
     ("--threads", "2"),
