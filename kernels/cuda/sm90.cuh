@@ -1,5 +1,5 @@
 // Hopper's own instructions, one thin function each: barriers in shared memory, the tensor copy
-// engine (TMA), warpgroup matrix products (wgmma), programmatic dependent launch.
+// engine (TMA), warpgroup matrix products (wgmma).
 //
 // Shared-memory tiles are rows of 128 bytes under the 128-byte swizzle: the 16-byte piece c of row
 // r stands at r * 128 + ((c ^ (r & 7)) * 16), and a tile begins at a multiple of 1024 bytes.
@@ -11,6 +11,8 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+
+#include "kernels/cuda/dependent_launch.cuh"
 
 namespace fathom::sm90 {
 
@@ -144,11 +146,7 @@ __device__ inline void ProductsWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// --- programmatic dependent launch
-
-// The next kernel of the stream may be set up now.
-__device__ inline void LetDependentsLaunch() { asm volatile("griddepcontrol.launch_dependents;"); }
-// What the kernel before wrote is visible after this.
-__device__ inline void WaitForPredecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+using cuda::LetDependentsLaunch;
+using cuda::WaitForPredecessors;
 
 }  // namespace fathom::sm90

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/dependent_launch.cuh"
 
 namespace fathom::sm90 {
 
@@ -27,17 +27,7 @@ CUtensorMap MapMatrix(const MatrixMap& matrix);
 template <typename... Parameters, typename... Values>
 void LaunchDependent(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
                      cudaStream_t stream, const Values&... values) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, values...));
+  cuda::LaunchDependent(kernel, {dim3(blocks), dim3(threads), shared_bytes}, stream, values...);
 }
 
 }  // namespace fathom::sm90
