@@ -73,6 +73,12 @@ __device__ inline uint64_t EvictFirstPolicy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// For data that several blocks will read soon.
+__device__ inline uint64_t EvictLastPolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // One box of a two-dimensional tensor map, from (column, row), into a swizzled tile.
 __device__ inline void CopyBox(void* target, const CUtensorMap* map, int column, int row,
                                uint64_t* barrier, uint64_t policy) {
