@@ -228,11 +228,11 @@ bool CudaOps::IsHopperDecode(const Tensor& q_latent, const Tensor& q_rope, const
   constexpr int64_t kAligned = 8;  // elements: 16 bytes
   const bool is_v3 = q_latent.dim(1) == Decode::kHeads && q_latent.dim(2) == Decode::kKvLoraRank &&
                      q_rope.dim(2) == Decode::kRopeHeadDim &&
-                     batch.block_size == Decode::kBlockSize;
+                     batch.block_size % Decode::kBlockSizeUnit == 0;
   const bool is_bf16 = q_latent.dtype() == DType::kBF16 && cache.dtype() == DType::kBF16;
   // Every sequence has a token, so as many tokens as sequences are one each.
   const int64_t sequences = batch.context_lens.dim(0);
-  const bool is_decode = q_latent.dim(0) == sequences && sequences <= Decode::kMaxSequences;
+  const bool is_decode = q_latent.dim(0) == sequences && sequences <= Decode::kMaxRows;
   return is_v3 && is_bf16 && is_decode && Decode::Supports(device_) && q_latent.dense() &&
          out.dense() && q_rope.stride(0) % kAligned == 0 && q_rope.stride(1) % kAligned == 0 &&
          reinterpret_cast<uintptr_t>(q_rope.raw()) % 16 == 0;
@@ -247,15 +247,16 @@ void CudaOps::HopperDecode(const Tensor& q_latent, const Tensor& q_rope, const T
       decode_memory_.Reserve(MlaDecodeSm90::WorkspaceBytes(1, num_multiprocessors)), 1,
       num_multiprocessors);
   const auto* context_lens = batch.context_lens.data<int32_t>();
-  decode.Schedule(context_lens, static_cast<int>(batch.context_lens.dim(0)), stream_);
-  decode.Run(MlaDecodeSm90::MapCache(cache.raw(), cache.dim(0)),
-             {.q_latent = static_cast<const __nv_bfloat16*>(q_latent.raw()),
+  const auto num_rows = static_cast<int>(batch.context_lens.dim(0));
+  decode.Schedule({.count = num_rows, .context_lens = context_lens}, stream_);
+  decode.Run(MlaDecodeSm90::MapCache(cache.raw(), cache.dim(0), batch.block_size),
+             {.num_rows = num_rows,
+              .q_latent = static_cast<const __nv_bfloat16*>(q_latent.raw()),
               .q_rope = static_cast<const __nv_bfloat16*>(q_rope.raw()),
               .q_rope_token_stride = q_rope.stride(0),
               .q_rope_head_stride = q_rope.stride(1),
               .block_tables = batch.block_tables.data<int32_t>(),
               .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-              .context_lens = context_lens,
               .scale = scale,
               .out = static_cast<__nv_bfloat16*>(out.raw())},
              stream_);
