@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "kernels/cuda/cuda_check.h"
-#include "kernels/cuda/mla_decode_sm90.h"
 
 namespace fathom {
 namespace {
@@ -50,35 +49,20 @@ CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
 int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
   const int64_t once =
       std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
-  if (!MlaDecodeSm90::Supports(device_)) return once;
-  return once + cuda::AlignUp(MlaDecodeSm90::WorkspaceBytes(static_cast<int>(limits.num_layers),
-                                                            device_.multiProcessorCount));
+  return once + AttentionSm90Bytes(limits);
 }
 
 void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
   const int64_t once =
       std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
   scratch_.Use(memory, once);
-  decode_workspace_ = static_cast<char*>(memory) + once;
-  decode_layers_ = static_cast<int>(limits.num_layers);
+  UseAttentionSm90(limits, static_cast<char*>(memory) + once);
 }
 
 void CudaOps::BeginStep(const AttentionBatch& batch) {
   layer_ = 0;
   prefetches_ = {};
-  const auto sequences = static_cast<int>(batch.context_lens.dim(0));
-  if (!MlaDecodeSm90::Supports(device_) || sequences == 0 ||
-      sequences > MlaDecodeSm90::kMaxSequences) {
-    return;
-  }
-  if (decode_workspace_ == nullptr) {
-    constexpr int kLayers = 128;
-    decode_layers_ = kLayers;
-    decode_workspace_ =
-        decode_memory_.Reserve(MlaDecodeSm90::WorkspaceBytes(kLayers, device_.multiProcessorCount));
-  }
-  MlaDecodeSm90(decode_workspace_, decode_layers_, device_.multiProcessorCount)
-      .Schedule(batch.context_lens.data<int32_t>(), sequences, stream_);
+  PlanAttentionSm90(batch);
 }
 
 void CudaOps::Prefetch(const Tensor& weight) {

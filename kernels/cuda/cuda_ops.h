@@ -10,7 +10,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <optional>
 
+#include "kernels/cuda/mla_decode_sm90.h"
+#include "kernels/cuda/mla_prefill_sm90.h"
 #include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
 #include "kernels/ops.h"
@@ -67,8 +70,23 @@ class CudaOps final : public Ops {
   };
   void IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
                        const Tensor& cos_sin, const Latents& latents);
+  // How BeginStep divides a step's attention among Hopper's kernels (mla_attention_sm90.cu).
+  struct AttentionPlan {
+    int num_decodes = 0;          // sequences in front that have few tokens each
+    int first_prefill_token = 0;  // behind theirs
+    MlaPrefillSm90::Step prefill;
+  };
+  static constexpr int64_t kPrefillAlignment = 1024;
+  bool HasAttentionSm90(const StepLimits& limits) const;
+  int64_t AttentionSm90Bytes(const StepLimits& limits) const;
+  void UseAttentionSm90(const StepLimits& limits, void* memory);
+  void PlanAttentionSm90(const AttentionBatch& batch);
+  // Whether they took the sequences that the plan gives them.
   bool DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
                   float scale);
+  bool PrefillSm90(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                   const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                   float scale, const LinearInput& out);
   void AttendGeneric(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
                      float scale, int64_t first);
   void OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
@@ -83,11 +101,14 @@ class CudaOps final : public Ops {
   const cudaStream_t stream_;
   GrowingMemory counter_memory_;
   int* counters_ = nullptr;
-  cuda::Scratch scratch_;        // of one operation at a time
-  GrowingMemory decode_memory_;  // of MlaDecodeSm90, if UseScratch gave none
-  void* decode_workspace_ = nullptr;
-  int decode_layers_ = 0;  // that the workspace has room for
-  int layer_ = 0;          // of the step, that calls MlaAttention next
+  cuda::Scratch scratch_;  // of one operation at a time
+  std::optional<MlaDecodeSm90> decode_;
+  std::optional<MlaPrefillSm90> prefill_;
+  int decode_layers_ = 0;            // that decode_ has room for
+  int* row_context_lens_ = nullptr;  // [MlaDecodeSm90::kMaxRows]
+  int* row_sequences_ = nullptr;
+  AttentionPlan attention_plan_;
+  int layer_ = 0;  // of the step, that calls MlaAttention next
   cuda::PrefetchList prefetches_;
 };
 

@@ -12,7 +12,6 @@
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/linear_generic.h"
-#include "kernels/cuda/mla_decode_sm90.h"
 #include "kernels/cuda/mla_projections.h"
 #include "kernels/cuda/quantize.h"
 #include "kernels/shape_checks.h"
@@ -256,8 +255,12 @@ void CudaOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Ten
   const int64_t rope_bytes = cuda::AlignUp(most_rows * sizes.rope_dim * SizeOf(act));
   const int64_t value_bytes = cuda::AlignUp(most_rows * sizes.v_dim * SizeOf(act));
   char* memory = static_cast<char*>(scratch_.Reserve(2 * latent_bytes + rope_bytes + value_bytes));
-  for (int64_t first = 0; first < sizes.tokens; first += kMostTokens) {
-    const int64_t count = std::min(kMostTokens, sizes.tokens - first);
+  // On Hopper sequences with few tokens come first and the others are done by the time.
+  const int64_t end = PrefillSm90(q, weights, positions, cos_sin, cache, batch, scale, out)
+                          ? attention_plan_.first_prefill_token
+                          : sizes.tokens;
+  for (int64_t first = 0; first < end; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, end - first);
     const Latents latents = {
         .q_latent = Tensor(memory, act, {count, sizes.heads, sizes.kv_lora_rank}),
         .q_rope = Tensor(memory + 2 * latent_bytes, act, {count, sizes.heads, sizes.rope_dim}),
@@ -266,7 +269,7 @@ void CudaOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Ten
       return tensor.present() ? tensor.Slice(0, first, first + count) : Tensor();
     };
     IntoLatentSpace(part(q), weights, part(positions), cos_sin, latents);
-    if (count < sizes.tokens || !DecodeSm90(latents, cache, batch, scale)) {
+    if (count < end || !DecodeSm90(latents, cache, batch, scale)) {
       AttendGeneric(latents, cache, batch, scale, first);
     }
     OutOfLatentSpace(latents.latent, weights, memory + 2 * latent_bytes + rope_bytes,
@@ -369,37 +372,6 @@ void CudaOps::AttendGeneric(const Latents& latents, const Tensor& cache,
                                                     most_shared_bytes, stream_);
     });
   });
-}
-
-bool CudaOps::DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
-                         float scale) {
-  using Decode = MlaDecodeSm90;
-  const Tensor& q = latents.q_latent;
-  const bool is_v3 = q.dim(1) == Decode::kHeads && q.dim(2) == Decode::kKvLoraRank &&
-                     latents.q_rope.dim(2) == Decode::kRopeHeadDim &&
-                     batch.block_size == Decode::kBlockSize;
-  const bool is_bf16 = q.dtype() == DType::kBF16 && cache.dtype() == DType::kBF16;
-  // Every sequence has a token, so as many tokens as sequences are one each.
-  const int64_t sequences = batch.context_lens.dim(0);
-  const bool is_decode = q.dim(0) == sequences && sequences <= Decode::kMaxSequences;
-  if (!is_v3 || !is_bf16 || !is_decode || !Decode::Supports(device_)) return false;
-
-  const Decode decode(decode_workspace_, decode_layers_, device_.multiProcessorCount);
-  if (layer_ == decode_layers_) {  // more layers than were announced: their counters are used up
-    decode.Schedule(batch.context_lens.data<int32_t>(), static_cast<int>(sequences), stream_);
-    layer_ = 0;
-  }
-  decode.Run(Decode::MapCache(cache.raw(), cache.dim(0)),
-             {.index = layer_,
-              .q_latent = static_cast<const __nv_bfloat16*>(q.raw()),
-              .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
-              .block_tables = batch.block_tables.data<int32_t>(),
-              .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-              .context_lens = batch.context_lens.data<int32_t>(),
-              .scale = scale,
-              .out = static_cast<__nv_bfloat16*>(latents.latent.raw())},
-             stream_);
-  return true;
 }
 
 }  // namespace fathom
