@@ -44,6 +44,11 @@ CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
   constexpr int64_t kCounterBytes = 256;
   counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
   CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
+  if (!Fp8StreamSm90::Supports(device) || !Fp8TileSm90::Supports(device)) return;
+  const int multiprocessors = device.multiProcessorCount;
+  fp8_stream_.emplace(fp8_stream_memory_.Reserve(Fp8StreamSm90::WorkspaceBytes(multiprocessors)),
+                      multiprocessors);
+  fp8_tile_.emplace(multiprocessors);
 }
 
 int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {

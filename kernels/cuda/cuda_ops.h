@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "kernels/cuda/fp8_stream_sm90.h"
+#include "kernels/cuda/fp8_tile_sm90.h"
 #include "kernels/cuda/mla_decode_sm90.h"
 #include "kernels/cuda/mla_prefill_sm90.h"
 #include "kernels/cuda/prefetch.cuh"
@@ -102,6 +104,9 @@ class CudaOps final : public Ops {
   GrowingMemory counter_memory_;
   int* counters_ = nullptr;
   cuda::Scratch scratch_;  // of one operation at a time
+  GrowingMemory fp8_stream_memory_;
+  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper
+  std::optional<Fp8TileSm90> fp8_tile_;      // on Hopper
   std::optional<MlaDecodeSm90> decode_;
   std::optional<MlaPrefillSm90> prefill_;
   int decode_layers_ = 0;            // that decode_ has room for

@@ -8,15 +8,6 @@
 
 namespace fathom {
 
-bool CudaOps::LinearSm90(const LinearInput&, const Weight&, const Tensor&) {
-  return false;  // the FP8 kernels for Hopper are called here
-}
-
-bool CudaOps::GroupedLinearSm90(const LinearInput&, const ExpertGroups&, const Weight&, int,
-                                const Tensor&) {
-  return false;  // and those for experts here
-}
-
 bool CudaOps::LinearBf16(const LinearInput& x, const Weight& weight, const Tensor& out) {
   constexpr int64_t kFewRows = 8, kManyOutputs = 4096;  // below: a warp per output is as good
   const cuda::Bf16Product product = {.x = x.values, .weight = weight.values, .out = out};
