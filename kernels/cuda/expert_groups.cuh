@@ -50,23 +50,39 @@ __device__ inline int2 ScanBlock(int2 value, int* warp_sums, int2* total) {
 // By a whole block of at most 1,024 threads, all of its warps full.
 __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warps = blockDim.x / kWarp, experts = grouping.num_experts;
+  const int experts = grouping.num_experts;
+  const int warps =
+      max(1, min(static_cast<int>(blockDim.x) / kWarp, (grouping.num_rows + kWarp - 1) / kWarp));
   int* counts = shared;  // [warps][experts]
   int* warp_sums = counts + experts * warps;
   const int part = (grouping.num_rows + warps * kWarp - 1) / (warps * kWarp) * kWarp;
-  const int begin = warp * part, end = min(begin + part, grouping.num_rows);
-  // Behind the last row, or another rank's: -1. From the L2, where other blocks have just put it.
-  const auto expert_of = [&](int row) {
-    const int expert = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
-    return expert >= 0 && expert < experts ? expert : -1;
+  const int begin = min(warp * part, grouping.num_rows);
+  const int end = min(begin + part, grouping.num_rows);
+  // Calls fn(row, expert) for all rows of this warp in order, a row to a lane, with many loads in
+  // flight. From the L2, where other blocks have just put them. Behind the last row, and where it
+  // is another rank's, the expert is -1.
+  const auto visit = [&](const auto& fn) {
+    constexpr int kInFlight = 8;
+    for (int batch = begin; batch < end; batch += kInFlight * kWarp) {
+      int loaded[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int row = batch + i * kWarp + lane;
+        loaded[i] = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (batch + i * kWarp >= end) break;
+        fn(batch + i * kWarp + lane, loaded[i] >= 0 && loaded[i] < experts ? loaded[i] : -1);
+      }
+    }
   };
 
   for (int i = threadIdx.x; i < experts * warps; i += blockDim.x) counts[i] = 0;
   __syncthreads();
-  for (int row = begin + lane; row < end; row += kWarp) {
-    const int expert = expert_of(row);
+  visit([&](int, int expert) {
     if (expert >= 0) atomicAdd(&counts[warp * experts + expert], 1);
-  }
+  });
   __syncthreads();
 
   // Counts become places: of an expert's first row, and of each warp's first row of it.
@@ -102,8 +118,7 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
   }
   __syncthreads();
 
-  for (int first_row = begin; first_row < end; first_row += kWarp) {
-    const int row = first_row + lane, expert = expert_of(row);
+  visit([&](int row, int expert) {
     const unsigned same = __match_any_sync(kAllLanes, expert);
     int place = -1;
     if (expert >= 0) {
@@ -114,7 +129,7 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     if (expert >= 0 && (same >> lane) == 1) counts[warp * experts + expert] = place + 1;
     __syncwarp();
     if (grouping.notes != nullptr && row < end) grouping.notes[grouping.places_at + row] = place;
-  }
+  });
 }
 
 }  // namespace fathom::cuda

@@ -129,7 +129,7 @@ __device__ void StoreParts(const RouteArguments& arguments, int first, int count
 
 // Logits of a token, in shared memory and where they are asked for. All threads.
 __device__ void AddParts(const RouteArguments& arguments, int token, int slices, float* logits) {
-  constexpr int kInFlight = 8;
+  constexpr int kInFlight = 16;
   const int num_experts = arguments.choice.num_experts;
   for (int expert = threadIdx.x; expert < num_experts; expert += kStreamThreads) {
     const float* part = arguments.parts + int64_t{token} * num_experts + expert;
@@ -196,25 +196,29 @@ __global__ __launch_bounds__(kStreamThreads,
   const int choosers = min(blocks, num_tokens);
   const int chooser = num_tokens == 1 ? (last ? 0 : blocks) : static_cast<int>(blockIdx.x);
   if (chooser >= choosers) return;
-  WaitForArrivals(&arguments.counters[0], blocks);
+  if (!last) WaitForArrivals(&arguments.counters[0], blocks);
   int mine = 0;
   for (int token = chooser; token < num_tokens; token += blocks, ++mine) {
     AddParts(arguments, token, slices, shared + mine * num_experts);
   }
   __syncthreads();
   float* room = shared + (mine + warp) * num_experts;
-  if (warp < mine) {
-    ChooseFromShared<kPer>(shared + warp * num_experts, arguments, chooser + warp * blocks, room);
+  for (int i = warp; i < mine; i += kStreamThreads / kWarp) {
+    ChooseFromShared<kPer>(shared + i * num_experts, arguments, chooser + i * blocks, room);
   }
 
-  if (!IsLastArrival(&arguments.counters[1], choosers, &is_last)) return;
+  if (choosers == 1) {
+    __syncthreads();
+  } else if (!IsLastArrival(&arguments.counters[1], choosers, &is_last)) {
+    return;
+  }
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
   if (threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
 }
 
 // --- many tokens
 
-constexpr int kChooseThreads = 256;
+constexpr int kChooseThreads = 512;
 
 // parts: [slices][T] rows of the logits' stride, or the logits themselves.
 template <int kPer>
@@ -276,7 +280,8 @@ void LaunchStream(const RouteArguments& arguments, cudaStream_t stream) {
                 Grouping::SharedInts(arguments.grouping.num_experts, warps)});
   const int shared_bytes = floats * static_cast<int>(sizeof(float));
   VisitExpertsPerLane(experts, [&](auto per) {
-    const auto kernel = StreamRouteKernel<decltype(per)::value>;
+    constexpr int kPer = decltype(per)::value;
+    const auto kernel = StreamRouteKernel<std::min(kPer, kMostStreamExperts / kWarp)>;
     CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     LaunchDependent(kernel, {dim3(blocks), dim3(kStreamThreads), shared_bytes}, stream, arguments);

@@ -60,8 +60,9 @@ __device__ void CacheKey(const float (&key)[kEight], int column, int count, int 
       StoreEight<true>(key, count, reinterpret_cast<__nv_bfloat16*>(to));
     } else {
       for (int i = 0; i < min(count, kEight); ++i) {
-        const __nv_bfloat16 rounded = __float2bfloat16(key[i]);
-        memcpy(to + i * sizeof rounded, &rounded, sizeof rounded);
+        const unsigned short bits = __bfloat16_as_ushort(__float2bfloat16(key[i]));
+        to[2 * i] = static_cast<char>(bits & 0xff);
+        to[2 * i + 1] = static_cast<char>(bits >> 8);
       }
     }
   }
