@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kLayers = 60;  // launches of one graph
 constexpr int kCaches = 4;   // distinct layers of cache among them
+constexpr int kBlockSize = 64;
 constexpr int64_t kTokenBytes = 576 * 2;
 
 struct Row {
@@ -81,7 +82,7 @@ int Main(bool json) {
   cudaStream_t stream;
   CUDA_CHECK(cudaStreamCreate(&stream));
   const int64_t num_blocks = 256 * 36 + 1;
-  const int64_t cache_bytes = num_blocks * MlaDecodeSm90::kBlockSize * kTokenBytes;
+  const int64_t cache_bytes = num_blocks * kBlockSize * kTokenBytes;
   char* caches = Allocate<char>(kCaches * cache_bytes);
 
   std::mt19937 random(20261123);
@@ -107,9 +108,9 @@ int Main(bool json) {
   int* tables = Allocate<int>(num_blocks);
   int* lens = Allocate<int>(256);
   const MlaDecodeSm90 decode(workspace, kLayers, sms);
-  std::vector<MlaDecodeSm90::CacheMaps> maps;
+  std::vector<MlaDecodeSm90::CacheMap> maps;
   for (int i = 0; i < kCaches; ++i) {
-    maps.push_back(MlaDecodeSm90::MapCache(caches + i * cache_bytes, num_blocks));
+    maps.push_back(MlaDecodeSm90::MapCache(caches + i * cache_bytes, num_blocks, kBlockSize));
   }
 
   if (!json) {
@@ -118,22 +119,22 @@ int Main(bool json) {
                 "floor us", "FlashMLA us");
   }
   for (const Row& row : kRows) {
-    const int blocks = (row.context_len + 63) / 64;
+    const int blocks = (row.context_len + kBlockSize - 1) / kBlockSize;
     std::vector<int> table(static_cast<size_t>(row.batch) * blocks);
     for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int>(i);
     std::shuffle(table.begin(), table.end(), random);
     Upload(tables, table);
     Upload(lens, std::vector<int>(row.batch, row.context_len));
     const double us = 1e3 / kLayers * MedianMs(stream, [&] {
-                        decode.Schedule(lens, row.batch, stream);
+                        decode.Schedule({.count = row.batch, .context_lens = lens}, stream);
                         for (int layer = 0; layer < kLayers; ++layer) {
                           decode.Run(maps[layer % kCaches],
                                      {.index = layer,
+                                      .num_rows = row.batch,
                                       .q_latent = queries,
                                       .q_rope = queries + 256 * 16 * 512,
                                       .block_tables = tables,
                                       .max_blocks = blocks,
-                                      .context_lens = lens,
                                       .scale = 0.1352337788608801f / 8,
                                       .out = out},
                                      stream);

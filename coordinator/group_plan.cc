@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/check.h"
@@ -54,6 +55,25 @@ absl::Status CheckSame(const GroupPlanOptions& options,
   return absl::OkStatus();
 }
 
+v1::JoinRequest::Collectives ChooseCollectives(
+    const GroupPlanOptions& options, const std::vector<v1::DescribeResponse>& descriptions,
+    const std::vector<std::string>& addresses) {
+  if (options.collectives != v1::JoinRequest::COLLECTIVES_UNSPECIFIED) return options.collectives;
+  // As many as eight GPUs reach each other's memory within a host.
+  constexpr size_t kMostPeers = 8;
+  const bool on_one_host = std::all_of(
+      addresses.begin(), addresses.end(),
+      [&](const std::string& address) { return HostOf(address) == HostOf(addresses[0]); });
+  const bool on_gpus =
+      std::all_of(descriptions.begin(), descriptions.end(),
+                  [](const auto& description) { return description.device() == "cuda"; });
+  if (!on_gpus) {
+    return on_one_host ? v1::JoinRequest::COLLECTIVES_SHM : v1::JoinRequest::COLLECTIVES_GLOO;
+  }
+  return on_one_host && addresses.size() <= kMostPeers ? v1::JoinRequest::COLLECTIVES_PEER
+                                                       : v1::JoinRequest::COLLECTIVES_NCCL;
+}
+
 int64_t BlocksFor(int64_t num_tokens, int block_size) {
   return (num_tokens + block_size - 1) / block_size;
 }
@@ -80,6 +100,13 @@ absl::StatusOr<int64_t> ChooseMaxModelLen(const GroupPlanOptions& options,
 }
 
 }  // namespace
+
+std::string HostOf(const std::string& address) {
+  if (absl::StartsWith(address, "unix:")) return "localhost";
+  const std::string host = address.substr(0, address.rfind(':'));
+  const bool is_loopback = host == "[::1]" || absl::StartsWith(host, "127.");
+  return is_loopback ? "localhost" : host;
+}
 
 std::string WorkerName(int rank, const std::string& address) {
   return absl::StrCat("worker ", rank, " (", address, ")");
@@ -116,6 +143,7 @@ absl::StatusOr<GroupPlan> PlanGroup(const GroupPlanOptions& options,
 
   GroupPlan plan;
   plan.block_size = options.block_size;
+  plan.collectives = ChooseCollectives(options, descriptions, addresses);
   plan.num_kv_blocks = static_cast<int>(
       std::min(capacity, options.max_sequences * BlocksFor(max_model_len, options.block_size)));
   plan.model.set_architecture(any.architecture());

@@ -17,6 +17,7 @@ struct GroupPlan {
   v1::ModelInfo model;  // max_model_len is the one in force
   int block_size = 0;
   int num_kv_blocks = 0;
+  v1::JoinRequest::Collectives collectives = v1::JoinRequest::COLLECTIVES_SHM;  // never auto
 
   int64_t kv_cache_tokens() const { return int64_t{num_kv_blocks} * block_size; }
 };
@@ -26,7 +27,12 @@ struct GroupPlanOptions {
   int block_size = 16;  // tokens per KV block
   int max_sequences = 256;
   int max_model_len = 0;  // 0: the model's, or what the KV cache can hold if that is less
+  // UNSPECIFIED, "auto": of one host peer for GPUs and shm for CPUs, of several nccl and gloo.
+  v1::JoinRequest::Collectives collectives = v1::JoinRequest::COLLECTIVES_UNSPECIFIED;
 };
+
+// The machine that an address points to, as far as sharing memory goes.
+std::string HostOf(const std::string& address);
 
 // A worker as messages name it: "worker 3 (unix:/run/fathom/worker-3.sock)".
 std::string WorkerName(int rank, const std::string& address);

@@ -33,7 +33,7 @@ constexpr int kExitConfig = 78;  // EX_CONFIG
 struct Flags {
   GenerateServer::Options server;
   StepLoop::Options loop;
-  std::string collectives = "shm";
+  std::string collectives = "auto";
   std::string model_name = "model";
   std::string log_level = "info";
   double step_timeout_seconds = 30;
@@ -66,8 +66,10 @@ void Declare(CLI::App& app, Flags& flags) {
       ->check(CLI::Range(1, 1 << 20));
   app.add_flag("--enable-expert-parallel", group.enable_expert_parallel,
                "ranks own whole experts instead of a slice of each");
-  app.add_option("--collectives", flags.collectives, "how workers reach each other")
-      ->check(CLI::IsMember({"shm", "gloo"}));
+  app.add_option("--collectives", flags.collectives,
+                 "how workers add up; auto: on one host peer for GPUs and shm for CPUs, between "
+                 "hosts nccl and gloo")
+      ->check(CLI::IsMember({"auto", "peer", "nccl", "shm", "gloo"}));
   app.add_option("--max-queued-requests", flags.loop.max_queued_requests,
                  "requests that may wait; more are refused")
       ->check(CLI::Range(1, 1 << 20));
@@ -97,13 +99,20 @@ void Declare(CLI::App& app, Flags& flags) {
   app.set_version_flag("--version", FATHOM_VERSION);
 }
 
+v1::JoinRequest::Collectives CollectivesOf(const std::string& name) {
+  if (name == "peer") return v1::JoinRequest::COLLECTIVES_PEER;
+  if (name == "nccl") return v1::JoinRequest::COLLECTIVES_NCCL;
+  if (name == "shm") return v1::JoinRequest::COLLECTIVES_SHM;
+  if (name == "gloo") return v1::JoinRequest::COLLECTIVES_GLOO;
+  return v1::JoinRequest::COLLECTIVES_UNSPECIFIED;
+}
+
 // What follows from the flags.
 void Complete(Flags& flags) {
   WorkerGroup::Options& group = flags.loop.group;
   group.tls = flags.server.tls;
   group.version = FATHOM_VERSION;
-  group.collectives = flags.collectives == "gloo" ? v1::JoinRequest::COLLECTIVES_GLOO
-                                                  : v1::JoinRequest::COLLECTIVES_SHM;
+  group.collectives = CollectivesOf(flags.collectives);
   group.max_logit_rows = group.max_sequences + flags.loop.max_prompt_logprob_rows_per_step;
   group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
   group.join_timeout = absl::Seconds(flags.join_timeout_seconds);

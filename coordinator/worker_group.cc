@@ -115,7 +115,8 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> WorkerGroup::Form(
   const GroupPlanOptions plan_options{.version = options.version,
                                       .block_size = options.block_size,
                                       .max_sequences = options.max_sequences,
-                                      .max_model_len = options.max_model_len};
+                                      .max_model_len = options.max_model_len,
+                                      .collectives = options.collectives};
   ASSIGN_OR_RETURN(GroupPlan plan, PlanGroup(plan_options, descriptions, options.addresses));
   const auto level = options.is_plan_known ? spdlog::level::debug : spdlog::level::info;
   for (const std::string& line : DescribePlan(plan, descriptions)) spdlog::log(level, "{}", line);
@@ -124,8 +125,7 @@ absl::StatusOr<std::unique_ptr<WorkerGroup>> WorkerGroup::Form(
     last_epoch = std::max(last_epoch, description.last_epoch());
   }
   const uint64_t epoch = last_epoch + 1;
-  const absl::Status joined =
-      JoinAll(options, peers, epoch, plan.num_kv_blocks, stop, report_progress);
+  const absl::Status joined = JoinAll(options, peers, epoch, plan, stop, report_progress);
   if (!joined.ok()) {
     AbortAll(options, peers, epoch);
     return joined;

@@ -36,7 +36,8 @@ class WorkerGroup {
     std::vector<std::string> addresses;  // by rank
     TlsOptions tls;
     std::string version;  // of the coordinator; every worker's must be equal
-    v1::JoinRequest::Collectives collectives = v1::JoinRequest::COLLECTIVES_SHM;
+    // UNSPECIFIED: as GroupPlanOptions says.
+    v1::JoinRequest::Collectives collectives = v1::JoinRequest::COLLECTIVES_UNSPECIFIED;
     bool enable_expert_parallel = false;
     int block_size = 16;  // tokens per KV block
     int max_tokens_per_step = 2048;

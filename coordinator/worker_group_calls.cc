@@ -8,7 +8,6 @@
 #include <optional>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
@@ -58,14 +57,6 @@ class OpenCalls {
   std::condition_variable changed_;
   size_t num_open_;  // guarded by mutex_
 };
-
-// The machine that an address points to, as far as sharing memory goes.
-std::string HostOf(const std::string& address) {
-  if (absl::StartsWith(address, "unix:")) return "localhost";
-  const std::string host = address.substr(0, address.rfind(':'));
-  const bool is_loopback = host == "[::1]" || absl::StartsWith(host, "127.");
-  return is_loopback ? "localhost" : host;
-}
 
 v1::ShardSpec ShardOf(const WorkerGroup::Options& options, int rank) {
   const std::string host = HostOf(options.addresses[rank]);
@@ -154,7 +145,7 @@ absl::Status DescribeMissing(const WorkerGroup::Options& options,
 class Joining {
  public:
   Joining(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers, uint64_t epoch,
-          int num_kv_blocks)
+          const GroupPlan& plan)
       : options_(options),
         progress_(static_cast<int>(peers.size()), MonotonicNow()),
         open_calls_(peers.size()) {
@@ -162,8 +153,8 @@ class Joining {
       v1::JoinRequest request;
       request.set_epoch(epoch);
       *request.mutable_shard() = ShardOf(options, peer.rank);
-      request.set_num_kv_blocks(num_kv_blocks);
-      request.set_collectives(options.collectives);
+      request.set_num_kv_blocks(plan.num_kv_blocks);
+      request.set_collectives(plan.collectives);
       request.set_rank0_address(options.addresses[0]);
       request.set_timeout_ms(
           static_cast<uint32_t>(absl::ToInt64Milliseconds(options.join_timeout)));
@@ -320,9 +311,9 @@ absl::StatusOr<std::vector<v1::DescribeResponse>> DescribeAll(
 }
 
 absl::Status JoinAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers,
-                     uint64_t epoch, int num_kv_blocks, std::stop_token stop,
+                     uint64_t epoch, const GroupPlan& plan, std::stop_token stop,
                      const ReportProgress& report_progress) {
-  return Joining(options, peers, epoch, num_kv_blocks).Run(stop, report_progress);
+  return Joining(options, peers, epoch, plan).Run(stop, report_progress);
 }
 
 void AbortAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers,

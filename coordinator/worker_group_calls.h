@@ -40,7 +40,7 @@ absl::StatusOr<std::vector<v1::DescribeResponse>> DescribeAll(
 
 // Returns when all are ready, or as soon as one fails; then the others are cancelled.
 absl::Status JoinAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers,
-                     uint64_t epoch, int num_kv_blocks, std::stop_token stop,
+                     uint64_t epoch, const GroupPlan& plan, std::stop_token stop,
                      const ReportProgress& report_progress);
 
 // Gives every worker abort_timeout to leave the epoch. Logs who did not answer.

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/peer_memory.h"
 #include "kernels/tensor.h"
 
 namespace fathom {
@@ -51,6 +54,10 @@ class Recording {
 
 struct DeviceOptions {
   int num_threads = 1;  // CPU: threads that share each operation
+  // CUDA: which one of those that CUDA_VISIBLE_DEVICES shows, or, where that is absent, of all as
+  // nvidia-smi counts them. One per process.
+  int gpu = 0;
+  std::optional<std::string> cuda_visible_devices = std::nullopt;
 };
 
 // Not thread-safe: one thread drives a device.
@@ -65,8 +72,9 @@ class Device {
 
   // ResourceExhausted when there is no room; names the number of bytes.
   virtual absl::StatusOr<Buffer> Allocate(int64_t num_bytes) = 0;
-  // Bytes that could be allocated now.
+  // Bytes that could be allocated now, and those that there are at all.
   virtual int64_t AvailableBytes() const = 0;
+  virtual int64_t TotalBytes() const { return AvailableBytes(); }
 
   // Copies take their turn among the operations. On return `host` may be changed or read.
   // `host` is dense; of a tensor only the first dimension may have gaps on a GPU.
@@ -82,10 +90,21 @@ class Device {
       absl::FunctionRef<absl::Status()> /*queue_work*/) {
     return nullptr;
   }
+
+  // Collectives with other devices of this host; at most one at a time. Unimplemented where there
+  // are none. The device must outlive it.
+  virtual absl::StatusOr<std::unique_ptr<PeerMemory>> OpenPeerMemory(
+      const PeerMemoryOptions& /*options*/) {
+    return absl::UnimplementedError(
+        absl::StrCat("devices of kind ", name(), " have no peer memory"));
+  }
+  // What the operations are queued on, for libraries that queue more: a cudaStream_t, or null.
+  virtual void* stream() const { return nullptr; }
 };
 
 absl::StatusOr<std::unique_ptr<Device>> OpenCpuDevice(const DeviceOptions& options);
-// Unavailable in a build without CUDA (cuda/unavailable.cc).
+// Unavailable, saying how many GPUs there are, when there is none of that number; and in a build
+// without CUDA (cuda/unavailable.cc).
 absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(const DeviceOptions& options);
 
 }  // namespace fathom

@@ -51,6 +51,10 @@ class Communicator {
   // The bytes of rank 0 everywhere.
   virtual absl::Status BroadcastFromRank0(void* bytes, int64_t num_bytes) = 0;
 
+  // Why this rank is lost to the group, if it is. Where collectives only queue work on the device,
+  // it says of those that the device is through with whether they gave results.
+  virtual absl::Status status() const { return absl::OkStatus(); }
+
   // Makes the blocked call and all later ones of this rank return Aborted, soon.
   virtual void Abort() = 0;
 

@@ -87,6 +87,10 @@ void DeclareModel(CLI::App& app, Flags& flags) {
                  "folder with config.json and *.safetensors")
       ->required();
   app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--gpu", flags.device_options.gpu,
+                 "with --device cuda: which GPU, of those in CUDA_VISIBLE_DEVICES or of all")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
+      ->check(CLI::Range(0, 1023));
   app.add_option("--dtype", flags.dtype,
                  "of activations; auto is float32 on the CPU, bfloat16 on a GPU")
       ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
@@ -109,8 +113,8 @@ void DeclareModel(CLI::App& app, Flags& flags) {
          "CPU at most 512 MiB per worker")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 50));
   app.add_option("--gpu-memory-utilization", flags.keeper.memory.gpu_memory_utilization,
-                 "share of the device's memory (on the CPU, of the host's) that all workers "
-                 "together may take")
+                 "share of its GPU's memory that this worker may take; on the CPU, of the host's "
+                 "that all workers together may")
       ->check(CLI::Range(0.01, 1.0));
 }
 
@@ -132,6 +136,9 @@ void DeclareCheck(CLI::App& app, Flags& flags) {
 
 void Complete(Flags& flags) {
   ShardKeeperOptions& keeper = flags.keeper;
+  if (const char* const visible = std::getenv("CUDA_VISIBLE_DEVICES"); visible != nullptr) {
+    flags.device_options.cuda_visible_devices = visible;
+  }
   const bool is_cuda = flags.device == "cuda";
   keeper.dtype =
       flags.dtype == "bfloat16" || (flags.dtype == "auto" && is_cuda) ? DType::kBF16 : DType::kF32;
@@ -156,7 +163,8 @@ void MeasureMemory(const Device& device, ShardKeeperOptions& keeper) {
     keeper.host_bytes = HostMemoryBytes();
     return;
   }
-  keeper.host_bytes = device.AvailableBytes();
+  keeper.host_bytes = device.TotalBytes();
+  keeper.available_bytes = device.AvailableBytes();
   keeper.memory.default_kv_cache_limit_bytes = std::numeric_limits<int64_t>::max();
 }
 

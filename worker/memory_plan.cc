@@ -1,6 +1,7 @@
 #include "worker/memory_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <string>
@@ -18,6 +19,29 @@ std::string WhatIsTaken(const MemoryNeeds& needs, int64_t budget_bytes) {
   return absl::StrCat("The budget of this worker is ", HumanBytes(budget_bytes), " (", budget_bytes,
                       " bytes), of which the weights take ", HumanBytes(needs.weight_bytes),
                       " and the activations ", HumanBytes(needs.activation_bytes), ".");
+}
+
+// What others hold of a GPU is not to be had, whatever the share says.
+absl::Status CheckAvailable(const MemoryPlanOptions& options, const MemoryNeeds& needs,
+                            int64_t budget_bytes) {
+  if (needs.available_bytes == 0 || budget_bytes <= needs.available_bytes) {
+    return absl::OkStatus();
+  }
+  const std::string there_is = absl::StrCat(
+      "of the GPU's ", HumanBytes(needs.host_bytes), " only ", HumanBytes(needs.available_bytes),
+      " (", needs.available_bytes, " bytes) were free when this worker started, but ");
+  if (options.kv_cache_memory_bytes.has_value()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(there_is, "weights, activations and --kv-cache-memory-bytes add up to ",
+                     HumanBytes(budget_bytes), ". Try decreasing --kv-cache-memory-bytes by ",
+                     budget_bytes - needs.available_bytes, ", or end what else uses the GPU"));
+  }
+  const double share =
+      static_cast<double>(needs.available_bytes) / static_cast<double>(needs.host_bytes);
+  return absl::ResourceExhaustedError(
+      absl::StrCat(there_is, "--gpu-memory-utilization ", options.gpu_memory_utilization,
+                   " asks for ", HumanBytes(budget_bytes), ". Try decreasing it to at most ",
+                   std::floor(share * 100) / 100, ", or end what else uses the GPU"));
 }
 
 // Bytes that are left for KV blocks; budget_bytes is out.
@@ -55,6 +79,7 @@ absl::StatusOr<WorkerMemoryPlan> PlanWorkerMemory(const MemoryPlanOptions& optio
   plan.activation_bytes = needs.activation_bytes;
   plan.kv_block_bytes = needs.kv_block_bytes;
   ASSIGN_OR_RETURN(const int64_t kv_bytes, KvBytes(options, needs, plan.budget_bytes));
+  RETURN_IF_ERROR(CheckAvailable(options, needs, plan.budget_bytes));
   // Places within the cache are 32 bits.
   const int64_t most_blocks = std::numeric_limits<int32_t>::max() / needs.block_size;
   const int64_t capacity = std::min(kv_bytes / needs.kv_block_bytes, most_blocks);

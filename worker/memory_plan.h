@@ -11,7 +11,8 @@
 namespace fathom {
 
 struct MemoryPlanOptions {
-  // Share of the host's memory that all its workers together may take.
+  // Share of the host's memory that all its workers together may take; of a GPU's, what this one
+  // may.
   double gpu_memory_utilization = 0.9;
   // Bytes for KV blocks, whatever the share would leave. Absent: what the share leaves.
   std::optional<int64_t> kv_cache_memory_bytes = std::nullopt;
@@ -23,6 +24,7 @@ struct MemoryPlanOptions {
 // What is known of host and shard.
 struct MemoryNeeds {
   int64_t host_bytes = 0;
+  int64_t available_bytes = 0;  // of a GPU, when the worker started; 0: not asked
   int workers_on_this_host = 1;
   int64_t weight_bytes = 0;
   int64_t activation_bytes = 0;

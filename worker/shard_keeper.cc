@@ -118,6 +118,7 @@ absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) co
   const uint32_t sharing = device_->shares_host_memory() ? spec.workers_on_this_host() : 1;
   return PlanWorkerMemory(options_.memory,
                           {.host_bytes = options_.host_bytes,
+                           .available_bytes = options_.available_bytes,
                            .workers_on_this_host = static_cast<int>(sharing),
                            .weight_bytes = footprint.weight_bytes,
                            .activation_bytes = footprint.activation_bytes,

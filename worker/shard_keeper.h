@@ -44,9 +44,10 @@ struct ShardKeeperOptions {
   ActivationQuantization activation_quantization = ActivationQuantization::kNone;
   LoadFormat load_format = LoadFormat::kAuto;
   MemoryPlanOptions memory = {};
-  // Memory that the workers of this host share; of a GPU, which a worker has to itself, what is
-  // there for it.
+  // Memory that the workers of this host share; with a GPU, all of its memory, and how much of it
+  // was free when the worker started.
   int64_t host_bytes = 0;
+  int64_t available_bytes = 0;
 };
 
 // What loading decided on, by value, so that it can be compared.

@@ -81,6 +81,7 @@ absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult
   ASSIGN_OR_RETURN(const StepPlan plan, slots_.Apply(command));
   if (plan.batch.num_tokens() == 0) return absl::OkStatus();
   ASSIGN_OR_RETURN(const Tensor logits, shard_.Forward(plan.batch, *kv_cache_, *communicator_));
+  RETURN_IF_ERROR(communicator_->status());  // of sums that were only queued
 
   Choices choices(plan.sampled.size(), kFault);
   if (rank() == 0) {

@@ -14,6 +14,8 @@
 #include "proto/status.h"
 #include "spdlog/spdlog.h"
 #include "worker/gloo_communicator.h"
+#include "worker/nccl_communicator.h"
+#include "worker/peer_communicator.h"
 #include "worker/remote_blackboard.h"
 #include "worker/shm_communicator.h"
 #include "worker/staged_communicator.h"
@@ -227,36 +229,57 @@ absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& jo
     ASSIGN_OR_RETURN(blackboard, ConnectToBlackboard(rank0_address, options_.tls, joining.epoch(),
                                                      absl::Now() + timeout));
   }
-  const auto rank = static_cast<int>(shard.rank());
-  const auto world_size = static_cast<int>(shard.world_size());
-  std::unique_ptr<GroupCommunicator> communicator;
-  switch (joining.request().collectives()) {
-    case v1::JoinRequest::COLLECTIVES_SHM:
-      communicator = MakeShmCommunicator({.rank = rank,
-                                          .world_size = world_size,
-                                          .epoch = joining.epoch(),
-                                          .timeout = options_.collective_timeout});
-      break;
-    case v1::JoinRequest::COLLECTIVES_GLOO: {
-      ASSIGN_OR_RETURN(const std::string host, LocalHostTowards(rank0_address));
-      communicator = MakeGlooCommunicator({.rank = rank,
-                                           .world_size = world_size,
-                                           .host = host,
-                                           .timeout = options_.collective_timeout});
-      break;
-    }
-    default:
-      return absl::InvalidArgumentError("collectives are neither shm nor gloo");
-  }
+  ASSIGN_OR_RETURN(std::unique_ptr<GroupCommunicator> communicator, MakeCommunicator(joining));
   RETURN_IF_ERROR(AwaitAllLoaded(joining, *blackboard));
   joining.SetCommunicator(communicator.get());
   const absl::Status status = communicator->Connect(*blackboard, absl::Now() + timeout);
   joining.SetCommunicator(nullptr);
   RETURN_IF_ERROR(status);
-  if (!keeper_.device().shares_host_memory()) {
+  const v1::JoinRequest::Collectives kind = joining.request().collectives();
+  const bool is_of_host =
+      kind == v1::JoinRequest::COLLECTIVES_SHM || kind == v1::JoinRequest::COLLECTIVES_GLOO;
+  if (is_of_host && !keeper_.device().shares_host_memory()) {
     return MakeStagedCommunicator(keeper_.device(), std::move(communicator));
   }
   return communicator;
+}
+
+absl::StatusOr<std::unique_ptr<GroupCommunicator>> WorkerService::MakeCommunicator(
+    const Joining& joining) {
+  const v1::ShardSpec& shard = joining.shard();
+  const auto rank = static_cast<int>(shard.rank());
+  const auto world_size = static_cast<int>(shard.world_size());
+  const absl::Duration timeout = options_.collective_timeout;
+  const auto shm = [&] {
+    return MakeShmCommunicator(
+        {.rank = rank, .world_size = world_size, .epoch = joining.epoch(), .timeout = timeout});
+  };
+  const auto gloo = [&]() -> absl::StatusOr<std::unique_ptr<GroupCommunicator>> {
+    ASSIGN_OR_RETURN(const std::string host, LocalHostTowards(joining.request().rank0_address()));
+    return MakeGlooCommunicator(
+        {.rank = rank, .world_size = world_size, .host = host, .timeout = timeout});
+  };
+  switch (joining.request().collectives()) {
+    case v1::JoinRequest::COLLECTIVES_SHM:
+      return shm();
+    case v1::JoinRequest::COLLECTIVES_GLOO:
+      return gloo();
+    case v1::JoinRequest::COLLECTIVES_PEER:
+      return MakePeerCommunicator({.rank = rank, .world_size = world_size, .timeout = timeout},
+                                  keeper_.device(), shm());
+    case v1::JoinRequest::COLLECTIVES_NCCL: {
+      std::unique_ptr<GroupCommunicator> host;
+      if (shard.workers_on_this_host() == shard.world_size()) {
+        host = shm();
+      } else {
+        ASSIGN_OR_RETURN(host, gloo());
+      }
+      return MakeNcclCommunicator({.rank = rank, .world_size = world_size, .timeout = timeout},
+                                  keeper_.device(), std::move(host));
+    }
+    default:
+      return absl::InvalidArgumentError("collectives are none of shm, gloo, peer and nccl");
+  }
 }
 
 absl::Status WorkerService::AwaitAllLoaded(Joining& joining, Blackboard& blackboard) {

@@ -69,6 +69,8 @@ class WorkerService final : public v1::Worker::WithCallbackMethod_Run<v1::Worker
   absl::Status AwaitTurn(Joining& joining);
   absl::StatusOr<std::shared_ptr<StepRunner>> MakeRunner(Joining& joining);
   absl::StatusOr<std::unique_ptr<Communicator>> Connect(Joining& joining);
+  // The kind that was asked for, not connected yet.
+  absl::StatusOr<std::unique_ptr<GroupCommunicator>> MakeCommunicator(const Joining& joining);
   // Loading takes as long as it takes, and longer on one rank than on another: only when all have
   // loaded does the time for connecting begin.
   static absl::Status AwaitAllLoaded(Joining& joining, Blackboard& blackboard);

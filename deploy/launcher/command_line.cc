@@ -181,10 +181,26 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--threads", options.threads,
                  "Threads per worker [the host's cores divided by the workers]")
       ->check(Between(1, 1024));
+  app.add_option("--gpus",
+                 "With --device cuda: the GPU of each worker, e.g. 4,5,6,7; workers that share one "
+                 "share its memory [0, 1, ...]")
+      ->type_name("LIST")
+      ->check([&options](const std::string& list) {
+        options.gpus.clear();
+        for (const absl::string_view text : absl::StrSplit(list, ',')) {
+          int gpu = 0;
+          if (!absl::SimpleAtoi(text, &gpu) || gpu < 0 || gpu > 1023) {
+            return absl::StrCat("'", text, "' is no GPU: expected a list of numbers from 0 on");
+          }
+          options.gpus.push_back(gpu);
+        }
+        return std::string();
+      });
   app.add_option("--collectives", options.collectives,
-                 "How workers add up: shm (shared memory), gloo (TCP)")
+                 "How workers add up: peer (GPUs, through each other's memory), nccl, shm (shared "
+                 "memory), gloo (TCP); auto is peer for GPUs, shm for CPUs")
       ->capture_default_str()
-      ->check(OneOf({"shm", "gloo"}));
+      ->check(OneOf({"auto", "peer", "nccl", "shm", "gloo"}));
   app.add_option("--seed", options.seed, "Seeds requests that bring no seed of their own")
       ->capture_default_str()
       ->check([](const std::string& text) {
@@ -351,6 +367,18 @@ std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
 
 // What no single flag can know.
 absl::Status CheckTogether(const ServeOptions& options) {
+  const auto num_gpus = static_cast<int>(options.gpus.size());
+  if (num_gpus != 0 && num_gpus != options.tensor_parallel_size) {
+    return absl::InvalidArgumentError(absl::StrCat("--gpus names ", num_gpus,
+                                                   " GPUs: expected one for each of the ",
+                                                   options.tensor_parallel_size, " workers"));
+  }
+  const bool wants_gpus = options.collectives == "peer" || options.collectives == "nccl";
+  if (options.device != "cuda" && (num_gpus != 0 || wants_gpus)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(wants_gpus ? "--collectives " + options.collectives : "--gpus",
+                     " is for --device cuda, not ", options.device));
+  }
   const int tls_files = !options.tls_certificate.empty() + !options.tls_private_key.empty() +
                         !options.tls_authority.empty();
   if (tls_files != 0 && tls_files != 3) {

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "base/human_bytes.h"
 #include "base/status_macros.h"
 
@@ -75,8 +76,10 @@ std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeO
                                ", quantization ", plan.quantization,
                                plan.activation_quantization == "fp8" ? " of activations too" : ""));
   if (options.load_format == "dummy") lines.push_back("Weights: random (--load-format dummy)");
+  const std::string gpus =
+      options.gpus.empty() ? "" : absl::StrCat(", GPUs ", absl::StrJoin(options.gpus, " "));
   lines.push_back(absl::StrCat("Workers: ", options.tensor_parallel_size, " on ", options.device,
-                               options.enable_expert_parallel ? ", expert parallel" : ""));
+                               gpus, options.enable_expert_parallel ? ", expert parallel" : ""));
   if (options.quantization == "fp8" && IsFp8Checkpoint(options.model_dir)) {
     lines.push_back("--quantization fp8 changes nothing: the checkpoint is FP8 already");
   }

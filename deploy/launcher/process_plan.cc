@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -48,7 +49,10 @@ int ThreadsPerWorker(const ServeOptions& options) {
 }
 
 // What a worker needs to know whether it serves or checks.
-Arguments WorkerArguments(const ServeOptions& options, const std::string& program_dir) {
+Arguments WorkerArguments(const ServeOptions& options, const std::string& program_dir, int rank) {
+  const bool has_gpu = options.device == "cuda";
+  const int gpu = GpuOf(options, rank);
+  const int sharing = has_gpu ? WorkersOnGpu(options, gpu) : 1;
   Arguments arguments(program_dir + "/fathom-worker");
   arguments.Add("--model", options.model_dir)
       .Add("--device", options.device)
@@ -58,13 +62,28 @@ Arguments WorkerArguments(const ServeOptions& options, const std::string& progra
       .Add("--load-format", options.load_format)
       .Add("--kv-cache-dtype", options.kv_cache_dtype)
       .AddUnless<int64_t>(0, "--kv-cache-memory-bytes", options.kv_cache_memory_bytes)
-      .Add("--gpu-memory-utilization", options.gpu_memory_utilization)
+      .Add("--gpu-memory-utilization", options.gpu_memory_utilization / sharing)
       .Add("--threads", ThreadsPerWorker(options));
+  if (has_gpu) arguments.Add("--gpu", gpu);
   return arguments;
 }
 
+// The worker most likely to be refused: of those with the least memory the one with the last GPU.
+int ScarcestRank(const ServeOptions& options) {
+  if (options.device != "cuda") return 0;
+  const auto scarcity = [&](int rank) {
+    const int gpu = GpuOf(options, rank);
+    return std::pair(WorkersOnGpu(options, gpu), gpu);
+  };
+  int scarcest = 0;
+  for (int rank = 1; rank < options.tensor_parallel_size; ++rank) {
+    if (scarcity(rank) > scarcity(scarcest)) scarcest = rank;
+  }
+  return scarcest;
+}
+
 ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int rank) {
-  Arguments arguments = WorkerArguments(options, places.program_dir);
+  Arguments arguments = WorkerArguments(options, places.program_dir, rank);
   arguments.Add("--listen", "unix:" + WorkerSocket(places.run_dir, rank))
       .Add("--log-level", options.log_level);
   return {.name = absl::StrCat("worker ", rank),
@@ -135,9 +154,10 @@ std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places
 }
 
 ProcessSpec PlanWorkerCheck(const ServeOptions& options, const std::string& program_dir) {
-  Arguments arguments = WorkerArguments(options, program_dir);
+  const int rank = ScarcestRank(options);
+  Arguments arguments = WorkerArguments(options, program_dir, rank);
   arguments.AddIf(true, "--check")
-      .Add("--rank", 0)
+      .Add("--rank", rank)
       .Add("--world-size", options.tensor_parallel_size)
       .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
       .Add("--block-size", BlockSizeOf(options))

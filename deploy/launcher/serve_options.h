@@ -1,6 +1,7 @@
 // What `fathom serve` and `fathom check` are asked to do: the values of their flags.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -27,8 +28,9 @@ struct ServeOptions {
   std::string quantization = "none";             // none, fp8
   std::string activation_quantization = "auto";  // auto, none, fp8
   std::string load_format = "auto";              // auto, dummy: random weights
-  int threads = 0;                  // per worker; 0: the cores shared out among the workers
-  std::string collectives = "shm";  // shm, gloo
+  int threads = 0;                   // per worker; 0: the cores shared out among the workers
+  std::string collectives = "auto";  // auto, peer, nccl, shm, gloo
+  std::vector<int> gpus;             // by worker; workers may share one. Empty: 0, 1, …
   uint64_t seed = 0;
 
   // Memory.
@@ -60,6 +62,15 @@ struct ServeOptions {
 };
 
 inline constexpr int kDefaultBlockSize = 16;
+
+// The GPU of a worker, and how many workers it computes for.
+inline int GpuOf(const ServeOptions& options, int rank) {
+  return options.gpus.empty() ? rank : options.gpus[rank];
+}
+inline int WorkersOnGpu(const ServeOptions& options, int gpu) {
+  if (options.gpus.empty()) return 1;
+  return static_cast<int>(std::count(options.gpus.begin(), options.gpus.end(), gpu));
+}
 
 // The block size in force.
 inline int BlockSizeOf(const ServeOptions& options) {

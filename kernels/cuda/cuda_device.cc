@@ -7,8 +7,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/cuda_peer_memory.h"
+#include "kernels/cuda/gpu_choice.h"
 #include "kernels/device.h"
 
 namespace fathom {
@@ -131,6 +134,12 @@ class CudaDevice final : public Device {
     return static_cast<int64_t>(free_bytes);
   }
 
+  int64_t TotalBytes() const override {
+    size_t free_bytes = 0, total_bytes = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+    return static_cast<int64_t>(total_bytes);
+  }
+
   void CopyFromHost(const void* host, const Tensor& tensor) override {
     if (tensor.num_elements() == 0) return;
     const Pitched rows = PitchedOf(tensor);
@@ -170,21 +179,29 @@ class CudaDevice final : public Device {
     return status;
   }
 
+  absl::StatusOr<std::unique_ptr<PeerMemory>> OpenPeerMemory(
+      const PeerMemoryOptions& options) override {
+    return OpenCudaPeerMemory(options, peer_window_, stream_.get());
+  }
+  void* stream() const override { return stream_.get(); }
+
  private:
+  PeerWindow peer_window_;
   CudaStream stream_;
   CudaOps ops_;
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(const DeviceOptions&) {
+absl::StatusOr<std::unique_ptr<Device>> OpenCudaDevice(const DeviceOptions& options) {
+  RETURN_IF_ERROR(ChooseGpu(options.gpu, options.cuda_visible_devices));
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("there is no GPU: ",
-                     error != cudaSuccess ? cudaGetErrorString(error) : "the driver found none",
-                     "; expected one, or --device cpu"));
+    const char* const why =
+        error != cudaSuccess ? cudaGetErrorString(error) : "the driver found none";
+    return absl::UnavailableError(absl::StrCat("there is no GPU", NoSuchGpu(options.gpu), ": ", why,
+                                               "; expected one, or --device cpu"));
   }
   cudaDeviceProp device;
   CUDA_CHECK(cudaGetDeviceProperties(&device, 0));

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "kernels/cuda/cuda_check.h"
-#include "kernels/cuda/mla_decode_sm90.h"
 
 namespace fathom {
 namespace {
@@ -27,6 +26,11 @@ int64_t RouteBytes(const StepLimits& limits, int num_multiprocessors) {
   return cuda::AlignUp(rows * limits.num_experts * static_cast<int64_t>(sizeof(float)));
 }
 
+// What the hungriest operation needs.
+int64_t OperationBytes(const StepLimits& limits, int num_multiprocessors) {
+  return std::max(AttentionBytes(limits), RouteBytes(limits, num_multiprocessors));
+}
+
 }  // namespace
 
 GrowingMemory::~GrowingMemory() { CUDA_CHECK(cudaFree(data_)); }
@@ -41,44 +45,25 @@ void* GrowingMemory::Reserve(int64_t num_bytes) {
 }
 
 CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
-    : device_(device), stream_(stream) {
+    : device_(device), stream_(stream), step_(device) {
   constexpr int64_t kCounterBytes = 256;
   counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
   CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
 }
 
 int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
-  const int64_t once =
-      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
-  if (!MlaDecodeSm90::Supports(device_)) return once;
-  return once + cuda::AlignUp(MlaDecodeSm90::WorkspaceBytes(static_cast<int>(limits.num_layers),
-                                                            device_.multiProcessorCount));
+  return OperationBytes(limits, device_.multiProcessorCount) + step_.ScratchBytes(limits);
 }
 
 void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
-  const int64_t once =
-      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
-  scratch_.Use(memory, once);
-  decode_workspace_ = static_cast<char*>(memory) + once;
-  decode_layers_ = static_cast<int>(limits.num_layers);
+  const int64_t bytes = OperationBytes(limits, device_.multiProcessorCount);
+  scratch_.Use(memory, bytes);
+  step_.UseScratch(limits, static_cast<char*>(memory) + bytes);
 }
 
 void CudaOps::BeginStep(const AttentionBatch& batch) {
-  layer_ = 0;
   prefetches_ = {};
-  const auto sequences = static_cast<int>(batch.context_lens.dim(0));
-  if (!MlaDecodeSm90::Supports(device_) || sequences == 0 ||
-      sequences > MlaDecodeSm90::kMaxSequences) {
-    return;
-  }
-  if (decode_workspace_ == nullptr) {
-    constexpr int kLayers = 128;
-    decode_layers_ = kLayers;
-    decode_workspace_ =
-        decode_memory_.Reserve(MlaDecodeSm90::WorkspaceBytes(kLayers, device_.multiProcessorCount));
-  }
-  MlaDecodeSm90(decode_workspace_, decode_layers_, device_.multiProcessorCount)
-      .Schedule(batch.context_lens.data<int32_t>(), sequences, stream_);
+  step_.Begin(batch, stream_);
 }
 
 void CudaOps::Prefetch(const Tensor& weight) {

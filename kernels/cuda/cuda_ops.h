@@ -11,9 +11,11 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/mla_step.h"
 #include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
 #include "kernels/ops.h"
+#include "kernels/shape_checks.h"
 
 namespace fathom {
 
@@ -60,19 +62,23 @@ class CudaOps final : public Ops {
   bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
                          int num_choices, const Tensor& out);
 
-  // The steps of MlaAttention, for tokens [first, first + tokens of q): queries into the latent
-  // space, what they gather there, and out of it. q_latent, latent [T, A, R], q_rope [T, A, P] act.
+  // The steps of MlaAttention, for some tokens: queries into the latent space, what they gather
+  // there, and out of it.
   struct Latents {
-    Tensor q_latent, q_rope, latent;
+    Tensor q_latent, latent;  // [T, A, R] act
+    Tensor q_rope;            // [T, A, P] act
+    Tensor values;            // [T, A * V] act, where they must be quantised afterwards
   };
+  Latents ReserveLatents(const AttentionSizes& sizes, int64_t tokens, DType act);
   void IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
                        const Tensor& cos_sin, const Latents& latents);
-  bool DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
-                  float scale);
   void AttendGeneric(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
                      float scale, int64_t first);
-  void OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
-                        const LinearInput& out);
+  void OutOfLatentSpace(const Latents& latents, const MlaWeights& weights, const LinearInput& out);
+  // All of it in the shape of DeepSeek-V3 on Hopper; false for other ones.
+  bool AttendSm90(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                  const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                  float scale, const LinearInput& out);
 
   // What was to be prefetched, for a kernel of a step of this many tokens to carry.
   cuda::PrefetchList TakePrefetches(int64_t num_tokens);
@@ -83,11 +89,8 @@ class CudaOps final : public Ops {
   const cudaStream_t stream_;
   GrowingMemory counter_memory_;
   int* counters_ = nullptr;
-  cuda::Scratch scratch_;        // of one operation at a time
-  GrowingMemory decode_memory_;  // of MlaDecodeSm90, if UseScratch gave none
-  void* decode_workspace_ = nullptr;
-  int decode_layers_ = 0;  // that the workspace has room for
-  int layer_ = 0;          // of the step, that calls MlaAttention next
+  cuda::Scratch scratch_;  // of one operation at a time
+  cuda::MlaStep step_;
   cuda::PrefetchList prefetches_;
 };
 

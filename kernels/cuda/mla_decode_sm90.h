@@ -1,10 +1,12 @@
-// Decoding with multi-head latent attention on Hopper: one query token per sequence, 16 heads (one
-// rank of DeepSeek-V3 at tensor-parallel 8), a BF16 latent cache in blocks of 64 tokens.
+// Decoding with multi-head latent attention on Hopper: few query tokens per sequence, 16 heads (one
+// rank of DeepSeek-V3 at tensor-parallel 8), a BF16 latent cache.
 //
-// The cache is read once and every byte is worth only 2 · 16 · (576 + 512) / 1152 ≈ 30 FLOP, so the
-// kernel is a stream: all SMs take equal, contiguous shares of all sequences' tokens, and an SM's
-// share may end in the middle of a sequence. Such sequences are combined by the SMs that share
-// them, each a slice of the output, in the order of the shares: the same bits on every run.
+// The work of a step is rows: a query token, a block table and how many cached tokens it sees. The
+// cache is read once per row and every byte is worth only 2 · 16 · (576 + 512) / 1152 ≈ 30 FLOP, so
+// the kernel is a stream: the multiprocessors, in clusters of 1 to 16 that take a row together,
+// read equal shares of all rows' tokens. Shares end where rows end unless that would make them
+// unequal; a row that several clusters share is combined by them, each a slice of the output, in
+// the order of the shares: the same bits on every run.
 //
 // Scores are computed transposed, S'[64 tokens, 16 heads] = KV · Q', so that the 16 heads are the
 // narrow side of the matrix product and no lane of the tensor cores works on padding; the output
@@ -26,16 +28,16 @@ class MlaDecodeSm90 {
   static constexpr int kHeads = 16;
   static constexpr int kKvLoraRank = 512;
   static constexpr int kRopeHeadDim = 64;
-  static constexpr int kBlockSize = 64;  // tokens per KV block
-  static constexpr int kMaxSequences = 1024;
+  static constexpr int kBlockSizeUnit = 16;  // tokens per KV block: a multiple of this
+  static constexpr int kMaxRows = 1024;
 
-  // How the copy engine sees one layer of the cache, [num_blocks, 64, 576] bf16. Made once per
-  // layer.
-  struct CacheMaps {
-    CUtensorMap blocks;  // 64 tokens at once
-    CUtensorMap pieces;  // 16 tokens
+  // How the copy engine sees one layer of the cache, [num_blocks, block_size, 576] bf16. Made once
+  // per layer.
+  struct CacheMap {
+    CUtensorMap tokens;
+    int block_size;
   };
-  static CacheMaps MapCache(void* cache, int64_t num_blocks);
+  static CacheMap MapCache(void* cache, int64_t num_blocks, int block_size);
 
   // Device memory that the calls below share; contents need not survive between steps.
   static int64_t WorkspaceBytes(int num_layers, int num_multiprocessors);
@@ -46,23 +48,38 @@ class MlaDecodeSm90 {
   // REQUIRES: workspace of WorkspaceBytes, 256-byte aligned. Does not own it.
   MlaDecodeSm90(void* workspace, int num_layers, int num_multiprocessors);
 
+  // What one step attends to; device memory. Rows of one sequence are neighbours, in its order.
+  struct Rows {
+    int count = 0;                      // 1 to kMaxRows
+    const int* context_lens = nullptr;  // [count] tokens the row sees, its own included, at least 1
+    const int* sequences = nullptr;     // [count] its line of the block tables; null: row r is r
+    const int* tokens = nullptr;        // [count] its line of queries and output; null: row r is r
+  };
   // Once per step, before the first layer: shares the work out.
-  //   context_lens [num_sequences] i32, device memory, each at least 1
-  void Schedule(const int* context_lens, int num_sequences, cudaStream_t stream) const;
+  void Schedule(const Rows& rows, cudaStream_t stream) const;
 
+  // When the first tokens of the cache are requested.
+  enum class Start {
+    kAfterPredecessors,
+    // While the kernel before still runs, all but the tokens of this step. REQUIRES: everything up
+    // to Schedule and to the cache of earlier steps is complete by then, that is, some kernel
+    // between lets its dependents launch only after it waited for its own predecessors.
+    kEarly,
+  };
   struct Layer {
     int index = 0;  // below num_layers: layers of one step may overlap and must not share counters
-    const __nv_bfloat16* q_latent = nullptr;  // [num_sequences, 16, 512]
-    const __nv_bfloat16* q_rope = nullptr;    // [num_sequences, 16, 64], rotated, 16-byte aligned
+    int num_rows = 0;                         // as given to Schedule
+    const __nv_bfloat16* q_latent = nullptr;  // [tokens, 16, 512]
+    const __nv_bfloat16* q_rope = nullptr;    // [tokens, 16, 64], rotated, 16-byte aligned
     int64_t q_rope_token_stride = kHeads * kRopeHeadDim;  // elements, a multiple of 8
     int64_t q_rope_head_stride = kRopeHeadDim;            // the same
-    const int* block_tables = nullptr;                    // [num_sequences, max_blocks]
+    const int* block_tables = nullptr;                    // [sequences, max_blocks]
     int max_blocks = 0;
-    const int* context_lens = nullptr;  // [num_sequences], as given to Schedule
-    float scale = 0.0f;                 // of the scores
-    __nv_bfloat16* out = nullptr;       // [num_sequences, 16, 512]
+    float scale = 0.0f;            // of the scores
+    __nv_bfloat16* out = nullptr;  // [tokens, 16, 512]
+    Start start = Start::kAfterPredecessors;
   };
-  void Run(const CacheMaps& cache, const Layer& layer, cudaStream_t stream) const;
+  void Run(const CacheMap& cache, const Layer& layer, cudaStream_t stream) const;
 
  private:
   void* workspace_;

@@ -73,6 +73,12 @@ __device__ inline uint64_t EvictFirstPolicy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// For data that several blocks will read soon.
+__device__ inline uint64_t EvictLastPolicy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // One box of a two-dimensional tensor map, from (column, row), into a swizzled tile.
 __device__ inline void CopyBox(void* target, const CUtensorMap* map, int column, int row,
                                uint64_t* barrier, uint64_t policy) {
@@ -80,6 +86,15 @@ __device__ inline void CopyBox(void* target, const CUtensorMap* map, int column,
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(SharedAddress(target)),
       "l"(map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "l"(policy)
+      : "memory");
+}
+// Some rows of a MapPanels map, from `row`: panel after panel, each a swizzled tile.
+__device__ inline void CopyPanels(void* target, const CUtensorMap* map, int row, uint64_t* barrier,
+                                  uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %3}], [%2], %5;" ::"r"(SharedAddress(target)),
+      "l"(map), "r"(SharedAddress(barrier)), "r"(0), "r"(row), "l"(policy)
       : "memory");
 }
 __device__ inline void PrefetchMap(const CUtensorMap* map) {
@@ -92,8 +107,9 @@ __device__ inline void PrefetchMap(const CUtensorMap* map) {
 // 2(l % 4) + {0, 1} + 8j as d[4j + {0, 1}] and d[4j + {2, 3}].
 
 // How wgmma finds a swizzled tile: its address, and the bytes between groups of eight rows.
+template <int kEightRowsBytes = 8 * kSwizzledRowBytes>
 __device__ inline uint64_t TileDescriptor(uint32_t shared_address) {
-  constexpr uint64_t kEightRows = 8 * kSwizzledRowBytes;
+  constexpr uint64_t kEightRows = kEightRowsBytes;
   return static_cast<uint64_t>((shared_address & 0x3FFFF) >> 4) | (kEightRows >> 4) << 16 |
          (kEightRows >> 4) << 32 | uint64_t{1} << 62;
 }
@@ -144,6 +160,51 @@ __device__ inline void ProductsCommit() {
 template <int kPending>
 __device__ inline void ProductsWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// --- clusters: blocks that write into each other's shared memory
+
+__device__ inline int ClusterRank() {
+  int rank;
+  asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Every thread of the cluster arrives once; whoever waits then sees the barriers that the other
+// blocks made.
+__device__ inline void ClusterArrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void ClusterWait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// What stands at this address of one's own shared memory, in that of another block.
+__device__ inline uint32_t PeerAddress(uint32_t shared_address, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(address)
+               : "r"(shared_address), "r"(rank));
+  return address;
+}
+// Counts as 16 bytes at that block's barrier when it has arrived.
+__device__ inline void StoreToPeer(uint32_t peer_address, float4 value, uint32_t peer_barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(peer_address),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(peer_barrier)
+      : "memory");
+}
+__device__ inline void ArriveAtPeer(uint32_t peer_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier)
+               : "memory");
+}
+// As BarrierWait, where other blocks of the cluster arrive.
+__device__ inline void BarrierWaitForPeers(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nWAIT%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra DONE%=;\nbra WAIT%=;\nDONE%=:\n}" ::"r"(SharedAddress(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 using cuda::LetDependentsLaunch;

@@ -22,6 +22,9 @@ struct MatrixMap {
   int box_columns = 0;  // 128 bytes worth: a box is a swizzled tile
 };
 CUtensorMap MapMatrix(const MatrixMap& matrix);
+// The same matrix for copies of whole rows: a box is box_rows rows, cut into panels of box_columns
+// that stand one after another, each a swizzled tile (CopyPanels).
+CUtensorMap MapPanels(const MatrixMap& matrix);
 
 // Launches a kernel that calls WaitForPredecessors() before it reads what others wrote.
 template <typename... Parameters, typename... Values>

@@ -60,9 +60,10 @@ __device__ void CacheKey(const float (&key)[kEight], int column, int count, int 
       StoreEight<true>(key, count, reinterpret_cast<__nv_bfloat16*>(to));
     } else {
       for (int i = 0; i < min(count, kEight); ++i) {
-        const unsigned short bits = __bfloat16_as_ushort(__float2bfloat16(key[i]));
-        to[2 * i] = static_cast<char>(bits & 0xff);
-        to[2 * i + 1] = static_cast<char>(bits >> 8);
+        // BF16 is the upper half of a float. The two bytes need not be aligned.
+        const uint32_t bits = __float_as_uint(RoundedTo<__nv_bfloat16>(key[i]));
+        to[2 * i] = static_cast<char>(bits >> 16);
+        to[2 * i + 1] = static_cast<char>(bits >> 24);
       }
     }
   }

@@ -101,6 +101,24 @@ TEST_F(GroupPlanTest, NamesTheWorkerThatDiffersAndBothValues) {
   ExpectRefused({"end-of-sequence tokens"});
 }
 
+TEST_F(GroupPlanTest, ChoosesCollectivesByDevicesAndHostsUnlessTold) {
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_SHM);
+  addresses_[2] = "10.0.0.2:7000";
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_GLOO);
+  for (v1::DescribeResponse& description : descriptions_) description.set_device("cuda");
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_NCCL);
+  addresses_ = {"10.0.0.2:7000", "10.0.0.2:7001", "10.0.0.2:7002"};
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_PEER);
+  options_.collectives = v1::JoinRequest::COLLECTIVES_GLOO;
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_GLOO);
+  options_.collectives = v1::JoinRequest::COLLECTIVES_UNSPECIFIED;
+  for (int rank = 3; rank < 9; ++rank) {  // more than reach each other's memory
+    addresses_.push_back("10.0.0.2:" + std::to_string(7000 + rank));
+    descriptions_.push_back(descriptions_[0]);
+  }
+  EXPECT_EQ(Plan()->collectives, v1::JoinRequest::COLLECTIVES_NCCL);
+}
+
 TEST_F(GroupPlanTest, TellsOperatorsTheLinesTheyKnow) {
   EXPECT_THAT(DescribePlan(*Plan(), descriptions_),
               AllOf(Contains("KV cache size: 1600 tokens"),

@@ -115,6 +115,11 @@ TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
   EXPECT_EQ(Served({"--port", "1", "--port", "2"}).port, 2);  // the last one counts
 }
 
+TEST(CommandLineTest, ReadsTheGpusOfWorkers) {
+  EXPECT_EQ(Served({"--device", "cuda", "-tp", "3", "--gpus", "4,0,4"}).gpus,
+            (std::vector<int>{4, 0, 4}));
+}
+
 TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
   EXPECT_THAT(Refusal({"--dtype", "half"}), HasSubstr("leave the range of float16"));
   EXPECT_THAT(Refusal({"--dtype", "int8"}), HasSubstr("not one of auto, float32"));
@@ -125,6 +130,11 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
   EXPECT_THAT(Refusal({"--device", "tpu"}), HasSubstr("not one of cpu, cuda"));
   EXPECT_THAT(Refusal({"--quantization", "awq"}), HasSubstr("not one of none, fp8"));
   EXPECT_THAT(Refusal({"--tensor-parallel-size", "0"}), HasSubstr("expected 1 to 1024"));
+  EXPECT_THAT(Refusal({"--device", "cuda", "--gpus", "0,x"}), HasSubstr("'x' is no GPU"));
+  EXPECT_THAT(Refusal({"--device", "cuda", "-tp", "2", "--gpus", "0"}),
+              HasSubstr("--gpus names 1 GPUs: expected one for each of the 2 workers"));
+  EXPECT_THAT(Refusal({"--gpus", "0"}), HasSubstr("--gpus is for --device cuda, not cpu"));
+  EXPECT_THAT(Refusal({"--collectives", "nccl"}), HasSubstr("is for --device cuda, not cpu"));
   EXPECT_THAT(Refusal({"--port", "65536"}), HasSubstr("expected 0 to 65535"));
   EXPECT_THAT(Refusal({"--port", "abc"}), HasSubstr("'abc' is no whole number: expected 0 to"));
   EXPECT_THAT(Refusal({"--gpu-memory-utilization", "1.5"}), HasSubstr("expected 0 < F <= 1"));

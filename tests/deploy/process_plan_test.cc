@@ -96,6 +96,28 @@ TEST(ProcessPlanTest, TheCheckSeesWhatTheWorkersWillSee) {
   }
 }
 
+TEST(ProcessPlanTest, WorkersHaveTheirGpusAndShareTheMemoryOfOne) {
+  const auto flags_of = [](const ServeOptions& options, const std::string& flag) {
+    std::vector<std::string> values;
+    for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
+      const auto found = ValuesOf(PlanProcesses(options, kPlaces)[rank].arguments, flag);
+      values.insert(values.end(), found.begin(), found.end());
+    }
+    return values;
+  };
+  ServeOptions options = Workers(3);
+  EXPECT_THAT(flags_of(options, "--gpu"), ElementsAre());
+  options.device = "cuda";
+  EXPECT_THAT(flags_of(options, "--gpu"), ElementsAre("0", "1", "2"));
+  options.gpus = {5, 2, 5};
+  EXPECT_THAT(flags_of(options, "--gpu"), ElementsAre("5", "2", "5"));
+  EXPECT_THAT(flags_of(options, "--gpu-memory-utilization"), ElementsAre("0.45", "0.9", "0.45"));
+  // The check is made for a worker with the least memory.
+  const std::vector<std::string> check = PlanWorkerCheck(options, kPlaces.program_dir).arguments;
+  EXPECT_THAT(ValuesOf(check, "--gpu"), ElementsAre("5"));
+  EXPECT_THAT(ValuesOf(check, "--gpu-memory-utilization"), ElementsAre("0.45"));
+}
+
 TEST(ProcessPlanTest, EveryWorkerHasAThread) {
   ServeOptions options = Workers(1024);
   const auto threads = [](const ServeOptions& o) {

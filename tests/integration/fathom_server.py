@@ -50,7 +50,9 @@ class FathomServer:
                         "--port", str(self.port), "--tensor-parallel-size",
                         str(tensor_parallel_size), *map(str, flags)]
         if self.device != "cpu":
-            self.command += ["--device", self.device]
+            # The machine that tests have had so far has one GPU: all workers share it.
+            gpus = [] if "--gpus" in flags else ["--gpus", ",".join(["0"] * tensor_parallel_size)]
+            self.command += ["--device", self.device, *gpus]
         self.startup_timeout_seconds = startup_timeout_seconds
         self.process = None
         self._stopped = False

@@ -9,7 +9,7 @@
 
 namespace fathom {
 
-class DistantDevice final : public Device {
+class DistantDevice : public Device {
  public:
   DistantDevice() : device_(*OpenCpuDevice({})) {}
 

@@ -98,6 +98,23 @@ TEST(MemoryPlanTest, ALengthBeyondTheModelIsRefused) {
             absl::StatusCode::kInvalidArgument);
 }
 
+TEST(MemoryPlanTest, WhatOthersHoldOfAGpuIsRefusedWithNumbers) {
+  MemoryNeeds needs = Needs();
+  needs.workers_on_this_host = 1;
+  needs.available_bytes = 8 * kGib;  // of 10, of which 9 are asked for
+  const auto plan = PlanWorkerMemory(WithoutLimit(), needs);
+  EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(plan.status().message()),
+              AllOf(HasSubstr("of the GPU's 10.0 GiB only 8.0 GiB"), HasSubstr("for 9.0 GiB"),
+                    HasSubstr("at most 0.8,")));
+  MemoryPlanOptions options = WithoutLimit();
+  options.kv_cache_memory_bytes = 4 * kGib;
+  EXPECT_TRUE(PlanWorkerMemory(options, needs).ok());
+  options.kv_cache_memory_bytes = 4 * kGib + 100;
+  EXPECT_THAT(std::string(PlanWorkerMemory(options, needs).status().message()),
+              HasSubstr("decreasing --kv-cache-memory-bytes by 100,"));
+}
+
 TEST(MemoryPlanTest, PlacesInTheCacheStayWithin32Bits) {
   MemoryNeeds needs = Needs();
   needs.kv_block_bytes = 1;

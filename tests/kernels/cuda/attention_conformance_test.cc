@@ -88,7 +88,8 @@ class StoreLatentsConformanceTest : public TwinTest {
       for (int64_t i = kv_size; i < rows->dim(1); ++i) {
         BFloat16 key;
         std::memcpy(&key, row + kv_size + factors * 4 + (i - kv_size) * 2, 2);
-        ASSERT_EQ(key.bits, ToBFloat16(static_cast<float>(At(rows, place, i))).bits) << place;
+        ASSERT_EQ(key.bits, ToBFloat16(static_cast<float>(At(rows, place, i))).bits)
+            << "place " << place << " element " << i;
       }
     }
   }

@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstring>
 #include <numeric>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
@@ -19,7 +22,6 @@ namespace {
 constexpr int kHeads = MlaDecodeSm90::kHeads;
 constexpr int kRank = MlaDecodeSm90::kKvLoraRank;
 constexpr int kRope = MlaDecodeSm90::kRopeHeadDim;
-constexpr int kBlock = MlaDecodeSm90::kBlockSize;
 constexpr int kWidth = kRank + kRope;
 
 template <typename T>
@@ -68,72 +70,114 @@ class MlaDecodeSm90Test : public testing::Test {
     return values;
   }
 
+  // What is decoded beside the lengths of the sequences.
+  struct Options {
+    int block_size = 64;
+    // The last tokens of a sequence that are rows of this step: each sees those before it.
+    std::vector<int> new_tokens = {1};  // of sequence s: entry s % size
+    MlaDecodeSm90::Start start = MlaDecodeSm90::Start::kAfterPredecessors;
+  };
+
   // Decodes sequences of these lengths; where the cache holds nothing there is NaN.
-  void Decode(const std::vector<int>& context_lens) {
-    lens_ = context_lens;
+  void Decode(const std::vector<int>& context_lens, const Options& options) {
+    MakeCache(context_lens, options.block_size);
+    MakeRows(context_lens, options.new_tokens);
     const int n = static_cast<int>(lens_.size());
-    max_blocks_ = (*std::max_element(lens_.begin(), lens_.end()) + kBlock - 1) / kBlock;
-    int used = 0;
-    for (int len : lens_) used += (len + kBlock - 1) / kBlock;
-    std::vector<int> ids(used + 3);
-    std::iota(ids.begin(), ids.end(), 0);
-    std::shuffle(ids.begin(), ids.end(), random_);
-    tables_.assign(static_cast<size_t>(n) * max_blocks_, 0);
-    cache_.assign((used + 3) * static_cast<size_t>(kBlock) * kWidth, __float2bfloat16(NAN));
-    for (int s = 0, next = 0; s < n; ++s) {
-      for (int b = 0; b * kBlock < lens_[s]; ++b) {
-        tables_[s * max_blocks_ + b] = ids[next++];
-        const int tokens = std::min(kBlock, lens_[s] - b * kBlock);
-        const std::vector<Bf16> rows = Normals(static_cast<size_t>(tokens) * kWidth);
-        std::copy(rows.begin(), rows.end(), Token(s, b * kBlock));
-      }
-    }
     q_latent_ = Normals(static_cast<size_t>(n) * kHeads * kRank);
     q_rope_ = Normals(static_cast<size_t>(n) * kHeads * kRope);
 
     const int sms = device_.multiProcessorCount;
     const DeviceArray<char> workspace(MlaDecodeSm90::WorkspaceBytes(2, sms));
     const DeviceArray<Bf16> cache(cache_), q_latent(q_latent_), q_rope(q_rope_);
-    const DeviceArray<int> tables(tables_), lens(lens_);
-    const DeviceArray<Bf16> out(std::vector<Bf16>(q_latent_.size(), __float2bfloat16(NAN)));
+    const DeviceArray<int> tables(tables_), lens(lens_), sequences(sequences_), tokens(tokens_);
     const MlaDecodeSm90 decode(workspace.data(), 2, sms);
-    const auto maps = MlaDecodeSm90::MapCache(cache.data(), used + 3);
-    decode.Schedule(lens.data(), n, nullptr);
+    const auto map =
+        MlaDecodeSm90::MapCache(cache.data(), cache_.size() / kWidth / block_size_, block_size_);
+    const bool identity = n == static_cast<int>(context_lens.size());
+    decode.Schedule({.count = n,
+                     .context_lens = lens.data(),
+                     .sequences = identity ? nullptr : sequences.data(),
+                     .tokens = identity ? nullptr : tokens.data()},
+                    nullptr);
+    if (identity) std::iota(tokens_.begin(), tokens_.end(), 0);
+    CUDA_CHECK(cudaDeviceSynchronize());
     for (int layer = 0; layer < 2; ++layer) {  // the second as the first: the counters are its own
-      decode.Run(maps,
+      const DeviceArray<Bf16> out(std::vector<Bf16>(q_latent_.size(), __float2bfloat16(NAN)));
+      decode.Run(map,
                  {.index = layer,
+                  .num_rows = n,
                   .q_latent = q_latent.data(),
                   .q_rope = q_rope.data(),
                   .block_tables = tables.data(),
                   .max_blocks = max_blocks_,
-                  .context_lens = lens.data(),
                   .scale = kScale,
-                  .out = out.data()},
+                  .out = out.data(),
+                  .start = options.start},
                  nullptr);
       CUDA_CHECK(cudaDeviceSynchronize());
       const std::vector<Bf16> result = out.ToHost();
       if (layer > 0) {
-        for (size_t i = 0; i < result.size(); ++i) {
-          ASSERT_EQ(__bfloat162float(result[i]), __bfloat162float(out_[i])) << "not reproducible";
-        }
+        ASSERT_EQ(std::memcmp(result.data(), out_.data(), result.size() * sizeof(Bf16)), 0)
+            << "not reproducible";
       }
       out_ = result;
     }
   }
+  void Decode(const std::vector<int>& context_lens) { Decode(context_lens, Options()); }
 
-  Bf16* Token(int sequence, int position) {
-    const int block = tables_[sequence * max_blocks_ + position / kBlock];
-    return &cache_[(static_cast<size_t>(block) * kBlock + position % kBlock) * kWidth];
+  void MakeCache(const std::vector<int>& context_lens, int block_size) {
+    block_size_ = block_size;
+    const auto blocks_of = [&](int len) { return (len + block_size - 1) / block_size; };
+    max_blocks_ = blocks_of(*std::max_element(context_lens.begin(), context_lens.end()));
+    int used = 0;
+    for (int len : context_lens) used += blocks_of(len);
+    std::vector<int> ids(used + 3);
+    std::iota(ids.begin(), ids.end(), 0);
+    std::shuffle(ids.begin(), ids.end(), random_);
+    tables_.assign(context_lens.size() * max_blocks_, 1 << 30);  // no block: must not be read
+    cache_.assign((used + 3) * static_cast<size_t>(block_size) * kWidth, __float2bfloat16(NAN));
+    const std::vector<Bf16> pool = Normals(1 << 20);
+    size_t next = 0;
+    for (size_t s = 0; s < context_lens.size(); ++s) {
+      for (int b = 0; b < blocks_of(context_lens[s]); ++b) {
+        tables_[s * max_blocks_ + b] = ids[next++];
+      }
+      for (int t = 0; t < context_lens[s]; ++t) {  // longer than the pool is wide: all different
+        std::copy_n(&pool[random_() % (pool.size() - kWidth)], kWidth,
+                    &cache_[Place(static_cast<int>(s), t)]);
+      }
+    }
   }
 
-  // ‖out − reference‖ / ‖reference‖ of one head of one sequence.
-  double Error(int sequence, int head) {
-    const int len = lens_[sequence];
-    const Bf16* latent = &q_latent_[(static_cast<size_t>(sequence) * kHeads + head) * kRank];
-    const Bf16* rope = &q_rope_[(static_cast<size_t>(sequence) * kHeads + head) * kRope];
+  // Each row's token is at a random place among the queries.
+  void MakeRows(const std::vector<int>& context_lens, const std::vector<int>& new_tokens) {
+    lens_.clear();
+    sequences_.clear();
+    for (size_t s = 0; s < context_lens.size(); ++s) {
+      const int rows = std::min(new_tokens[s % new_tokens.size()], context_lens[s]);
+      for (int i = rows - 1; i >= 0; --i) {
+        lens_.push_back(context_lens[s] - i);
+        sequences_.push_back(static_cast<int>(s));
+      }
+    }
+    tokens_.resize(lens_.size());
+    std::iota(tokens_.begin(), tokens_.end(), 0);
+    std::shuffle(tokens_.begin(), tokens_.end(), random_);
+  }
+
+  size_t Place(int sequence, int position) const {
+    const int block = tables_[sequence * max_blocks_ + position / block_size_];
+    return (static_cast<size_t>(block) * block_size_ + position % block_size_) * kWidth;
+  }
+
+  // ‖out − reference‖ / ‖reference‖ of one head of one row.
+  double Error(int row, int head) const {
+    const int len = lens_[row];
+    const Bf16* latent = &q_latent_[(static_cast<size_t>(tokens_[row]) * kHeads + head) * kRank];
+    const Bf16* rope = &q_rope_[(static_cast<size_t>(tokens_[row]) * kHeads + head) * kRope];
     std::vector<double> weights(len);
     for (int t = 0; t < len; ++t) {
-      const Bf16* kv = Token(sequence, t);
+      const Bf16* kv = &cache_[Place(sequences_[row], t)];
       double score = 0;
       for (int i = 0; i < kRank; ++i) {
         score += double{__bfloat162float(latent[i])} * __bfloat162float(kv[i]);
@@ -146,16 +190,17 @@ class MlaDecodeSm90Test : public testing::Test {
     const double largest = *std::max_element(weights.begin(), weights.end());
     double sum = 0;
     for (double& weight : weights) sum += weight = std::exp(weight - largest);
+    std::vector<double> expected(kRank);
+    for (int t = 0; t < len; ++t) {
+      const Bf16* kv = &cache_[Place(sequences_[row], t)];
+      for (int i = 0; i < kRank; ++i) expected[i] += weights[t] / sum * __bfloat162float(kv[i]);
+    }
     double difference = 0, norm = 0;
     for (int i = 0; i < kRank; ++i) {
-      double expected = 0;
-      for (int t = 0; t < len; ++t) {
-        expected += weights[t] / sum * __bfloat162float(Token(sequence, t)[i]);
-      }
       const double got =
-          __bfloat162float(out_[(static_cast<size_t>(sequence) * kHeads + head) * kRank + i]);
-      difference += (got - expected) * (got - expected);
-      norm += expected * expected;
+          __bfloat162float(out_[(static_cast<size_t>(tokens_[row]) * kHeads + head) * kRank + i]);
+      difference += (got - expected[i]) * (got - expected[i]);
+      norm += expected[i] * expected[i];
     }
     return std::sqrt(difference / norm);
   }
@@ -166,62 +211,99 @@ class MlaDecodeSm90Test : public testing::Test {
   static constexpr double kTolerance = 3.2e-3;
   static constexpr float kScale = 0.1352337788608801f / 8;  // random scores spread like real ones
 
-  void ExpectAllClose(int most_sequences) {
+  void ExpectAllClose(int most_rows = 1 << 30) {
     std::vector<int> which(lens_.size());
     std::iota(which.begin(), which.end(), 0);
     std::shuffle(which.begin(), which.end(), random_);
-    which.resize(std::min<size_t>(which.size(), most_sequences));
-    for (int s : which) {
+    which.resize(std::min<size_t>(which.size(), most_rows));
+    for (int row : which) {
       for (int head : {0, 5, 10, 15}) {
-        EXPECT_LT(Error(s, head), kTolerance)
-            << "sequence " << s << " of " << lens_[s] << " tokens";
+        EXPECT_LT(Error(row, head), kTolerance)  // false for NaN
+            << "row " << row << ", head " << head << ", " << lens_[row] << " tokens";
       }
     }
+  }
+
+  std::vector<int> RandomLens(int count, int most) {
+    std::vector<int> lens(count);
+    for (int& len : lens) len = 1 + static_cast<int>(random_() % most);
+    return lens;
   }
 
   cudaDeviceProp device_ = {};
   unsigned seed_ = 0;
   std::mt19937 random_;
-  std::vector<int> lens_, tables_;
-  int max_blocks_ = 0;
+  int block_size_ = 0, max_blocks_ = 0;
+  std::vector<int> tables_;
+  std::vector<int> lens_, sequences_, tokens_;  // of each row
   std::vector<Bf16> cache_, q_latent_, q_rope_, out_;
 };
 
 TEST_F(MlaDecodeSm90Test, OneTokenIsItsOwnLatent) {
   Decode({1});
-  ExpectAllClose(1);
+  ExpectAllClose();
 }
 
 TEST_F(MlaDecodeSm90Test, EveryLengthAroundTheTileSizes) {
-  std::vector<int> lens;
-  for (int len = 1; len <= 200; ++len) lens.push_back(len);
-  Decode(lens);
-  ExpectAllClose(200);
+  for (int block_size : {16, 32, 48, 64, 128}) {
+    std::vector<int> lens(200);
+    std::iota(lens.begin(), lens.end(), 1);
+    Decode(lens, {.block_size = block_size});
+    ExpectAllClose(block_size == 64 ? 200 : 60);
+  }
 }
 
-TEST_F(MlaDecodeSm90Test, OneLongSequenceIsSharedByAllMultiprocessors) {
+TEST_F(MlaDecodeSm90Test, OneSequenceOfAnyLengthIsSharedByACluster) {
+  for (int len : {1, 15, 16, 17, 63, 64, 65, 255, 257, 700, 2304, 2305}) {
+    Decode({len}, {.block_size = 16});
+    ExpectAllClose();
+  }
+}
+
+TEST_F(MlaDecodeSm90Test, OneLongSequenceIsSharedByAllClusters) {
   Decode({20'011});
-  ExpectAllClose(1);
+  ExpectAllClose();
+  Decode({131'072}, {.block_size = 128});
+  ExpectAllClose();
 }
 
-TEST_F(MlaDecodeSm90Test, MixedLengthsEndInTheMiddleOfShares) {
-  std::vector<int> lens;
-  for (int i = 0; i < 97; ++i) lens.push_back(1 + static_cast<int>(random_() % 3000));
-  lens.push_back(30'000);
-  Decode(lens);
-  ExpectAllClose(12);
+// Clusters of every size, with rows cut between them and rows that share a cluster.
+TEST_F(MlaDecodeSm90Test, AnyNumberOfSequencesOfMixedLengths) {
+  for (int count : {2, 3, 5, 8, 9, 13, 16, 23, 32, 33, 48, 64, 65, 100, 131, 132, 133, 200, 256}) {
+    Decode(RandomLens(count, 3000), {.block_size = count % 2 == 0 ? 64 : 32});
+    ExpectAllClose(8);
+  }
 }
 
-TEST_F(MlaDecodeSm90Test, FewSequencesShareFewerUnitsThanMultiprocessors) {
-  Decode({130, 64, 65, 700});
-  ExpectAllClose(4);
+TEST_F(MlaDecodeSm90Test, AFewLongSequencesAmongManyShortOnes) {
+  for (int count : {4, 12, 30, 60, 97}) {
+    std::vector<int> lens = RandomLens(count, 300);
+    lens[count / 2] = 30'000;
+    lens.back() = 9'000;
+    Decode(lens);
+    ExpectAllClose(12);
+    EXPECT_LT(Error(count / 2, 3), kTolerance);
+    EXPECT_LT(Error(count - 1, 3), kTolerance);
+  }
 }
 
 TEST_F(MlaDecodeSm90Test, ThousandShortSequences) {
-  std::vector<int> lens;
-  for (int i = 0; i < 1024; ++i) lens.push_back(1 + static_cast<int>(random_() % 90));
-  Decode(lens);
+  Decode(RandomLens(1024, 90));
   ExpectAllClose(60);
+}
+
+TEST_F(MlaDecodeSm90Test, SeveralTokensOfASequenceSeeThoseBeforeThem) {
+  Decode({40, 1, 700, 16, 2000}, {.new_tokens = {16, 1, 5, 16, 2}});
+  ExpectAllClose();
+  Decode(RandomLens(70, 900), {.block_size = 16, .new_tokens = {1, 1, 9, 16}});
+  ExpectAllClose(60);
+}
+
+TEST_F(MlaDecodeSm90Test, AnEarlyStartGivesTheSame) {
+  for (int count : {1, 8, 50, 256}) {
+    Decode(RandomLens(count, 2500), {.new_tokens = {1, 4}, .start = MlaDecodeSm90::Start::kEarly});
+    ExpectAllClose(10);
+  }
 }
 
 }  // namespace
