@@ -49,6 +49,10 @@ CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
   constexpr int64_t kCounterBytes = 256;
   counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
   CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
+  if (Fp8StreamSm90::Supports(device)) {
+    const int64_t bytes = Fp8StreamSm90::WorkspaceBytes(device.multiProcessorCount);
+    fp8_stream_.emplace(fp8_stream_memory_.Reserve(bytes), device.multiProcessorCount);
+  }
 }
 
 int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {

@@ -10,7 +10,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <optional>
 
+#include "kernels/cuda/fp8_stream_sm90.h"
 #include "kernels/cuda/mla_step.h"
 #include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
@@ -91,6 +93,8 @@ class CudaOps final : public Ops {
   int* counters_ = nullptr;
   cuda::Scratch scratch_;  // of one operation at a time
   cuda::MlaStep step_;
+  GrowingMemory fp8_stream_memory_;
+  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper
   cuda::PrefetchList prefetches_;
 };
 
