@@ -176,10 +176,10 @@ __device__ uint32_t KeptExperts(const float (&choice)[kPer], const Choice& argum
 }
 
 // All lanes of a warp. Logits of experts that do not exist are -inf. `room`: shared memory of this
-// warp's, num_experts floats.
+// warp's, num_experts floats. Returns choice l of lane l, of the routed experts.
 template <int kPer>
-__device__ void ChooseExperts(const float (&logits)[kPer], const Choice& arguments, int64_t token,
-                              float* room) {
+__device__ int ChooseExperts(const float (&logits)[kPer], const Choice& arguments, int64_t token,
+                             float* room) {
   const RoutingConfig& config = arguments.config;
   const int lane = threadIdx.x % kWarp;
   float scores[kPer], choice[kPer];
@@ -231,6 +231,7 @@ __device__ void ChooseExperts(const float (&logits)[kPer], const Choice& argumen
     arguments.experts[place] = arguments.num_experts + j;
     arguments.weights[place] = 1.0f;
   }
+  return mine;
 }
 
 }  // namespace fathom::cuda

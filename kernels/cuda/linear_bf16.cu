@@ -17,7 +17,7 @@ constexpr int kRowPieces = kRowBytes / 16;
 // What depends on the number of tokens of a block.
 template <int kBlockTokens>
 struct Sizes {
-  static constexpr int kWarpTokens = std::min(kBlockTokens, 32);
+  static constexpr int kWarpTokens = std::min(kBlockTokens, 64);
   static constexpr int kThreads =
       kWarp * (kBlockOutputs / kWarpOutputs) * (kBlockTokens / kWarpTokens);
   static constexpr int kStages = kBlockTokens >= 64 ? 4 : 6;

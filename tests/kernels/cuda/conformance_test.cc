@@ -45,7 +45,7 @@ class ConformanceTest : public TwinTest {
     gpu().Linear(x.gpu(), weight.gpu, out.gpu);
     const TestTensor magnitudes(kF32, {c.rows, c.outputs});
     cpu().Linear(AbsoluteInput(x.cpu()), AbsoluteOf(weight.cpu).weight, magnitudes);
-    ExpectSums(out, c.inputs, magnitudes);
+    ExpectSums(out, c.inputs, magnitudes, x_type == kFp8 ? 0x1p-13 : 0.0);
     ExpectEqual(whole.Slice(1, c.outputs, c.outputs + c.gap));
   }
 };
@@ -134,6 +134,17 @@ TEST_F(ConformanceTest, LinearOfDeepSeekV3ShapesAgrees) {
   CheckLinear({3, 512, 7168}, kFp8, kFp8, kBF16);
   CheckLinear({7, 256, 7168}, kBF16, kBF16, kF32);
   CheckLinear({100, 576, 2048}, kFp8, kFp8, kBF16);
+}
+
+// W8A8 on tensor cores, as far as there are kernels for this device.
+TEST_F(ConformanceTest, Fp8LinearAgrees) {
+  for (const int64_t tokens : {1, 7, 8, 16, 17, 64, 65, 200}) {
+    for (const DType out : kActs) {
+      CheckLinear({tokens, 576, 1536}, kFp8, kFp8, out);
+      CheckLinear({tokens, 320, 256, 16}, kFp8, kFp8, out);
+    }
+  }
+  for (const int64_t outputs : {2112, 7168}) CheckLinear({5, outputs, 2048}, kFp8, kFp8, kBF16);
 }
 
 // Tensor cores: every number of tokens of a block, with rows, outputs and inputs left over.

@@ -142,6 +142,31 @@ class ExpertsConformanceTest : public TwinTest {
     ExpectGroupsOfOwnChoices(routed, first_expert);
   }
 
+  struct GroupedCase {
+    DType x, weight;
+    int64_t outputs, inputs;
+    int per_token;
+    int row_offset = 0, column_offset = 0;
+  };
+  void CheckGroupedLinear(const GroupedCase& c, int64_t tokens, int64_t choices,
+                          const TwinGroups& groups) {
+    SCOPED_TRACE(absl::StrCat(tokens, " tokens, ", c.outputs, " x ", c.inputs, " ", NameOf(c.x),
+                              " ", NameOf(c.weight), " ", c.per_token));
+    const int64_t rows = tokens * choices, rows_of_x = c.per_token > 0 ? tokens : rows;
+    const TwinInput x = c.x == kFp8 ? Quantized(rows_of_x, c.inputs)
+                                    : TwinInput(Strided(c.x, rows_of_x, c.inputs, 8));
+    const TwinWeight weight =
+        RandomWeight(c.weight, kExperts, c.outputs, c.inputs, c.row_offset, c.column_offset);
+    const DType act = c.x == kF32 ? kF32 : kBF16;
+    const Twin out = Strided(act, rows, c.outputs, c.outputs % 8 == 0 ? 16 : 2);
+    cpu().GroupedLinear(x.cpu(), groups.cpu(), weight.cpu, c.per_token, out.cpu);
+    gpu().GroupedLinear(x.gpu(), groups.gpu(), weight.gpu, c.per_token, out.gpu);
+    const TestTensor magnitudes(kF32, {rows, c.outputs});
+    cpu().GroupedLinear(AbsoluteInput(x.cpu()), groups.cpu(), AbsoluteOf(weight.cpu).weight,
+                        c.per_token, magnitudes);
+    ExpectSums(out, c.inputs, magnitudes, c.x == kFp8 ? 0x1p-13 : 0.0);  // others' rows as before
+  }
+
   // Choices of experts [0, 8), of which 2 to 6 are this rank's and 3 is nobody's choice.
   TwinGroups RandomGroups(int64_t tokens, int64_t choices) {
     TestTensor experts(DType::kI32, {tokens, choices});
@@ -228,33 +253,30 @@ TEST_F(ExpertsConformanceTest, TiesGoToTheLowerId) {
 }
 
 TEST_F(ExpertsConformanceTest, GroupedLinearAgrees) {
-  constexpr int64_t kChoices = 3, kOutputs = 70;
+  constexpr int kChoices = 3;
   for (const int64_t tokens : {1, 7, 60}) {
     const TwinGroups groups = RandomGroups(tokens, kChoices);
-    const int64_t rows = tokens * kChoices;
-    for (const DType type : {kF32, kBF16, kFp8}) {
-      for (const DType stored : {kF32, kBF16, kFp8}) {
-        if (type == kFp8 && stored != kFp8) continue;
+    for (const DType x : {kF32, kBF16, kFp8}) {
+      for (const DType weight : {kF32, kBF16, kFp8}) {
+        if (x == kFp8 && weight != kFp8) continue;
         for (const int64_t inputs : {33, 256}) {
-          for (const int per_token : {static_cast<int>(kChoices), 0}) {
-            SCOPED_TRACE(absl::StrCat(tokens, " tokens, ", inputs, " inputs, ", NameOf(type), " ",
-                                      NameOf(stored), " ", per_token));
-            const int64_t rows_of_x = per_token > 0 ? tokens : rows;
-            const TwinInput x = type == kFp8 ? Quantized(rows_of_x, inputs)
-                                             : TwinInput(Strided(type, rows_of_x, inputs, 8));
-            const TwinWeight weight = RandomWeight(stored, kExperts, kOutputs, inputs, 96, 64);
-            const DType act = type == kF32 ? kF32 : kBF16;
-            const Twin out = Strided(act, rows, kOutputs, 2);  // rows of others stay as they are
-            cpu().GroupedLinear(x.cpu(), groups.cpu(), weight.cpu, per_token, out.cpu);
-            gpu().GroupedLinear(x.gpu(), groups.gpu(), weight.gpu, per_token, out.gpu);
-            const TestTensor magnitudes(kF32, {rows, kOutputs});
-            cpu().GroupedLinear(AbsoluteInput(x.cpu()), groups.cpu(), AbsoluteOf(weight.cpu).weight,
-                                per_token, magnitudes);
-            ExpectSums(out, inputs, magnitudes);
+          for (const int per_token : {kChoices, 0}) {
+            CheckGroupedLinear({x, weight, 70, inputs, per_token, 96, 64}, tokens, kChoices,
+                               groups);
           }
         }
       }
     }
+  }
+}
+
+// W8A8 on tensor cores, as far as there are kernels for this device: chunks of 16 to 128 rows.
+TEST_F(ExpertsConformanceTest, Fp8GroupedLinearAgrees) {
+  constexpr int kChoices = 3;
+  for (const int64_t tokens : {1, 7, 20, 35, 70, 200}) {
+    const TwinGroups groups = RandomGroups(tokens, kChoices);
+    CheckGroupedLinear({kFp8, kFp8, 512, 1024, kChoices}, tokens, kChoices, groups);
+    CheckGroupedLinear({kFp8, kFp8, 384, 256, 0}, tokens, kChoices, groups);
   }
 }
 
