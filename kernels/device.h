@@ -80,6 +80,12 @@ class Device {
   // `host` is dense; of a tensor only the first dimension may have gaps on a GPU.
   virtual void CopyFromHost(const void* host, const Tensor& tensor) = 0;
   virtual void CopyToHost(const Tensor& tensor, void* host) = 0;
+  // A copy that does not wait, for loading: from memory that the device reads at full speed
+  // (page-locked for a GPU, on the CPU any), which must stay as it is until AwaitCopy has returned
+  // for the copy's number or a later one. ResourceExhausted when there is no such memory.
+  virtual absl::StatusOr<Buffer> AllocateStaging(int64_t num_bytes);
+  virtual int64_t QueueCopy(const void* staging, const Tensor& tensor);
+  virtual void AwaitCopy(int64_t copy);
   // Between tensors of this device, of equal size; `from` is dense.
   virtual void Copy(const Tensor& from, const Tensor& to) = 0;
 

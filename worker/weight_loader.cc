@@ -1,6 +1,8 @@
 #include "worker/weight_loader.h"
 
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <iterator>
 #include <utility>
@@ -135,6 +137,24 @@ bool LinesUp(const std::vector<LinearForm>& forms) {
   return true;
 }
 
+// A head of kv_b_proj while it is converted: as it is stored, its factors if any, and in the
+// activations' type.
+struct StoredHead {
+  static StoredHead Place(const MatrixPart& part, DType stored, DType act, Arena& arena) {
+    const int64_t rows = part.rows.size(), columns = part.columns.size();
+    StoredHead head = {.plain = arena.Take(act, {rows, columns}),
+                       .stored = {.values = arena.Take(stored, {rows, columns}),
+                                  .row_offset = static_cast<int>(part.rows.begin % kFp8Block)}};
+    if (stored != DType::kF8E4M3) return head;
+    const MatrixPart factors = FactorsOf(part);
+    head.stored.scale_inv = arena.Take(DType::kF32, {factors.rows.size(), factors.columns.size()});
+    return head;
+  }
+
+  Tensor plain;
+  Weight stored;
+};
+
 template <typename... Fns>
 struct Overloaded : Fns... {
   using Fns::operator()...;
@@ -182,6 +202,7 @@ absl::Status WeightPlanner::Add(const WeightLoader::Linear& wish) {
   for (const LinearForm& form : forms) {
     total_.weight_bytes += std::ssize(wish.experts) * form.kept_bytes();
     total_.read_bytes += std::ssize(wish.experts) * form.stored_bytes();
+    if (form.quantises) total_.scratch_bytes = std::max(total_.scratch_bytes, form.stored_bytes());
   }
   return absl::OkStatus();
 }
@@ -193,52 +214,63 @@ absl::Status WeightPlanner::Add(const WeightLoader::KvB& wish) {
                                                        layer, LinearTypes(options_)));
     total_.weight_bytes += BytesOf(layer.part, options_.dtype);
     total_.read_bytes += form.stored_bytes();
+    Arena counted;
+    StoredHead::Place(layer.part, form.stored, options_.dtype, counted);
+    total_.scratch_bytes = std::max(total_.scratch_bytes, counted.peak_bytes());
   }
   return absl::OkStatus();
 }
 
-// The state of one Load.
+// The state of one Load: first all memory is allocated and every read is noted, with what is to be
+// done after it; then the source makes the reads, in this order.
 class WeightReader {
  public:
   WeightReader(const WeightLoaderOptions& options, WeightSource& source, Device& device,
-               const LoadProgress& progress, int64_t bytes_total)
+               const LoadProgress& progress, const WeightLoader::Footprint& footprint)
       : options_(options),
         source_(source),
         device_(device),
         progress_(progress),
-        bytes_total_(bytes_total) {}
+        footprint_(footprint) {}
 
-  absl::Status Read(const WeightLoader::Vector& wish);
-  absl::Status Read(const WeightLoader::Table& wish);
-  absl::Status Read(const WeightLoader::Linear& wish);
-  absl::Status Read(const WeightLoader::KvB& wish);
+  absl::Status AllocateScratch();
+  absl::Status Note(const WeightLoader::Vector& wish);
+  absl::Status Note(const WeightLoader::Table& wish);
+  absl::Status Note(const WeightLoader::Linear& wish);
+  absl::Status Note(const WeightLoader::KvB& wish);
+  absl::Status ReadAll();
 
-  int64_t bytes_done() const { return bytes_done_; }
   std::vector<Buffer> TakeBuffers() { return std::move(buffers_); }
 
  private:
   // Device memory that stays.
   absl::StatusOr<Tensor> Allocate(DType dtype, std::initializer_list<int64_t> shape);
-  // Device memory for one conversion; the next call reuses it.
-  absl::Status ReserveScratch(int64_t num_bytes);
-  absl::Status ReadPart(const std::string& name, DType type, const MatrixPart& part,
-                        const Tensor& target);
+  void NoteRead(const std::string& name, DType type, const MatrixPart& part, const Tensor& target,
+                std::function<void()> then = nullptr);
   // Room for these layers one below the other, for so many experts: [E, N, K].
   absl::StatusOr<Weight> AllocateStack(absl::Span<const LinearForm> forms, int64_t num_experts);
   // Fills `target`, [N, K].
-  absl::Status ReadLayer(const LinearPart& layer, const LinearForm& form, const Weight& target);
-  absl::Status ReadHead(const WeightLoader::KvB& wish, DType stored, int64_t head);
+  void NoteLayer(const LinearPart& layer, const LinearForm& form, const Weight& target);
+  // [nope + v, R] of a head to w_uk, [R, nope], and w_uv, [v, R].
+  void SplitHead(const StoredHead& head, const Tensor& w_uk, const Tensor& w_uv);
   void Advance(int64_t num_bytes);
 
   const WeightLoaderOptions& options_;
   WeightSource& source_;
   Device& device_;
   const LoadProgress& progress_;
-  const int64_t bytes_total_;
+  const WeightLoader::Footprint footprint_;
   int64_t bytes_done_ = 0;
   std::vector<Buffer> buffers_;
-  Buffer scratch_;
+  Buffer scratch_;  // for one conversion at a time
+  std::vector<WeightRead> reads_;
+  std::vector<std::function<void()>> after_reads_;  // of each read; may be null
 };
+
+absl::Status WeightReader::AllocateScratch() {
+  ASSIGN_OR_RETURN(scratch_, device_.Allocate(footprint_.scratch_bytes));
+  return absl::OkStatus();
+}
 
 absl::StatusOr<Tensor> WeightReader::Allocate(DType dtype, std::initializer_list<int64_t> shape) {
   ASSIGN_OR_RETURN(Buffer buffer, device_.Allocate(Tensor(nullptr, dtype, shape).num_bytes()));
@@ -247,25 +279,28 @@ absl::StatusOr<Tensor> WeightReader::Allocate(DType dtype, std::initializer_list
   return tensor;
 }
 
-absl::Status WeightReader::ReserveScratch(int64_t num_bytes) {
-  if (scratch_.num_bytes() >= num_bytes) return absl::OkStatus();
-  { const Buffer released = std::move(scratch_); }  // never both at once
-  ASSIGN_OR_RETURN(scratch_, device_.Allocate(num_bytes));
+void WeightReader::Advance(int64_t num_bytes) {
+  bytes_done_ += num_bytes;
+  if (progress_) progress_(bytes_done_, footprint_.read_bytes);
+}
+
+void WeightReader::NoteRead(const std::string& name, DType type, const MatrixPart& part,
+                            const Tensor& target, std::function<void()> then) {
+  reads_.push_back({.name = name, .type = type, .part = part, .target = target});
+  after_reads_.push_back(std::move(then));
+}
+
+absl::Status WeightReader::ReadAll() {
+  RETURN_IF_ERROR(source_.ReadMatrices(
+      reads_, device_, [this](int64_t num_bytes) { Advance(num_bytes); },
+      [this](size_t read) {
+        if (after_reads_[read] != nullptr) after_reads_[read]();
+      }));
+  CHECK_EQ(bytes_done_, footprint_.read_bytes);
   return absl::OkStatus();
 }
 
-void WeightReader::Advance(int64_t num_bytes) {
-  bytes_done_ += num_bytes;
-  if (progress_) progress_(bytes_done_, bytes_total_);
-}
-
-absl::Status WeightReader::ReadPart(const std::string& name, DType type, const MatrixPart& part,
-                                    const Tensor& target) {
-  return source_.ReadMatrix(name, type, part, device_, target,
-                            [this](int64_t num_bytes) { Advance(num_bytes); });
-}
-
-absl::Status WeightReader::Read(const WeightLoader::Vector& wish) {
+absl::Status WeightReader::Note(const WeightLoader::Vector& wish) {
   ASSIGN_OR_RETURN(const DType type, source_.TypeOf(wish.name, {wish.size}, kPlainTypes));
   std::vector<float> values(wish.size);
   RETURN_IF_ERROR(source_.ReadVector(wish.name, type, values));
@@ -275,10 +310,11 @@ absl::Status WeightReader::Read(const WeightLoader::Vector& wish) {
   return absl::OkStatus();
 }
 
-absl::Status WeightReader::Read(const WeightLoader::Table& wish) {
+absl::Status WeightReader::Note(const WeightLoader::Table& wish) {
   ASSIGN_OR_RETURN(const DType type, TypeOfMatrix(source_, wish.name, wish.part, kPlainTypes));
   ASSIGN_OR_RETURN(*wish.out, Allocate(type, {wish.part.rows.size(), wish.part.columns.size()}));
-  return ReadPart(wish.name, type, wish.part, *wish.out);
+  NoteRead(wish.name, type, wish.part, *wish.out);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Weight> WeightReader::AllocateStack(absl::Span<const LinearForm> forms,
@@ -300,21 +336,20 @@ absl::StatusOr<Weight> WeightReader::AllocateStack(absl::Span<const LinearForm> 
   return stack;
 }
 
-absl::Status WeightReader::ReadLayer(const LinearPart& layer, const LinearForm& form,
-                                     const Weight& target) {
+void WeightReader::NoteLayer(const LinearPart& layer, const LinearForm& form,
+                             const Weight& target) {
   if (form.quantises) {
-    RETURN_IF_ERROR(ReserveScratch(BytesOf(layer.part, form.stored)));
     const Tensor slice(scratch_.data(), form.stored, {form.rows, form.columns});
-    RETURN_IF_ERROR(ReadPart(layer.name, form.stored, layer.part, slice));
-    device_.ops().QuantizeFp8(slice, target);
-    return absl::OkStatus();
+    NoteRead(layer.name, form.stored, layer.part, slice,
+             [=, this] { device_.ops().QuantizeFp8(slice, target); });
+    return;
   }
-  RETURN_IF_ERROR(ReadPart(layer.name, form.stored, layer.part, target.values));
-  if (!target.scale_inv.present()) return absl::OkStatus();
-  return ReadPart(FactorsName(layer.name), DType::kF32, form.factors, target.scale_inv);
+  NoteRead(layer.name, form.stored, layer.part, target.values);
+  if (!target.scale_inv.present()) return;
+  NoteRead(FactorsName(layer.name), DType::kF32, form.factors, target.scale_inv);
 }
 
-absl::Status WeightReader::Read(const WeightLoader::Linear& wish) {
+absl::Status WeightReader::Note(const WeightLoader::Linear& wish) {
   ASSIGN_OR_RETURN(const std::vector<LinearForm> forms, FindStack(source_, options_, wish.experts));
   // All layers in one stack, or each in one of its own.
   const size_t layers_per_stack = LinesUp(forms) ? forms.size() : 1;
@@ -333,7 +368,7 @@ absl::Status WeightReader::Read(const WeightLoader::Linear& wish) {
           target.scale_inv = stack.scale_inv[expert].Slice(0, factor_row, end);
           factor_row = end;
         }
-        RETURN_IF_ERROR(ReadLayer(wish.experts[expert][first + i], form, target));
+        NoteLayer(wish.experts[expert][first + i], form, target);
       }
     }
     // A single layer is a stack of one without its first dimension.
@@ -349,7 +384,7 @@ absl::Status WeightReader::Read(const WeightLoader::Linear& wish) {
   return absl::OkStatus();
 }
 
-absl::Status WeightReader::Read(const WeightLoader::KvB& wish) {
+absl::Status WeightReader::Note(const WeightLoader::KvB& wish) {
   const LinearPart first = wish.Head(0);
   ASSIGN_OR_RETURN(const DType stored,
                    TypeOfMatrix(source_, first.name, first.part, LinearTypes(options_)));
@@ -357,54 +392,38 @@ absl::Status WeightReader::Read(const WeightLoader::KvB& wish) {
   ASSIGN_OR_RETURN(*wish.w_uk, Allocate(options_.dtype, {heads, wish.kv_lora_rank, wish.nope_dim}));
   ASSIGN_OR_RETURN(*wish.w_uv, Allocate(options_.dtype, {heads, wish.v_dim, wish.kv_lora_rank}));
   for (int64_t head = wish.heads.begin; head < wish.heads.end; ++head) {
-    RETURN_IF_ERROR(ReadHead(wish, stored, head));
+    const LinearPart layer = wish.Head(head);
+    Arena placed(scratch_.data());
+    const StoredHead parts = StoredHead::Place(layer.part, stored, options_.dtype, placed);
+    const Tensor w_uk = (*wish.w_uk)[head - wish.heads.begin];
+    const Tensor w_uv = (*wish.w_uv)[head - wish.heads.begin];
+    const auto split = [=, this] { SplitHead(parts, w_uk, w_uv); };
+    const bool is_fp8 = stored == DType::kF8E4M3;
+    NoteRead(layer.name, stored, layer.part, parts.stored.values,
+             is_fp8 ? nullptr : std::function<void()>(split));
+    if (!is_fp8) continue;
+    NoteRead(FactorsName(layer.name), DType::kF32, FactorsOf(layer.part), parts.stored.scale_inv,
+             split);
   }
   return absl::OkStatus();
 }
 
-absl::Status WeightReader::ReadHead(const WeightLoader::KvB& wish, DType type, int64_t head) {
-  const LinearPart layer = wish.Head(head);
-  const MatrixPart& part = layer.part;
-  const MatrixPart factors = FactorsOf(part);
-  const int64_t rows = part.rows.size(), rank = wish.kv_lora_rank;
-  const bool is_fp8 = type == DType::kF8E4M3;
-
-  // The head as it is stored, its factors if any, and the head in the activations' type.
-  Arena counted;
-  Tensor plain;
-  Weight stored = {.values = {}, .row_offset = static_cast<int>(part.rows.begin % kFp8Block)};
-  const auto place = [&](Arena& arena) {
-    plain = arena.Take(options_.dtype, {rows, rank});
-    stored.values = arena.Take(type, {rows, rank});
-    if (!is_fp8) return;
-    stored.scale_inv = arena.Take(DType::kF32, {factors.rows.size(), factors.columns.size()});
-  };
-  place(counted);
-  RETURN_IF_ERROR(ReserveScratch(counted.peak_bytes()));
-  Arena placed(scratch_.data());
-  place(placed);
-  RETURN_IF_ERROR(ReadPart(layer.name, type, part, stored.values));
-  if (is_fp8) {
-    RETURN_IF_ERROR(ReadPart(FactorsName(layer.name), DType::kF32, factors, stored.scale_inv));
-  }
-  device_.ops().Dequantize(stored, plain);
-
+void WeightReader::SplitHead(const StoredHead& head, const Tensor& w_uk, const Tensor& w_uv) {
+  device_.ops().Dequantize(head.stored, head.plain);
   // [nope, R] becomes [R, nope] on the way through the host; the values' rows stay as they are.
-  const Tensor keys = plain.Slice(0, 0, wish.nope_dim);
+  const int64_t rank = w_uk.dim(0), nope_dim = w_uk.dim(1);
+  const Tensor keys = head.plain.Slice(0, 0, nope_dim);
   const int64_t element_bytes = SizeOf(options_.dtype);
   std::vector<char> rows_first(keys.num_bytes()), columns_first(keys.num_bytes());
   device_.CopyToHost(keys, rows_first.data());
-  for (int64_t n = 0; n < wish.nope_dim; ++n) {
+  for (int64_t n = 0; n < nope_dim; ++n) {
     for (int64_t r = 0; r < rank; ++r) {
-      std::memcpy(&columns_first[(r * wish.nope_dim + n) * element_bytes],
+      std::memcpy(&columns_first[(r * nope_dim + n) * element_bytes],
                   &rows_first[(n * rank + r) * element_bytes], element_bytes);
     }
   }
-  const int64_t local_head = head - wish.heads.begin;
-  device_.CopyFromHost(columns_first.data(), (*wish.w_uk)[local_head]);
-
-  device_.Copy(plain.Slice(0, wish.nope_dim, rows), (*wish.w_uv)[local_head]);
-  return absl::OkStatus();
+  device_.CopyFromHost(columns_first.data(), w_uk);
+  device_.Copy(head.plain.Slice(0, nope_dim, head.plain.dim(0)), w_uv);
 }
 
 void WeightLoader::AddVector(const std::string& name, int64_t size, Tensor& out) {
@@ -480,11 +499,12 @@ absl::StatusOr<WeightLoader::Footprint> WeightLoader::Plan() const {
 absl::StatusOr<std::vector<Buffer>> WeightLoader::Load(Device& device,
                                                        const LoadProgress& progress) {
   ASSIGN_OR_RETURN(const Footprint footprint, Plan());
-  WeightReader reader(options_, source_, device, progress, footprint.read_bytes);
+  WeightReader reader(options_, source_, device, progress, footprint);
+  RETURN_IF_ERROR(reader.AllocateScratch());
   for (const Wish& wish : wishes_) {
-    RETURN_IF_ERROR(std::visit([&](const auto& one) { return reader.Read(one); }, wish));
+    RETURN_IF_ERROR(std::visit([&](const auto& one) { return reader.Note(one); }, wish));
   }
-  CHECK_EQ(reader.bytes_done(), footprint.read_bytes);
+  RETURN_IF_ERROR(reader.ReadAll());
   return reader.TakeBuffers();
 }
 

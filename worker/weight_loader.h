@@ -1,8 +1,8 @@
 // Checkpoint names to device tensors: reads this rank's slices and nothing else.
 //
 // Layers first say what they want (Add...), then Plan() checks names, types and shapes against what
-// the source has and counts bytes, and Load() reads. Above what it loads it needs a few MiB and,
-// where a type is converted, one tensor's slice.
+// the source has and counts bytes, and Load() reads. Above what it loads it needs one tensor's
+// slice where a type is converted.
 //
 // Errors: NotFound for a missing tensor, InvalidArgument for a wrong type or shape, with file,
 // name, what was found and what was expected; DataLoss when reading fails; ResourceExhausted when
@@ -75,8 +75,9 @@ class WeightLoader {
               Tensor& w_uv);
 
   struct Footprint {
-    int64_t weight_bytes = 0;  // on the device, exactly
-    int64_t read_bytes = 0;    // from the checkpoint
+    int64_t weight_bytes = 0;   // on the device, exactly
+    int64_t read_bytes = 0;     // from the checkpoint
+    int64_t scratch_bytes = 0;  // on the device while loading: the largest slice to be converted
   };
   absl::StatusOr<Footprint> Plan() const;
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <thread>
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/match.h"
@@ -12,13 +14,13 @@
 #include "base/status_macros.h"
 #include "kernels/number_formats.h"
 #include "kernels/ops.h"
+#include "worker/read_ahead.h"
 
 namespace fathom {
 namespace {
 
-constexpr int64_t kPieceBytes = int64_t{4} << 20;  // of one read
-// A gap between two column slices below this is read and dropped: the disk delivers whole pages.
-constexpr int64_t kSmallestGapBytes = 4096;
+constexpr int64_t kPieceBytes = int64_t{8} << 20;  // of one read, unless a row is larger
+constexpr int kMostThreads = 8;                    // so many read as fast as a device takes it
 
 std::string Expected(absl::Span<const int64_t> shape, absl::Span<const DType> types) {
   std::vector<const char*> names;
@@ -48,7 +50,36 @@ double RandomE4M3Deviation() {
   return std::sqrt(sum / kCodes);
 }
 
+// The pieces of a read, with the rows of the target that each one fills.
+struct TargetRows {
+  int64_t begin, end;
+};
+void AddPieces(const SafetensorsFile& file, int64_t file_offset, const WeightRead& read,
+               std::vector<FilePiece>& pieces, std::vector<TargetRows>& targets) {
+  const int64_t element_bytes = SizeOf(read.type);
+  FilePiece piece = {.file = &file,
+                     .row_bytes = read.part.columns.size() * element_bytes,
+                     .pitch_bytes = read.part.num_columns * element_bytes};
+  const int64_t read_row_bytes = piece.reads_across() ? piece.pitch_bytes : piece.row_bytes;
+  const int64_t rows_per_piece = std::max<int64_t>(1, kPieceBytes / read_row_bytes);
+  const int64_t num_rows = read.part.rows.size();
+  for (int64_t row = 0; row < num_rows; row += rows_per_piece) {
+    piece.num_rows = std::min(rows_per_piece, num_rows - row);
+    piece.offset = file_offset + (read.part.rows.begin + row) * piece.pitch_bytes +
+                   read.part.columns.begin * element_bytes;
+    pieces.push_back(piece);
+    targets.push_back({row, row + piece.num_rows});
+  }
+}
+
 }  // namespace
+
+CheckpointWeights::CheckpointWeights(const Checkpoint& checkpoint, int num_threads)
+    : checkpoint_(checkpoint),
+      num_threads_(num_threads > 0
+                       ? num_threads
+                       : std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1,
+                                    kMostThreads)) {}
 
 absl::StatusOr<DType> CheckpointWeights::TypeOf(const std::string& name,
                                                 absl::Span<const int64_t> shape,
@@ -66,56 +97,67 @@ absl::StatusOr<DType> CheckpointWeights::TypeOf(const std::string& name,
                                                  Expected(shape, types)));
 }
 
-absl::Status CheckpointWeights::ReadMatrix(const std::string& name, DType type,
-                                           const MatrixPart& part, Device& device,
-                                           const Tensor& target, const ReadProgress& progress) {
-  const Checkpoint::Entry* entry = checkpoint_.Find(name);
-  CHECK(entry != nullptr) << name;
-  const SafetensorsFile& file = *entry->file;
-  const int64_t element_bytes = SizeOf(type);
-  const int64_t row_bytes = part.num_columns * element_bytes;
-  const int64_t slice_bytes = part.columns.size() * element_bytes;
-  const bool reads_across = row_bytes - slice_bytes < kSmallestGapBytes;
-  const int64_t rows_per_piece =
-      std::max<int64_t>(1, kPieceBytes / (reads_across ? row_bytes : slice_bytes));
-  const int64_t first = entry->info->file_offset + part.columns.begin * element_bytes;  // of row 0
-
-  for (int64_t row = part.rows.begin; row < part.rows.end; row += rows_per_piece) {
-    const int64_t num_rows = std::min(rows_per_piece, part.rows.end - row);
-    if (reads_across) {
-      staging_.resize((num_rows - 1) * row_bytes + slice_bytes);
-      RETURN_IF_ERROR(file.Read(first + row * row_bytes, staging_.size(), staging_.data()));
-      for (int64_t i = 1; i < num_rows && slice_bytes < row_bytes; ++i) {
-        std::memmove(&staging_[i * slice_bytes], &staging_[i * row_bytes], slice_bytes);
-      }
-    } else {
-      staging_.resize(num_rows * slice_bytes);
-      for (int64_t i = 0; i < num_rows; ++i) {
-        RETURN_IF_ERROR(
-            file.Read(first + (row + i) * row_bytes, slice_bytes, &staging_[i * slice_bytes]));
-      }
-    }
-    const int64_t target_row = row - part.rows.begin;
-    device.CopyFromHost(staging_.data(), target.Slice(0, target_row, target_row + num_rows));
-    progress(num_rows * slice_bytes);
+absl::Status CheckpointWeights::ReadMatrices(absl::Span<const WeightRead> reads, Device& device,
+                                             const ReadProgress& progress,
+                                             absl::FunctionRef<void(size_t)> on_read) {
+  std::vector<FilePiece> pieces;
+  std::vector<TargetRows> targets;
+  std::vector<size_t> ends;  // of each read's pieces
+  for (const WeightRead& read : reads) {
+    const Checkpoint::Entry* entry = checkpoint_.Find(read.name);
+    CHECK(entry != nullptr) << read.name;
+    AddPieces(*entry->file, entry->info->file_offset, read, pieces, targets);
+    ends.push_back(pieces.size());
   }
-  return absl::OkStatus();
+  if (pieces.empty()) return absl::OkStatus();
+
+  // Each thread has a buffer that it fills, and there are as many that are full or being copied.
+  const size_t num_buffers = std::min(pieces.size(), 2 * static_cast<size_t>(num_threads_) + 2);
+  int64_t buffer_bytes = 0;
+  for (const FilePiece& piece : pieces) buffer_bytes = std::max(buffer_bytes, piece.buffer_bytes());
+  ASSIGN_OR_RETURN(const Buffer staging,
+                   device.AllocateStaging(static_cast<int64_t>(num_buffers) * buffer_bytes));
+  std::vector<char*> buffers;
+  for (size_t i = 0; i < num_buffers; ++i) {
+    buffers.push_back(static_cast<char*>(staging.data()) + static_cast<int64_t>(i) * buffer_bytes);
+  }
+  std::deque<int64_t> copies;  // that may not be done, whose buffers are not released
+  ReadAhead read_ahead(pieces, buffers, num_threads_);
+  absl::Status status;
+  for (size_t i = 0, piece = 0; i < reads.size() && status.ok(); ++i) {
+    for (; piece < ends[i]; ++piece) {
+      while (copies.size() > num_buffers / 2) {
+        device.AwaitCopy(copies.front());
+        copies.pop_front();
+        read_ahead.Release();
+      }
+      const absl::StatusOr<const char*> bytes = read_ahead.Take();
+      status = bytes.status();
+      if (!status.ok()) break;
+      const Tensor rows = reads[i].target.Slice(0, targets[piece].begin, targets[piece].end);
+      copies.push_back(device.QueueCopy(*bytes, rows));
+      progress(rows.num_bytes());
+    }
+    if (status.ok()) on_read(i);
+  }
+  if (!copies.empty()) device.AwaitCopy(copies.back());
+  return status;
 }
 
 absl::Status CheckpointWeights::ReadVector(const std::string& name, DType type,
                                            std::vector<float>& values) {
   const Checkpoint::Entry* entry = checkpoint_.Find(name);
   CHECK(entry != nullptr) << name;
-  staging_.resize(values.size() * SizeOf(type));
-  RETURN_IF_ERROR(entry->file->Read(entry->info->file_offset, static_cast<int64_t>(staging_.size()),
-                                    staging_.data()));
+  std::vector<char> stored(values.size() * SizeOf(type));
+  RETURN_IF_ERROR(entry->file->Read(entry->info->file_offset, static_cast<int64_t>(stored.size()),
+                                    stored.data()));
   if (type == DType::kF32) {
-    std::memcpy(values.data(), staging_.data(), staging_.size());
+    std::memcpy(values.data(), stored.data(), stored.size());
     return absl::OkStatus();
   }
   for (size_t i = 0; i < values.size(); ++i) {
     BFloat16 value;
-    std::memcpy(&value, &staging_[i * sizeof(value)], sizeof(value));
+    std::memcpy(&value, &stored[i * sizeof(value)], sizeof(value));
     values[i] = ToFloat(value);
   }
   return absl::OkStatus();
@@ -129,21 +171,25 @@ absl::StatusOr<DType> RandomWeights::TypeOf(const std::string&, absl::Span<const
   return types.front();
 }
 
-absl::Status RandomWeights::ReadMatrix(const std::string& name, DType type, const MatrixPart& part,
-                                       Device& device, const Tensor& target,
-                                       const ReadProgress& progress) {
-  if (absl::EndsWith(name, "_scale_inv")) {
-    const double width = static_cast<double>(part.num_columns) * kFp8Block;
-    const std::vector<float> factors(
-        target.num_elements(),
-        static_cast<float>(1.0 / (RandomE4M3Deviation() * std::sqrt(width))));
-    device.CopyFromHost(factors.data(), target);
-  } else {
-    // The variance of uniform numbers is a third of their amplitude's square.
-    const double amplitude = std::sqrt(3.0 / static_cast<double>(part.num_columns));
-    device.ops().FillRandom(target, static_cast<float>(amplitude), SeedOf(name, part));
+absl::Status RandomWeights::ReadMatrices(absl::Span<const WeightRead> reads, Device& device,
+                                         const ReadProgress& progress,
+                                         absl::FunctionRef<void(size_t)> on_read) {
+  for (size_t i = 0; i < reads.size(); ++i) {
+    const WeightRead& read = reads[i];
+    const auto num_columns = static_cast<double>(read.part.num_columns);
+    if (absl::EndsWith(read.name, "_scale_inv")) {
+      const double factor = 1.0 / (RandomE4M3Deviation() * std::sqrt(num_columns * kFp8Block));
+      const std::vector<float> factors(read.target.num_elements(), static_cast<float>(factor));
+      device.CopyFromHost(factors.data(), read.target);
+    } else {
+      // The variance of uniform numbers is a third of their amplitude's square.
+      const double amplitude = std::sqrt(3.0 / num_columns);
+      device.ops().FillRandom(read.target, static_cast<float>(amplitude),
+                              SeedOf(read.name, read.part));
+    }
+    progress(read.target.num_bytes());
+    on_read(i);
   }
-  progress(target.num_elements() * SizeOf(type));
   return absl::OkStatus();
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
@@ -34,6 +35,14 @@ struct MatrixPart {
   }
 };
 
+// Part of a matrix, and the memory of a device that it is to fill.
+struct WeightRead {
+  std::string name;
+  DType type = DType::kF32;  // as it is stored
+  MatrixPart part;
+  Tensor target;  // [part.rows, part.columns] of `type`, dense
+};
+
 // Told of each piece that has been read: its bytes, as they are stored.
 using ReadProgress = std::function<void(int64_t num_bytes)>;
 
@@ -46,37 +55,41 @@ class WeightSource {
   virtual absl::StatusOr<DType> TypeOf(const std::string& name, absl::Span<const int64_t> shape,
                                        absl::Span<const DType> types) const = 0;
 
-  // Fills `target` with a part of a matrix, or a vector of the host, `values`, with the whole of
-  // it. DataLoss when reading fails. REQUIRES: `type` is what TypeOf said. Not thread-safe.
-  //   target [part.rows, part.columns] of `type`, dense, of `device`
-  virtual absl::Status ReadMatrix(const std::string& name, DType type, const MatrixPart& part,
-                                  Device& device, const Tensor& target,
-                                  const ReadProgress& progress) = 0;
+  // The values of a vector, on the host. DataLoss when reading fails.
+  // REQUIRES: `type` is what TypeOf said. Not thread-safe.
   virtual absl::Status ReadVector(const std::string& name, DType type,
                                   std::vector<float>& values) = 0;
+
+  // Fills the targets in this order. After each, on_read is called with its index: what is queued
+  // on the device from then on finds it there, and what on_read queues is done before the next
+  // target is written, which may therefore be the same memory. The rest is as of ReadVector.
+  virtual absl::Status ReadMatrices(absl::Span<const WeightRead> reads, Device& device,
+                                    const ReadProgress& progress,
+                                    absl::FunctionRef<void(size_t)> on_read) = 0;
 
   // The checkpoint behind it; null if there is none.
   virtual const Checkpoint* checkpoint() const { return nullptr; }
 };
 
-// Slices of a checkpoint: row slices are one read; column slices are one read per row, or, where
-// rows are so short that the disk delivers the gaps anyway, reads that run across.
+// Slices of a checkpoint. Row slices are one read; column slices are one read per row, or, where
+// rows are so short that the disk delivers the gaps anyway, reads that run across. Several threads
+// read ahead of the copies to the device, into some MiB of memory each.
 class CheckpointWeights final : public WeightSource {
  public:
-  // `checkpoint` must outlive this.
-  explicit CheckpointWeights(const Checkpoint& checkpoint) : checkpoint_(checkpoint) {}
+  // `checkpoint` must outlive this. 0 threads: as many as pay.
+  explicit CheckpointWeights(const Checkpoint& checkpoint, int num_threads = 0);
 
   absl::StatusOr<DType> TypeOf(const std::string& name, absl::Span<const int64_t> shape,
                                absl::Span<const DType> types) const override;
-  absl::Status ReadMatrix(const std::string& name, DType type, const MatrixPart& part,
-                          Device& device, const Tensor& target,
-                          const ReadProgress& progress) override;
   absl::Status ReadVector(const std::string& name, DType type, std::vector<float>& values) override;
+  absl::Status ReadMatrices(absl::Span<const WeightRead> reads, Device& device,
+                            const ReadProgress& progress,
+                            absl::FunctionRef<void(size_t)> on_read) override;
   const Checkpoint* checkpoint() const override { return &checkpoint_; }
 
  private:
   const Checkpoint& checkpoint_;
-  std::vector<char> staging_;  // what was read last
+  const int num_threads_;
 };
 
 // A model without a checkpoint, to measure speed and to try a machine: linear layers in F8_E4M3 if
@@ -89,10 +102,10 @@ class RandomWeights final : public WeightSource {
  public:
   absl::StatusOr<DType> TypeOf(const std::string& name, absl::Span<const int64_t> shape,
                                absl::Span<const DType> types) const override;
-  absl::Status ReadMatrix(const std::string& name, DType type, const MatrixPart& part,
-                          Device& device, const Tensor& target,
-                          const ReadProgress& progress) override;
   absl::Status ReadVector(const std::string& name, DType type, std::vector<float>& values) override;
+  absl::Status ReadMatrices(absl::Span<const WeightRead> reads, Device& device,
+                            const ReadProgress& progress,
+                            absl::FunctionRef<void(size_t)> on_read) override;
 };
 
 }  // namespace fathom

@@ -36,6 +36,33 @@ class RefusedStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::
 
 double Mebibytes(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
+// Says how far loading is, and how fast it goes.
+class LoadLog {
+ public:
+  void Report(int64_t bytes_done, int64_t bytes_total) {
+    bytes_done_ = bytes_done;
+    if (absl::Now() < next_report_) return;
+    next_report_ = absl::Now() + kInterval;
+    spdlog::info("read {:.1f} of {:.1f} GB of weights, {:.2f} GB/s", GB(bytes_done),
+                 GB(bytes_total), Rate());
+  }
+  void Finish() const {
+    spdlog::info("weights are there after {:.2f} s: {:.2f} GB read, {:.2f} GB/s", Seconds(),
+                 GB(bytes_done_), Rate());
+  }
+
+ private:
+  static constexpr absl::Duration kInterval = absl::Seconds(5);
+
+  static double GB(int64_t bytes) { return static_cast<double>(bytes) / 1e9; }
+  double Seconds() const { return absl::ToDoubleSeconds(absl::Now() - start_); }
+  double Rate() const { return GB(bytes_done_) / Seconds(); }
+
+  const absl::Time start_ = absl::Now();
+  absl::Time next_report_ = start_ + kInterval;
+  int64_t bytes_done_ = 0;
+};
+
 void ExitStuck() {
   spdlog::critical("a step did not end in time after an abort; exiting");
   spdlog::shutdown();
@@ -197,12 +224,13 @@ absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& j
       joining.epoch(), shard.rank(), shard.world_size(), Mebibytes(plan.weight_bytes),
       Mebibytes(plan.activation_bytes), Mebibytes(plan.kv_block_bytes * num_kv_blocks),
       num_kv_blocks, shard.block_size(), Mebibytes(plan.budget_bytes));
-  const absl::Time start = absl::Now();
+  LoadLog log;
   ASSIGN_OR_RETURN(
       ModelShard * model, keeper_.Load(shard, [&](int64_t bytes_done, int64_t bytes_total) {
         joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS, bytes_done, bytes_total);
+        log.Report(bytes_done, bytes_total);
       }));
-  spdlog::info("weights are there after {:.2f} s", absl::ToDoubleSeconds(absl::Now() - start));
+  log.Finish();
   joining.Report(v1::JoinProgress::PHASE_ALLOCATING_KV);
   ASSIGN_OR_RETURN(
       std::unique_ptr<KvCache> kv_cache,

@@ -86,6 +86,35 @@ Pitched PitchedOf(const Tensor& tensor) {
           static_cast<size_t>(tensor.dim(0))};
 }
 
+// Points in a stream, numbered from 1.
+class StreamMarks {
+ public:
+  StreamMarks() {
+    for (cudaEvent_t& event : events_) {
+      CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    }
+  }
+  StreamMarks(const StreamMarks&) = delete;
+  StreamMarks& operator=(const StreamMarks&) = delete;
+  ~StreamMarks() {
+    for (const cudaEvent_t event : events_) CUDA_CHECK(cudaEventDestroy(event));
+  }
+
+  int64_t Mark(cudaStream_t stream) {
+    ++last_;
+    CUDA_CHECK(cudaEventRecord(events_[last_ % kEvents], stream));
+    return last_;
+  }
+  // An old event was taken for a later mark since: then this waits for that one.
+  void Await(int64_t mark) { CUDA_CHECK(cudaEventSynchronize(events_[mark % kEvents])); }
+
+ private:
+  static constexpr int64_t kEvents = 64;
+
+  int64_t last_ = 0;
+  cudaEvent_t events_[kEvents];
+};
+
 class CudaRecording final : public Recording {
  public:
   // Takes the graph.
@@ -149,6 +178,29 @@ class CudaDevice final : public Device {
     }
   }
 
+  absl::StatusOr<Buffer> AllocateStaging(int64_t num_bytes) override {
+    void* data = nullptr;
+    if (cudaMallocHost(&data, static_cast<size_t>(num_bytes)) != cudaSuccess) {
+      cudaGetLastError();  // forgets it
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no room for ", num_bytes, " bytes of page-locked host memory"));
+    }
+    return Buffer(data, num_bytes,
+                  [](void* released, int64_t) { CUDA_CHECK(cudaFreeHost(released)); });
+  }
+
+  int64_t QueueCopy(const void* staging, const Tensor& tensor) override {
+    if (tensor.num_elements() > 0) {
+      const Pitched rows = PitchedOf(tensor);
+      CUDA_CHECK(cudaMemcpy2DAsync(rows.data, rows.pitch_bytes, staging, rows.row_bytes,
+                                   rows.row_bytes, rows.num_rows, cudaMemcpyHostToDevice,
+                                   stream_.get()));
+    }
+    return copies_.Mark(stream_.get());
+  }
+
+  void AwaitCopy(int64_t copy) override { copies_.Await(copy); }
+
   void CopyToHost(const Tensor& tensor, void* host) override {
     if (tensor.num_elements() == 0) return;
     const Pitched rows = PitchedOf(tensor);
@@ -188,6 +240,7 @@ class CudaDevice final : public Device {
  private:
   PeerWindow peer_window_;
   CudaStream stream_;
+  StreamMarks copies_;
   CudaOps ops_;
 };
 

@@ -41,7 +41,11 @@ class RandomWeightsTest : public testing::Test {
     return values;
   }
   void Read(const std::string& name, DType type, const MatrixPart& part, const Tensor& target) {
-    CHECK(source_.ReadMatrix(name, type, part, *device_, target, [](int64_t) {}).ok());
+    const WeightRead read = {.name = name, .type = type, .part = part, .target = target};
+    CHECK(source_
+              .ReadMatrices(
+                  {&read, 1}, *device_, [](int64_t) {}, [](size_t) {})
+              .ok());
   }
 
   RandomWeights source_;
