@@ -52,6 +52,7 @@ CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
   if (Fp8StreamSm90::Supports(device)) {
     const int64_t bytes = Fp8StreamSm90::WorkspaceBytes(device.multiProcessorCount);
     fp8_stream_.emplace(fp8_stream_memory_.Reserve(bytes), device.multiProcessorCount);
+    fp8_tile_.emplace(device.multiProcessorCount);
   }
 }
 

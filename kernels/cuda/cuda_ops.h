@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "kernels/cuda/fp8_stream_sm90.h"
+#include "kernels/cuda/fp8_tile_sm90.h"
 #include "kernels/cuda/mla_step.h"
 #include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
@@ -94,7 +95,8 @@ class CudaOps final : public Ops {
   cuda::Scratch scratch_;  // of one operation at a time
   cuda::MlaStep step_;
   GrowingMemory fp8_stream_memory_;
-  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper
+  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper, as is this:
+  std::optional<Fp8TileSm90> fp8_tile_;
   cuda::PrefetchList prefetches_;
 };
 

@@ -61,17 +61,6 @@ __device__ inline void ProductBf16N128(float (&d)[64], const uint32_t (&a)[4], u
 #undef FATHOM_SIXTY_FOUR
 #undef FATHOM_SIXTEEN
 
-// Registers per thread of the calling warpgroup from here on, a multiple of 8. All warps of it call
-// this, in one branch of a single if/else over the roles.
-template <int kRegisters>
-__device__ inline void TakeRegisters() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ inline void GiveRegisters() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 // Arrives at a named barrier that others wait at with SyncThreads.
 __device__ inline void ArriveThreads(int name, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(num_threads) : "memory");

@@ -20,6 +20,11 @@ EncodeTiled TensorMapEncoder() {
   return encoder;
 }
 
+cuuint64_t RowBytes(const MatrixMap& matrix) {
+  const int64_t stride = matrix.row_stride != 0 ? matrix.row_stride : matrix.columns;
+  return static_cast<cuuint64_t>(stride * matrix.element_bytes);
+}
+
 CUtensorMap Encode(const MatrixMap& matrix, int dimensions, const cuuint64_t* sizes,
                    const cuuint64_t* strides, const cuuint32_t* box) {
   const cuuint32_t steps[] = {1, 1, 1};
@@ -39,7 +44,7 @@ CUtensorMap MapMatrix(const MatrixMap& matrix) {
   CHECK_EQ(matrix.box_columns * matrix.element_bytes, 128);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.columns),
                               static_cast<cuuint64_t>(matrix.rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.columns * matrix.element_bytes)};
+  const cuuint64_t strides[] = {RowBytes(matrix)};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(matrix.box_columns),
                             static_cast<cuuint32_t>(matrix.box_rows)};
   return Encode(matrix, 2, sizes, strides, box);
@@ -51,8 +56,7 @@ CUtensorMap MapPanels(const MatrixMap& matrix) {
   const auto panels = static_cast<cuuint32_t>(matrix.columns / matrix.box_columns);
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(matrix.box_columns),
                               static_cast<cuuint64_t>(matrix.rows), panels};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(matrix.columns * matrix.element_bytes),
-                                128};
+  const cuuint64_t strides[] = {RowBytes(matrix), 128};
   const cuuint32_t box[] = {static_cast<cuuint32_t>(matrix.box_columns),
                             static_cast<cuuint32_t>(matrix.box_rows), panels};
   return Encode(matrix, 3, sizes, strides, box);

@@ -18,6 +18,7 @@ struct MatrixMap {
   int element_bytes = 1;
   int64_t rows = 0;
   int64_t columns = 0;
+  int64_t row_stride = 0;  // elements; 0: rows stand one after another
   int box_rows = 0;
   int box_columns = 0;  // 128 bytes worth: a box is a swizzled tile
 };

@@ -1,0 +1,483 @@
+#include "kernels/cuda/fp8_tile_sm90.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/dependent_launch.cuh"
+#include "kernels/cuda/fp8_tile_sm90.cuh"
+#include "kernels/cuda/sm90_launch.h"
+
+namespace fathom {
+namespace fp8_tile {
+namespace {
+
+__device__ uint32_t PackBf16(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 64 weight rows of a tile, as BF16, to out[tile.token …][row …].
+template <int kN>
+__device__ void StoreHalf(const float (&total)[kFloats<kN>], const Arguments& arguments,
+                          const Tile& tile, int row, const Place& place, unsigned char* staging) {
+  const uint32_t base = SharedAddress(staging);
+#pragma unroll
+  for (int pass = 0; pass < kN; pass += kPassTokens) {
+    if (pass >= tile.count) break;
+#pragma unroll
+    for (int j = pass / 16; j < (pass + kPassTokens < kN ? pass + kPassTokens : kN) / 16; ++j) {
+      const float* d = total + 8 * j;
+      const int token = 16 * j - pass + place.lane / 16 * 8 + place.lane % 8;
+      const int piece = place.warp * 2 + place.lane / 8 % 2;
+      sm90::StoreTransposed(base + token * sm90::kSwizzledRowBytes + (piece ^ (token & 7)) * 16,
+                            PackBf16(d[0], d[1]), PackBf16(d[2], d[3]), PackBf16(d[4], d[5]),
+                            PackBf16(d[6], d[7]));
+    }
+    SyncThreads(1 + place.group, 128);
+    const int piece = place.thread % 8;
+#pragma unroll
+    for (int t = place.thread / 8; t < kPassTokens; t += 16) {
+      if (pass + t < tile.count) {
+        *reinterpret_cast<uint4*>(arguments.out + (tile.token + pass + t) * arguments.out_stride +
+                                  row + piece * 8) =
+            *reinterpret_cast<const uint4*>(staging + t * sm90::kSwizzledRowBytes +
+                                            (piece ^ (t & 7)) * 16);
+      }
+    }
+    SyncThreads(1 + place.group, 128);
+  }
+}
+
+// 64 tokens of a tile by kN weight rows, as BF16, by the copy engine, which leaves out what does
+// not exist.
+template <int kN>
+__device__ void StoreTokens(const float (&total)[kFloats<kN>], const CUtensorMap& out_map,
+                            const Tile& tile, const Place& place, unsigned char* staging) {
+  constexpr int kBoxBytes = kHalf * sm90::kSwizzledRowBytes;
+  if (place.thread == 0) sm90::WaitForStoresToRead();
+  SyncThreads(1 + place.group, 128);
+  const int token = place.warp * 16 + place.lane % 16;
+  const uint32_t base = SharedAddress(staging) + token * sm90::kSwizzledRowBytes;
+#pragma unroll
+  for (int j = 0; j < kN / 16; ++j) {
+    const float* d = total + 8 * j;
+    const int piece = j % 4 * 2 + place.lane / 16;
+    sm90::StoreMatrices(base + j / 4 * kBoxBytes + (piece ^ (token & 7)) * 16, PackBf16(d[0], d[1]),
+                        PackBf16(d[2], d[3]), PackBf16(d[4], d[5]), PackBf16(d[6], d[7]));
+  }
+  sm90::FenceForAsyncProxy();
+  SyncThreads(1 + place.group, 128);
+  if (place.thread == 0 && tile.count > 0) {
+#pragma unroll
+    for (int h = 0; h < kN / kHalf; ++h) {
+      sm90::StoreBox(&out_map, tile.row + h * kHalf, tile.token + place.group * kHalf,
+                     staging + h * kBoxBytes);
+    }
+    sm90::CommitStores();
+  }
+}
+
+template <typename S, int kN>
+__device__ void ComputeTile(const Arguments& arguments, const CUtensorMap* out_map,
+                            const Tile& tile, const Place& place, Ring<S::kStages>& ring,
+                            SharedMemory<S>& shared) {
+  float total[S::kRowBlocks][kFloats<kN>];
+  MultiplyTile<S, kN>({0, arguments.k_blocks}, place, ring, shared, total);
+  if constexpr (S::kTokensFirst) {
+    StoreTokens<kN>(total[0], *out_map, tile, place, shared.out[place.group]);
+  } else {
+#pragma unroll
+    for (int b = 0; b < S::kRowBlocks; ++b) {
+      const int row = tile.row + (place.group * S::kRowBlocks + b) * kHalf;
+      if (row < arguments.outputs) {
+        StoreHalf<kN>(total[b], arguments, tile, row, place, shared.out[place.group]);
+      }
+    }
+  }
+}
+
+// --- kernels
+
+extern __shared__ unsigned char dynamic_shared[];
+
+// By an offset: a pointer made from an integer would no longer be known to be of shared memory.
+template <typename S>
+__device__ SharedMemory<S>& Shared() {
+  const uint32_t past = SharedAddress(dynamic_shared) % sm90::kTileAlignment;
+  return *reinterpret_cast<SharedMemory<S>*>(dynamic_shared +
+                                             (sm90::kTileAlignment - past) % sm90::kTileAlignment);
+}
+
+template <typename S>
+__device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
+                        SharedMemory<S>& shared) {
+  if (threadIdx.x == kConsumers) {
+    sm90::PrefetchMap(&weight_map);
+    sm90::PrefetchMap(&x_map);
+    for (int i = 0; i < S::kStages; ++i) {
+      sm90::BarrierInit(&shared.full[i], 2 + S::kGatherThreads);
+      sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kCluster);
+    }
+    sm90::BarrierInitFence();
+  }
+  sm90::LetDependentsLaunch();
+  if constexpr (S::kCluster > 1) {
+    sm90::ClusterSync();
+  } else {
+    __syncthreads();
+  }
+}
+
+__device__ Place PlaceOfThread() {
+  const int thread = threadIdx.x % 128;
+  int lane = thread % 32;
+  asm volatile("" : "+r"(lane));  // otherwise it is worked out again and again
+  // The warp's number from one lane, so that the compiler knows it to be the same for all.
+  return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0), thread,
+          __shfl_sync(~0u, thread / 32, 0), lane};
+}
+
+// What a block does; out_map only where the copy engine stores.
+template <typename S>
+__device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map,
+                         const CUtensorMap* out_map, const Arguments& arguments) {
+  SharedMemory<S>& shared = Shared<S>();
+  Prepare(weight_map, x_map, shared);
+  const Place place = PlaceOfThread();
+  const Span span = {0, arguments.k_blocks};
+  Ring<S::kStages> ring;
+  Tile tile;
+  if (place.group < 2) {
+    sm90::TakeRegisters<232>();
+    sm90::WaitForPredecessors();
+    Walk<S> walk(arguments);
+    while (walk.Next(tile)) {
+      const auto compute = [&]<int kN>() {
+        ComputeTile<S, kN>(arguments, out_map, tile, place, ring, shared);
+      };
+      if constexpr (S::kX == Rows::kDense) {
+        tile.strip ? compute.template operator()<kHalf>() : compute.template operator()<kBlock>();
+      } else if (tile.count <= 32) {
+        compute.template operator()<32>();
+      } else if (tile.count <= 64) {
+        compute.template operator()<64>();
+      } else if (tile.count <= 96) {
+        compute.template operator()<96>();
+      } else {
+        compute.template operator()<128>();
+      }
+    }
+    if (S::kTokensFirst && place.thread == 0) sm90::WaitForStores();
+  } else {
+    sm90::GiveRegisters<40>();
+    if (place.warp == 0) {
+      if (place.lane == 0) {
+        const uint64_t policy =
+            S::kX == Rows::kDense ? sm90::EvictNormalPolicy() : sm90::EvictFirstPolicy();
+        int ahead = 0;
+        if constexpr (S::kX == Rows::kDense) {
+          if (Walk<S>(arguments).Next(tile)) {
+            ahead = CopyFirstWeights(weight_map, arguments, tile, span, policy, shared);
+          }
+        }
+        sm90::WaitForPredecessors();
+        Walk<S> walk(arguments);
+        for (; walk.Next(tile); ahead = 0) {
+          CopyTile(weight_map, x_map, arguments, tile, span, ahead, policy, ring, shared);
+        }
+      }
+    } else if (place.warp == 1) {
+      sm90::WaitForPredecessors();
+      Walk<S> walk(arguments);
+      while (walk.Next(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
+    } else if constexpr (S::kX == Rows::kGathered) {
+      sm90::WaitForPredecessors();
+      Walk<S> walk(arguments);
+      for (int buffer = 0; walk.Next(tile); buffer ^= 1) {
+        GatherTile(arguments, tile, span, place.thread - 64, buffer, ring, shared);
+      }
+    }
+  }
+  if constexpr (S::kCluster > 1) {  // the other block may still copy into this one's memory
+    __syncwarp();
+    sm90::ClusterSync();
+  }
+}
+
+template <typename S>
+__global__ __launch_bounds__(S::kThreads,
+                             1) void DenseKernel(const __grid_constant__ CUtensorMap weight_map,
+                                                 const __grid_constant__ CUtensorMap x_map,
+                                                 const __grid_constant__ CUtensorMap out_map,
+                                                 const Arguments arguments) {
+  RunTiles<S>(weight_map, x_map, &out_map, arguments);
+}
+
+template <typename S>
+__global__ __launch_bounds__(S::kThreads,
+                             1) void GroupedKernel(const __grid_constant__ CUtensorMap weight_map,
+                                                   const __grid_constant__ CUtensorMap x_map,
+                                                   const Arguments arguments) {
+  RunTiles<S>(weight_map, x_map, nullptr, arguments);
+}
+
+// Totals of a tile by token, a row of 128 a little longer so that no two lanes share a bank.
+constexpr int kTotalsStride = kBlock + 4;
+
+// The blocks of a cluster share a tile's inputs; then each adds up and stores some of its tokens.
+template <typename S, int kBlocksAtOnce>
+__global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
+    const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
+    const Arguments arguments) {
+  static_assert(sizeof(SharedMemory<S>::weight) + sizeof(SharedMemory<S>::x) >=
+                S::kTokens * kTotalsStride * sizeof(float));
+  SharedMemory<S>& shared = Shared<S>();
+  Prepare(weight_map, x_map, shared);
+  const Place place = PlaceOfThread();
+  const int splits = arguments.splits, rank = blockIdx.x % splits;
+  const int token_tiles = (arguments.x_rows + S::kTokens - 1) / S::kTokens;
+  const int index = blockIdx.x / splits;
+  const int token = index % token_tiles * S::kTokens;
+  const Tile tile = {0, index / token_tiles * S::kRows, token,
+                     min(S::kTokens, arguments.x_rows - token), false};
+  const Span span = {arguments.k_blocks * rank / splits, arguments.k_blocks * (rank + 1) / splits};
+  auto* totals = reinterpret_cast<float*>(&shared);
+  Ring<S::kStages> ring;
+  if (place.group < 2) {
+    if constexpr (S::kMovesRegisters) sm90::TakeRegisters<232>();
+    float total[1][kFloats<S::kTokens>];
+    MultiplyTile<S, S::kTokens>(span, place, ring, shared, total);
+    SyncThreads(1, kConsumers);  // nobody needs the stages any more
+    float* target = totals + place.lane % 4 * 2 * kTotalsStride + place.group * kHalf +
+                    place.warp * 16 + place.lane / 4;
+#pragma unroll
+    for (int i = 0; i < kFloats<S::kTokens>; ++i) {
+      target[(i / 4 * 8 + i % 2) * kTotalsStride + i / 2 % 2 * 8] = total[0][i];
+    }
+  } else {
+    if constexpr (S::kMovesRegisters) sm90::GiveRegisters<40>();
+    if (place.warp == 0 && place.lane == 0) {
+      const uint64_t policy = sm90::EvictFirstPolicy();
+      const int ahead = CopyFirstWeights(weight_map, arguments, tile, span, policy, shared);
+      sm90::WaitForPredecessors();
+      CopyTile(weight_map, x_map, arguments, tile, span, ahead, policy, ring, shared);
+    } else if (place.warp == 1) {
+      sm90::WaitForPredecessors();
+      MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
+    }
+  }
+  __syncwarp();
+  sm90::ClusterSync();
+  const int row = tile.row + place.lane * 4;
+  if (place.group < 2 && row < arguments.outputs) {
+    const int begin = tile.count * rank / splits, end = tile.count * (rank + 1) / splits;
+    for (int t = begin + place.group * 4 + place.warp; t < end; t += kConsumers / 32) {
+      const uint32_t at = SharedAddress(totals + t * kTotalsStride + place.lane * 4);
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int r = 0; r < splits; ++r) {
+        const float4 part = sm90::LoadFromPeer(sm90::PeerAddress(at, r));
+        sum.x += part.x;
+        sum.y += part.y;
+        sum.z += part.z;
+        sum.w += part.w;
+      }
+      *reinterpret_cast<uint2*>(arguments.out + (tile.token + t) * arguments.out_stride + row) =
+          make_uint2(PackBf16(sum.x, sum.y), PackBf16(sum.z, sum.w));
+    }
+  }
+  sm90::ClusterSync();  // others may still read this block's totals
+}
+
+// --- the host's side
+
+using Dense = Shape<Rows::kDense, 1, 128, 2, 5>;
+using Sorted = Shape<Rows::kSorted, 2, 128, 1, 4>;
+using Gathered = Shape<Rows::kGathered, 2, 128, 1, 4>;
+using Split32 = Shape<Rows::kDense, 1, 32, 1, 4>;
+using Split64 = Shape<Rows::kDense, 1, 64, 1, 4>;
+using Split128 = Shape<Rows::kDense, 1, 128, 1, 6>;
+
+template <typename S>
+constexpr int kSharedBytes = sizeof(SharedMemory<S>) + sm90::kTileAlignment;
+
+template <typename S, typename Kernel>
+void AllowShared(Kernel* kernel) {
+  static_assert(kSharedBytes<S> <= 227 * 1024);
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes<S>));
+}
+
+// How many clusters of each size run at once.
+template <typename S, typename Kernel>
+void CountClusters(Kernel* kernel, int (&clusters)[9]) {
+  AllowShared<S>(kernel);
+  for (int splits = 1; splits <= 8; ++splits) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(splits), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(splits);
+    config.blockDim = dim3(S::kThreads);
+    config.dynamicSmemBytes = kSharedBytes<S>;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters[splits], kernel, &config));
+  }
+}
+
+CUtensorMap MapWeight(const Fp8TileSm90::Weight& weight, int box_rows) {
+  return sm90::MapMatrix({.data = const_cast<__nv_fp8_e4m3*>(weight.values),
+                          .rows = int64_t{weight.experts} * weight.outputs,
+                          .columns = weight.inputs,
+                          .box_rows = box_rows,
+                          .box_columns = kBlock});
+}
+
+CUtensorMap MapInput(const Fp8TileSm90::Input& x, int inputs, int box_rows) {
+  return sm90::MapMatrix({.data = const_cast<__nv_fp8_e4m3*>(x.values),
+                          .rows = x.rows,
+                          .columns = inputs,
+                          .row_stride = x.values_stride,
+                          .box_rows = box_rows,
+                          .box_columns = kBlock});
+}
+
+Arguments ArgumentsOf(const Fp8TileSm90::Input& x, const Fp8TileSm90::Weight& weight,
+                      const Fp8TileSm90::Output& out) {
+  CHECK(Fp8TileSm90::Supports(weight.outputs, weight.inputs));
+  CHECK(x.rows * x.scales_stride < int64_t{1} << 31);
+  return {.x_scales = x.scales,
+          .x_scales_stride = static_cast<int>(x.scales_stride),
+          .x = reinterpret_cast<const unsigned char*>(x.values),
+          .x_stride = x.values_stride,
+          .x_rows = x.rows,
+          .factors = weight.factors,
+          .outputs = weight.outputs,
+          .k_blocks = weight.inputs / kBlock,
+          .out = out.values,
+          .out_stride = out.stride};
+}
+
+CUtensorMap MapOutput(const Fp8TileSm90::Output& out, int rows, int outputs) {
+  return sm90::MapMatrix({.data = out.values,
+                          .type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                          .element_bytes = 2,
+                          .rows = rows,
+                          .columns = outputs,
+                          .row_stride = out.stride,
+                          .box_rows = kHalf,
+                          .box_columns = kHalf});
+}
+
+template <typename S, typename Kernel, typename... Arguments>
+void Launch(Kernel* kernel, int blocks, int cluster, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cuda::LaunchDependent(kernel, {dim3(blocks), dim3(S::kThreads), kSharedBytes<S>, cluster}, stream,
+                        arguments...);
+}
+
+// How many blocks should share a tile's inputs: the fewest rounds of the fewest steps.
+int ChooseSplits(int tiles, int k_blocks, const int (&clusters)[9]) {
+  int best = 1;
+  double best_cost = 0;
+  for (int splits = 1; splits <= std::min(8, k_blocks); ++splits) {
+    if (clusters[splits] == 0) continue;
+    const int rounds = (tiles + clusters[splits] - 1) / clusters[splits];
+    const int steps = (k_blocks + splits - 1) / splits;
+    const double cost = rounds * (steps + 4.0) + 0.25 * splits;
+    if (splits == 1 || cost < best_cost) {
+      best = splits;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+}  // namespace fp8_tile
+
+using fp8_tile::Dense;
+using fp8_tile::DenseKernel;
+using fp8_tile::Gathered;
+using fp8_tile::GroupedKernel;
+using fp8_tile::kBlock;
+using fp8_tile::kHalf;
+using fp8_tile::MapInput;
+using fp8_tile::MapWeight;
+using fp8_tile::Sorted;
+using fp8_tile::Split128;
+using fp8_tile::Split32;
+using fp8_tile::Split64;
+using fp8_tile::SplitKernel;
+
+bool Fp8TileSm90::Supports(const cudaDeviceProp& device) {
+  return device.major == 9 && device.minor == 0;
+}
+
+bool Fp8TileSm90::Supports(int64_t outputs, int64_t inputs) {
+  return outputs > 0 && inputs > 0 && outputs % kHalf == 0 && inputs % kBlock == 0;
+}
+
+Fp8TileSm90::Fp8TileSm90(int num_multiprocessors) : num_multiprocessors_(num_multiprocessors) {
+  fp8_tile::AllowShared<Dense>(DenseKernel<Dense>);
+  fp8_tile::AllowShared<Sorted>(GroupedKernel<Sorted>);
+  fp8_tile::AllowShared<Gathered>(GroupedKernel<Gathered>);
+  fp8_tile::CountClusters<Split32>(SplitKernel<Split32, 2>, clusters_[0]);
+  fp8_tile::CountClusters<Split64>(SplitKernel<Split64, 2>, clusters_[1]);
+  fp8_tile::CountClusters<Split128>(SplitKernel<Split128, 1>, clusters_[2]);
+}
+
+void Fp8TileSm90::Linear(const Input& x, const Weight& weight, const Output& out,
+                         cudaStream_t stream) const {
+  CHECK_EQ(weight.experts, 1);
+  if (x.rows == 0) return;
+  fp8_tile::Arguments arguments = fp8_tile::ArgumentsOf(x, weight, out);
+  const int row_tiles = (weight.outputs + kBlock - 1) / kBlock;
+  const int tokens = x.rows <= 32 ? 32 : x.rows <= 64 ? 64 : 128;
+  const int tiles = row_tiles * ((x.rows + tokens - 1) / tokens);
+  if (tiles >= num_multiprocessors_) {
+    const int blocks = std::min(num_multiprocessors_, (tiles + 1) / 2 * 2) / 2 * 2;
+    fp8_tile::Launch<Dense>(DenseKernel<Dense>, blocks, Dense::kCluster, stream,
+                            MapWeight(weight, kHalf), MapInput(x, weight.inputs, Dense::kXBoxRows),
+                            fp8_tile::MapOutput(out, x.rows, weight.outputs), arguments);
+    return;
+  }
+  const int variant = tokens == 32 ? 0 : tokens == 64 ? 1 : 2;
+  arguments.splits = fp8_tile::ChooseSplits(tiles, arguments.k_blocks, clusters_[variant]);
+  const auto launch = [&]<typename S, int kBlocksAtOnce>() {
+    fp8_tile::Launch<S>(SplitKernel<S, kBlocksAtOnce>, tiles * arguments.splits, arguments.splits,
+                        stream, MapWeight(weight, kBlock), MapInput(x, weight.inputs, S::kXBoxRows),
+                        arguments);
+  };
+  if (variant == 0) {
+    launch.template operator()<Split32, 2>();
+  } else if (variant == 1) {
+    launch.template operator()<Split64, 2>();
+  } else {
+    launch.template operator()<Split128, 1>();
+  }
+}
+
+void Fp8TileSm90::GroupedLinear(const Input& x, const Groups& groups, const Weight& weight,
+                                const Output& out, cudaStream_t stream) const {
+  CHECK(weight.experts == 1 || weight.outputs % kBlock == 0);
+  if (x.rows == 0) return;
+  fp8_tile::Arguments arguments = fp8_tile::ArgumentsOf(x, weight, out);
+  arguments.notes = groups.notes;
+  arguments.rows = groups.rows;
+  arguments.divisor = groups.divisor;
+  if (groups.divisor == 0) {
+    fp8_tile::Launch<Sorted>(GroupedKernel<Sorted>, num_multiprocessors_, 1, stream,
+                             MapWeight(weight, kBlock),
+                             MapInput(x, weight.inputs, Sorted::kXBoxRows), arguments);
+  } else {
+    CHECK(x.rows * x.values_stride < int64_t{1} << 32);
+    fp8_tile::Launch<Gathered>(GroupedKernel<Gathered>, num_multiprocessors_, 1, stream,
+                               MapWeight(weight, kBlock),
+                               MapInput(x, weight.inputs, Gathered::kXBoxRows), arguments);
+  }
+}
+
+}  // namespace fathom
