@@ -77,6 +77,7 @@ class Bench {
   int tokens_ = 0;
   uint64_t seed_ = 20261123;
   std::vector<Buffer> memory_;
+  Buffer scratch_;  // operations use it from then on
   std::mt19937 random_{20261123};
 };
 
@@ -285,8 +286,10 @@ void Bench::Attention() {
                              .num_experts = kExperts,
                              .num_choices = 9,
                              .widest_linear = kHidden};
-  const Tensor scratch = Make(DType::kBF16, {(ops_.ScratchBytes(limits) + 511) / 512, 256}, false);
-  ops_.UseScratch(limits, scratch.raw());
+  absl::StatusOr<Buffer> scratch = device_.Allocate(ops_.ScratchBytes(limits));
+  CHECK(scratch.ok()) << scratch.status();
+  scratch_ = *std::move(scratch);
+  ops_.UseScratch(limits, scratch_.data());
   std::vector<MlaWeights> weights(32);
   for (MlaWeights& weight : weights) {
     weight = {.w_uk = Make(DType::kBF16, {kHeads, kLatent, kNope}),

@@ -127,13 +127,9 @@ absl::Status SlotTable::Schedule(const v1::StepCommand& command, StepPlan& plan)
     return Invalid("the step has ", num_tokens, " tokens, limit ", options_.max_tokens_per_step);
   }
 
-  struct Scheduled {
-    int slot;
-    Sequence* sequence;
-    int count;
-  };
-  std::vector<Scheduled> scheduled;
+  std::vector<SequenceSlice> slices;
   const uint32_t* next_blocks = command.new_block_ids().data();
+  int row = 0;
   for (int i = 0; i < num_sequences; ++i) {
     const uint32_t slot = command.slots(i);
     ASSIGN_OR_RETURN(Sequence * sequence, Find(slot));
@@ -144,23 +140,15 @@ absl::Status SlotTable::Schedule(const v1::StepCommand& command, StepPlan& plan)
     RETURN_IF_ERROR(AppendBlocks(slot, *sequence, {next_blocks, command.num_new_blocks(i)}));
     next_blocks += command.num_new_blocks(i);
     RETURN_IF_ERROR(CheckTokens(slot, *sequence, command.num_tokens(i)));
-    scheduled.push_back(
-        {static_cast<int>(slot), sequence, static_cast<int>(command.num_tokens(i))});
-  }
-  // Who decodes comes first: a GPU attends to few tokens and to many in different ways.
-  std::stable_sort(scheduled.begin(), scheduled.end(),
-                   [](const Scheduled& a, const Scheduled& b) { return a.count < b.count; });
-  std::vector<SequenceSlice> slices;
-  int row = 0;
-  for (const auto& [slot, sequence, count] : scheduled) {
+
     const SequenceSlice slice = {.token_ids = sequence->token_ids,
                                  .blocks = sequence->blocks,
                                  .first = sequence->num_computed,
-                                 .count = count};
-    AddLogitRows(slot, *sequence, slice, row, plan);
+                                 .count = static_cast<int>(command.num_tokens(i))};
+    AddLogitRows(static_cast<int>(slot), *sequence, slice, row, plan);
     slices.push_back(slice);
-    row += count;
-    sequence->num_computed += count;
+    row += slice.count;
+    sequence->num_computed += slice.count;
   }
   if (plan.batch.logit_rows.size() > static_cast<size_t>(options_.max_logit_rows)) {
     return Invalid("the step wants ", plan.batch.logit_rows.size(), " rows of logits, limit ",

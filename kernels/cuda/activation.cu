@@ -8,22 +8,24 @@ namespace fathom {
 namespace cuda {
 namespace {
 
-// Sixteen lanes take 128 columns of a row, so that they can quantise them.
+// Sixteen lanes take 128 columns of a row, so that they can quantise them. A block's rows begin at
+// blockIdx.x * rows_per_block, and its columns at blockIdx.y * 128 * groups_per_block.
 template <typename Act, bool kAligned>
 __global__ __launch_bounds__(kRowThreads) void SwiGluKernel(Rows<const Act> gate_up,
                                                             const int* num_valid, OutputRows out,
-                                                            int num_rows, int size) {
+                                                            int num_rows, int size,
+                                                            int groups_per_block) {
   LetDependentsLaunch();
+  const int unit = threadIdx.x / kGroupLanes;
+  const int rows_per_block = kRowThreads / kGroupLanes / groups_per_block;
+  const int row = static_cast<int>(blockIdx.x) * rows_per_block + unit / groups_per_block;
+  const int group = static_cast<int>(blockIdx.y) * groups_per_block + unit % groups_per_block;
+  const int column = group * kFp8Block + static_cast<int>(threadIdx.x) % kGroupLanes * kEight;
+  int count = row < num_rows ? size - column : 0;
   WaitForPredecessors();
-  const int groups = (size + kFp8Block - 1) / kFp8Block;
-  const int64_t unit = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / kGroupLanes;
-  const int64_t row = unit / groups;
-  const int column = static_cast<int>(unit % groups) * kFp8Block +
-                     static_cast<int>(threadIdx.x) % kGroupLanes * kEight;
-  const int64_t valid = num_valid == nullptr ? num_rows : min(*num_valid, num_rows);
-  const int count = row < valid ? size - column : 0;
+  const int valid = num_valid == nullptr ? num_rows : *num_valid;
   float gate[kEight] = {}, up[kEight] = {};
-  if (count > 0) {
+  if (count > 0) {  // even if not valid: nobody waits for what says so
     LoadEight<kAligned>(gate_up[row] + column, count, gate);
     LoadEight<kAligned>(gate_up[row] + size + column, count, up);
   }
@@ -31,6 +33,7 @@ __global__ __launch_bounds__(kRowThreads) void SwiGluKernel(Rows<const Act> gate
   for (int i = 0; i < kEight; ++i) {
     gate[i] = RoundedTo<Act>(gate[i] / (1.0f + expf(-gate[i])) * up[i]);
   }
+  if (row >= valid) count = 0;
   out.Store<Act, kAligned>(gate, row, column, count);
 }
 
@@ -110,13 +113,20 @@ void CudaOps::SwiGlu(const Tensor& gate_up, const ExpertGroups* groups, const Li
   const int64_t rows = out.values.dim(0), size = out.values.dim(1);
   // The second half of a row must be aligned too: its size is a multiple of eight.
   const bool aligned = cuda::AreAlignedForEight(gate_up, out.values) && size % cuda::kEight == 0;
+  if (rows == 0) return;
+  constexpr int64_t kUnits = cuda::kRowThreads / cuda::kGroupLanes;
+  const int64_t row_groups = cuda::DivideUp(size, kFp8Block);
+  int groups_per_block = 1;
+  while (groups_per_block < kUnits && groups_per_block < row_groups) groups_per_block *= 2;
+  const dim3 blocks(static_cast<unsigned>(cuda::DivideUp(rows, kUnits / groups_per_block)),
+                    static_cast<unsigned>(cuda::DivideUp(row_groups, groups_per_block)));
   cuda::VisitAct(gate_up.dtype(), [&](auto act) {
     cuda::VisitBool(aligned, [&](auto is_aligned) {
       using Act = decltype(act);
-      cuda::LaunchThreads(cuda::SwiGluKernel<Act, decltype(is_aligned)::value>,
-                          rows * cuda::DivideUp(size, kFp8Block) * cuda::kGroupLanes, stream_,
-                          cuda::Rows<const Act>(gate_up), num_valid, cuda::OutputRows(out),
-                          static_cast<int>(rows), static_cast<int>(size));
+      cuda::LaunchDependent(cuda::SwiGluKernel<Act, decltype(is_aligned)::value>,
+                            {blocks, dim3(cuda::kRowThreads)}, stream_,
+                            cuda::Rows<const Act>(gate_up), num_valid, cuda::OutputRows(out),
+                            static_cast<int>(rows), static_cast<int>(size), groups_per_block);
     });
   });
 }

@@ -15,11 +15,11 @@ constexpr int kThreads = 128;
 constexpr int kInFlight = 9;  // rows of a token that are asked for before the first is used
 
 template <typename Act, bool kAligned>
-__global__ __launch_bounds__(kThreads) void CombineKernel(Rows<const Act> y, const int* places,
-                                                          const float* weights, int choices,
-                                                          bool accumulate, Rows<Act> out,
-                                                          int num_rows, int size,
-                                                          const PrefetchList prefetch) {
+__global__ __launch_bounds__(kThreads, 8) void CombineKernel(Rows<const Act> y, const int* places,
+                                                             const float* weights, int choices,
+                                                             bool accumulate, Rows<Act> out,
+                                                             int num_rows, int size,
+                                                             const PrefetchList prefetch) {
   LetDependentsLaunch();
   const int parts = (size + kThreads * kEight - 1) / (kThreads * kEight);
   const int64_t token = blockIdx.x / parts;
@@ -34,7 +34,7 @@ __global__ __launch_bounds__(kThreads) void CombineKernel(Rows<const Act> y, con
   if (count <= 0) return;
   float sums[kEight] = {};
   for (int first = 0; first < choices; first += kInFlight) {
-    float values[kInFlight][kEight];
+    PackedEight<Act> values[kInFlight];
     float shares[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -42,10 +42,9 @@ __global__ __launch_bounds__(kThreads) void CombineKernel(Rows<const Act> y, con
       const int place = first + j < choices ? places[choice] : -1;  // -1: another rank's
       shares[j] = place >= 0 ? weights[choice] : 0.0f;
       if (place >= 0) {
-        LoadEight<kAligned>(y[place] + column, count, values[j]);
+        values[j].template Load<kAligned>(y[place] + column, count);
       } else {
-#pragma unroll
-        for (float& value : values[j]) value = 0.0f;
+        values[j].Clear();
       }
     }
 #pragma unroll

@@ -26,6 +26,11 @@ int64_t RouteBytes(const StepLimits& limits, int num_multiprocessors) {
   return cuda::AlignUp(rows * limits.num_experts * static_cast<int64_t>(sizeof(float)));
 }
 
+// What the hungriest operation needs.
+int64_t OperationBytes(const StepLimits& limits, int num_multiprocessors) {
+  return std::max(AttentionBytes(limits), RouteBytes(limits, num_multiprocessors));
+}
+
 }  // namespace
 
 GrowingMemory::~GrowingMemory() { CUDA_CHECK(cudaFree(data_)); }
@@ -40,34 +45,30 @@ void* GrowingMemory::Reserve(int64_t num_bytes) {
 }
 
 CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
-    : device_(device), stream_(stream) {
+    : device_(device), stream_(stream), step_(device) {
   constexpr int64_t kCounterBytes = 256;
   counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
   CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
-  if (!Fp8StreamSm90::Supports(device) || !Fp8TileSm90::Supports(device)) return;
-  const int multiprocessors = device.multiProcessorCount;
-  fp8_stream_.emplace(fp8_stream_memory_.Reserve(Fp8StreamSm90::WorkspaceBytes(multiprocessors)),
-                      multiprocessors);
-  fp8_tile_.emplace(multiprocessors);
+  if (Fp8StreamSm90::Supports(device)) {
+    const int64_t bytes = Fp8StreamSm90::WorkspaceBytes(device.multiProcessorCount);
+    fp8_stream_.emplace(fp8_stream_memory_.Reserve(bytes), device.multiProcessorCount);
+    fp8_tile_.emplace(device.multiProcessorCount);
+  }
 }
 
 int64_t CudaOps::ScratchBytes(const StepLimits& limits) const {
-  const int64_t once =
-      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
-  return once + AttentionSm90Bytes(limits);
+  return OperationBytes(limits, device_.multiProcessorCount) + step_.ScratchBytes(limits);
 }
 
 void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
-  const int64_t once =
-      std::max(AttentionBytes(limits), RouteBytes(limits, device_.multiProcessorCount));
-  scratch_.Use(memory, once);
-  UseAttentionSm90(limits, static_cast<char*>(memory) + once);
+  const int64_t bytes = OperationBytes(limits, device_.multiProcessorCount);
+  scratch_.Use(memory, bytes);
+  step_.UseScratch(limits, static_cast<char*>(memory) + bytes);
 }
 
 void CudaOps::BeginStep(const AttentionBatch& batch) {
-  layer_ = 0;
   prefetches_ = {};
-  PlanAttentionSm90(batch);
+  step_.Begin(batch, stream_);
 }
 
 void CudaOps::Prefetch(const Tensor& weight) {

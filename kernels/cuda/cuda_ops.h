@@ -14,11 +14,11 @@
 
 #include "kernels/cuda/fp8_stream_sm90.h"
 #include "kernels/cuda/fp8_tile_sm90.h"
-#include "kernels/cuda/mla_decode_sm90.h"
-#include "kernels/cuda/mla_prefill_sm90.h"
+#include "kernels/cuda/mla_step.h"
 #include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
 #include "kernels/ops.h"
+#include "kernels/shape_checks.h"
 
 namespace fathom {
 
@@ -65,34 +65,23 @@ class CudaOps final : public Ops {
   bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
                          int num_choices, const Tensor& out);
 
-  // The steps of MlaAttention, for tokens [first, first + tokens of q): queries into the latent
-  // space, what they gather there, and out of it. q_latent, latent [T, A, R], q_rope [T, A, P] act.
+  // The steps of MlaAttention, for some tokens: queries into the latent space, what they gather
+  // there, and out of it.
   struct Latents {
-    Tensor q_latent, q_rope, latent;
+    Tensor q_latent, latent;  // [T, A, R] act
+    Tensor q_rope;            // [T, A, P] act
+    Tensor values;            // [T, A * V] act, where they must be quantised afterwards
   };
+  Latents ReserveLatents(const AttentionSizes& sizes, int64_t tokens, DType act);
   void IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
                        const Tensor& cos_sin, const Latents& latents);
-  // How BeginStep divides a step's attention among Hopper's kernels (mla_attention_sm90.cu).
-  struct AttentionPlan {
-    int num_decodes = 0;          // sequences in front that have few tokens each
-    int first_prefill_token = 0;  // behind theirs
-    MlaPrefillSm90::Step prefill;
-  };
-  static constexpr int64_t kPrefillAlignment = 1024;
-  bool HasAttentionSm90(const StepLimits& limits) const;
-  int64_t AttentionSm90Bytes(const StepLimits& limits) const;
-  void UseAttentionSm90(const StepLimits& limits, void* memory);
-  void PlanAttentionSm90(const AttentionBatch& batch);
-  // Whether they took the sequences that the plan gives them.
-  bool DecodeSm90(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
-                  float scale);
-  bool PrefillSm90(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
-                   const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
-                   float scale, const LinearInput& out);
   void AttendGeneric(const Latents& latents, const Tensor& cache, const AttentionBatch& batch,
                      float scale, int64_t first);
-  void OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
-                        const LinearInput& out);
+  void OutOfLatentSpace(const Latents& latents, const MlaWeights& weights, const LinearInput& out);
+  // All of it in the shape of DeepSeek-V3 on Hopper; false for other ones.
+  bool AttendSm90(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
+                  const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
+                  float scale, const LinearInput& out);
 
   // What was to be prefetched, for a kernel of a step of this many tokens to carry.
   cuda::PrefetchList TakePrefetches(int64_t num_tokens);
@@ -104,16 +93,10 @@ class CudaOps final : public Ops {
   GrowingMemory counter_memory_;
   int* counters_ = nullptr;
   cuda::Scratch scratch_;  // of one operation at a time
+  cuda::MlaStep step_;
   GrowingMemory fp8_stream_memory_;
-  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper
-  std::optional<Fp8TileSm90> fp8_tile_;      // on Hopper
-  std::optional<MlaDecodeSm90> decode_;
-  std::optional<MlaPrefillSm90> prefill_;
-  int decode_layers_ = 0;            // that decode_ has room for
-  int* row_context_lens_ = nullptr;  // [MlaDecodeSm90::kMaxRows]
-  int* row_sequences_ = nullptr;
-  AttentionPlan attention_plan_;
-  int layer_ = 0;  // of the step, that calls MlaAttention next
+  std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper, as is this:
+  std::optional<Fp8TileSm90> fp8_tile_;
   cuda::PrefetchList prefetches_;
 };
 

@@ -81,6 +81,33 @@ __device__ void StoreEight(const float (&from)[kEight], int count, Element* to) 
   }
 }
 
+// Eight elements as they lie in memory, which take fewer registers than floats.
+template <typename Element>
+struct alignas(16) PackedEight {
+  Element elements[kEight];
+
+  template <bool kAligned>
+  __device__ void Load(const Element* from, int count) {
+    if constexpr (kAligned) {
+      constexpr int kLoads = kEight * sizeof(Element) / 16;
+#pragma unroll
+      for (int load = 0; load < kLoads; ++load) {
+        reinterpret_cast<uint4*>(elements)[load] = reinterpret_cast<const uint4*>(from)[load];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) {
+        StoreFloat(i < count ? ToFloat(from[i]) : 0.0f, &elements[i]);
+      }
+    }
+  }
+  __device__ void Clear() {
+#pragma unroll
+    for (Element& element : elements) StoreFloat(0.0f, &element);
+  }
+  __device__ float operator[](int i) const { return ToFloat(elements[i]); }
+};
+
 // Turns neighbouring pairs by the angles of `turns`: cosine, sine, cosine, sine, …
 __device__ inline void RotateEight(const float (&turns)[kEight], float (&x)[kEight]) {
 #pragma unroll
@@ -120,7 +147,8 @@ __device__ inline float FactorOf(float largest) {
 }
 
 // The codes of x / factor. Two corrected multiplications in place of a division; the quotient is
-// the same (Markstein; a factor is never small enough for the inverse to overflow).
+// the same (Markstein; a factor is never small enough for the inverse to overflow), and that of -0
+// keeps its sign.
 __device__ inline uint2 EncodeEight(const float (&x)[kEight], float factor) {
   const float inverse = __frcp_rn(factor);
   uint32_t words[2] = {};
@@ -128,8 +156,8 @@ __device__ inline uint2 EncodeEight(const float (&x)[kEight], float factor) {
   for (int i = 0; i < kEight; i += 2) {
     float2 quotients;
     const float first = x[i] * inverse, second = x[i + 1] * inverse;
-    quotients.x = fmaf(fmaf(-first, factor, x[i]), inverse, first);
-    quotients.y = fmaf(fmaf(-second, factor, x[i + 1]), inverse, second);
+    quotients.x = copysignf(fmaf(fmaf(-first, factor, x[i]), inverse, first), x[i]);
+    quotients.y = copysignf(fmaf(fmaf(-second, factor, x[i + 1]), inverse, second), x[i + 1]);
     words[i / 4] |= uint32_t{__nv_cvt_float2_to_fp8x2(quotients, __NV_SATFINITE, __NV_E4M3)}
                     << i % 4 * 8;
   }

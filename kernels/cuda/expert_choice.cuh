@@ -35,18 +35,52 @@ __device__ inline uint32_t SortKey(float score) {
 // The best two of some experts' scores; NaN does not count.
 struct BestTwo {
   float best = -INFINITY, second = -INFINITY;
-  __device__ void Add(float score) {
-    if (score > best) {
-      second = best;
-      best = score;
-    } else if (score > second) {
-      second = score;
+
+  __device__ void Add(const BestTwo& other) {
+    second = fmaxf(fminf(best, other.best), fmaxf(second, other.second));
+    best = fmaxf(best, other.best);
+  }
+  // Of `lanes` neighbouring lanes, a power of two of them, in each of these.
+  __device__ void AddNeighbours(int lanes) {
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      BestTwo other;
+      other.best = __shfl_xor_sync(kAllLanes, best, distance);
+      other.second = __shfl_xor_sync(kAllLanes, second, distance);
+      Add(other);
     }
   }
   __device__ float ScoreOfGroup(int size, TopkMethod method) const {
     return method == TopkMethod::kNoauxTc && size > 1 ? best + second : best;
   }
 };
+template <int kCount>
+__device__ BestTwo BestTwoOf(const float* scores) {
+  if constexpr (kCount == 1) {
+    BestTwo one;
+    one.best = fmaxf(scores[0], -INFINITY);
+    return one;
+  } else {
+    BestTwo first = BestTwoOf<kCount / 2>(scores);
+    first.Add(BestTwoOf<kCount / 2>(scores + kCount / 2));
+    return first;
+  }
+}
+
+// The largest of some keys, the first one if several are.
+struct BestKey {
+  uint32_t key;
+  int place;
+};
+template <int kCount>
+__device__ BestKey BestKeyOf(const uint32_t* keys, int first = 0) {
+  if constexpr (kCount == 1) {
+    return {keys[0], first};
+  } else {
+    const BestKey low = BestKeyOf<kCount / 2>(keys, first);
+    const BestKey high = BestKeyOf<kCount / 2>(keys + kCount / 2, first + kCount / 2);
+    return high.key > low.key ? high : low;
+  }
+}
 
 // Sigmoid of each logit, or softmax over all. Logits of experts that do not exist are -inf.
 template <int kPer>
@@ -71,6 +105,18 @@ __device__ void Score(const float (&logits)[kPer], ScoringFunc scoring_func,
   for (float& score : scores) score /= sum;
 }
 
+// How many groups are better than this lane's, if each group's key is at its first lane, `sharing`
+// lanes after the group before.
+__device__ inline int BetterGroups(uint32_t key, int group, int num_groups, int sharing) {
+  int better = 0;
+#pragma unroll 4
+  for (int g = 0; g < num_groups; ++g) {
+    const uint32_t other = __shfl_sync(kAllLanes, key, g * sharing);
+    better += other > key || (other == key && g < group);
+  }
+  return better;
+}
+
 // Bit g: whether group g is one of the topk_group best. `room`: shared memory of this warp's,
 // num_experts floats.
 template <int kPer>
@@ -88,21 +134,12 @@ __device__ uint32_t KeptGroups(const float (&choice)[kPer], const Choice& argume
   const int group = lane / sharing, part = lane % sharing;
   BestTwo best;
   if (group < groups) {
-    for (int i = part; i < size; i += sharing) best.Add(room[group * size + i]);
+    for (int i = part; i < size; i += sharing) best.Add(BestTwoOf<1>(&room[group * size + i]));
   }
-  for (int lanes = 1; lanes < sharing; lanes *= 2) {
-    const float other_best = __shfl_xor_sync(kAllLanes, best.best, lanes);
-    const float other_second = __shfl_xor_sync(kAllLanes, best.second, lanes);
-    best.Add(other_best);
-    best.Add(other_second);
-  }
+  best.AddNeighbours(sharing);
   const uint32_t key =
       group < groups ? SortKey(best.ScoreOfGroup(size, arguments.config.topk_method)) : 0;
-  int better = 0;  // groups than this lane's
-  for (int g = 0; g < groups; ++g) {
-    const uint32_t other = __shfl_sync(kAllLanes, key, g * sharing);
-    better += other > key || (other == key && g < group);
-  }
+  const int better = BetterGroups(key, group, groups, sharing);
   const bool kept = group < groups && part == 0 && better < arguments.config.topk_group;
   const uint32_t lanes = __ballot_sync(kAllLanes, kept);
   uint32_t result = 0;
@@ -111,10 +148,38 @@ __device__ uint32_t KeptGroups(const float (&choice)[kPer], const Choice& argume
   return result;
 }
 
-// All lanes of a warp. Logits of experts that do not exist are -inf.
+// Bit i: whether this lane's expert i is in one of the topk_group best groups.
 template <int kPer>
-__device__ void ChooseExperts(const float (&logits)[kPer], const Choice& arguments, int64_t token,
-                              float* room) {
+__device__ uint32_t KeptExperts(const float (&choice)[kPer], const Choice& arguments, float* room) {
+  const RoutingConfig& config = arguments.config;
+  if (config.topk_method == TopkMethod::kGreedy || config.topk_group >= config.n_group) return ~0u;
+  const int lane = threadIdx.x % kWarp, size = arguments.num_experts / config.n_group;
+  const int sharing = size / kPer;
+  if (size == sharing * kPer && (sharing & (sharing - 1)) == 0 &&
+      config.n_group * sharing == kWarp) {
+    // Whole lanes share a group: nothing need go through memory.
+    BestTwo best = BestTwoOf<kPer>(choice);
+    best.AddNeighbours(sharing);
+    const uint32_t key = SortKey(best.ScoreOfGroup(size, config.topk_method));
+    const int better = BetterGroups(key, lane / sharing, config.n_group, sharing);
+    return better < config.topk_group ? ~0u : 0u;
+  }
+  const uint32_t groups = KeptGroups(choice, arguments, room);
+  uint32_t experts = 0;
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) {
+    if (lane * kPer + i < arguments.num_experts) {
+      experts |= (groups >> ((lane * kPer + i) / size) & 1) << i;
+    }
+  }
+  return experts;
+}
+
+// All lanes of a warp. Logits of experts that do not exist are -inf. `room`: shared memory of this
+// warp's, num_experts floats. Returns choice l of lane l, of the routed experts.
+template <int kPer>
+__device__ int ChooseExperts(const float (&logits)[kPer], const Choice& arguments, int64_t token,
+                             float* room) {
   const RoutingConfig& config = arguments.config;
   const int lane = threadIdx.x % kWarp;
   float scores[kPer], choice[kPer];
@@ -126,60 +191,47 @@ __device__ void ChooseExperts(const float (&logits)[kPer], const Choice& argumen
         config.topk_method == TopkMethod::kNoauxTc && expert < arguments.num_experts;
     choice[i] = biased ? scores[i] + arguments.bias[expert] : scores[i];
   }
-  uint32_t kept = ~0u;
-  if (config.topk_method != TopkMethod::kGreedy && config.topk_group < config.n_group) {
-    kept = KeptGroups(choice, arguments, room);
-  }
-  const int group_size = arguments.num_experts / config.n_group;
+  const uint32_t kept = KeptExperts(choice, arguments, room);
   uint32_t keys[kPer];  // 0: taken, or no expert
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int expert = lane * kPer + i;
-    keys[i] = expert >= arguments.num_experts     ? 0
-              : kept == ~0u                       ? SortKey(choice[i])
-              : kept >> (expert / group_size) & 1 ? SortKey(choice[i])
-                                                  : SortKey(-INFINITY);
+    keys[i] = SortKey(kept >> i & 1 ? choice[i] : -INFINITY);
+    if (expert >= arguments.num_experts) {
+      keys[i] = 0;
+    } else {
+      room[expert] = scores[i];
+    }
   }
 
-  int my_expert = 0;  // lane j keeps choice j
-  float my_score = 0.0f, sum = 0.0f;
+  int mine = 0;  // lane j keeps choice j
   for (int j = 0; j < config.num_experts_per_tok; ++j) {
-    uint32_t best = keys[0];
-    int place = 0;
-    float score = scores[0];
-#pragma unroll
-    for (int i = 1; i < kPer; ++i) {
-      if (keys[i] > best) {
-        best = keys[i];
-        place = i;
-        score = scores[i];
-      }
-    }
-    const uint32_t best_of_all = __reduce_max_sync(kAllLanes, best);
-    const int owner = __ffs(static_cast<int>(__ballot_sync(kAllLanes, best == best_of_all))) - 1;
-    const int expert = __shfl_sync(kAllLanes, lane * kPer + place, owner);
-    score = __shfl_sync(kAllLanes, score, owner);
-    sum += score;
-    if (lane == j) {
-      my_expert = expert;
-      my_score = score;
-    }
+    const BestKey best = BestKeyOf<kPer>(keys);
+    const uint32_t best_of_all = __reduce_max_sync(kAllLanes, best.key);
+    const int owner =
+        __ffs(static_cast<int>(__ballot_sync(kAllLanes, best.key == best_of_all))) - 1;
+    const int expert = __shfl_sync(kAllLanes, lane * kPer + best.place, owner);
+    if (lane == j) mine = expert;
 #pragma unroll
     for (int i = 0; i < kPer; ++i) {
       if (lane * kPer + i == expert) keys[i] = 0;
     }
   }
+  __syncwarp();
+  const float share = lane < config.num_experts_per_tok ? room[mine] : 0.0f;
+  const float sum = WarpSum(share);
   const int64_t first = token * config.num_choices();
   if (lane < config.num_experts_per_tok) {
     const float divisor = config.norm_topk_prob ? sum + 1e-20f : 1.0f;  // never 0 / 0
-    arguments.experts[first + lane] = my_expert;
-    arguments.weights[first + lane] = my_score / divisor * config.routed_scaling_factor;
+    arguments.experts[first + lane] = mine;
+    arguments.weights[first + lane] = share / divisor * config.routed_scaling_factor;
   }
   for (int j = lane; j < config.num_shared_experts; j += kWarp) {
     const int64_t place = first + config.num_experts_per_tok + j;
     arguments.experts[place] = arguments.num_experts + j;
     arguments.weights[place] = 1.0f;
   }
+  return mine;
 }
 
 }  // namespace fathom::cuda

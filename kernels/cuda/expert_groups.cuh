@@ -47,26 +47,84 @@ __device__ inline int2 ScanBlock(int2 value, int* warp_sums, int2* total) {
   return before;
 }
 
+// The same for the rows of one token, whose experts all differ: the place of a row is the number of
+// smaller experts. `experts`: in shared memory. All threads of a block.
+__device__ inline void GroupRowsOfToken(const Grouping& grouping, const int* experts) {
+  const auto before = [&](int limit) {
+    int count = 0;
+    for (int i = 0; i < grouping.num_rows; ++i) {
+      const int expert = experts[i] - grouping.first_expert;
+      count += expert >= 0 && expert < limit;
+    }
+    return count;
+  };
+  for (int e = threadIdx.x; e <= grouping.num_experts; e += blockDim.x) {
+    grouping.offsets[e] = before(e);
+    if (e == grouping.num_experts && grouping.notes != nullptr) grouping.notes[0] = before(e);
+  }
+  // From the other end of the block, whose threads have less to do.
+  for (int row = blockDim.x - 1 - threadIdx.x; row < grouping.num_rows; row += blockDim.x) {
+    const int expert = experts[row] - grouping.first_expert;
+    const bool is_here = expert >= 0 && expert < grouping.num_experts;
+    const int place = is_here ? before(expert) : -1;
+    if (is_here) grouping.rows[place] = row;
+    if (grouping.notes == nullptr) continue;
+    grouping.notes[grouping.places_at + row] = place;
+    if (is_here) {
+      reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[place] =
+          make_int4(expert, place, 1, 0);
+    }
+  }
+}
+
 // By a whole block of at most 1,024 threads, all of its warps full.
 __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int warps = blockDim.x / kWarp, experts = grouping.num_experts;
+  const int experts = grouping.num_experts;
+  const int warps =
+      max(1, min(static_cast<int>(blockDim.x) / kWarp, (grouping.num_rows + kWarp - 1) / kWarp));
   int* counts = shared;  // [warps][experts]
   int* warp_sums = counts + experts * warps;
   const int part = (grouping.num_rows + warps * kWarp - 1) / (warps * kWarp) * kWarp;
-  const int begin = warp * part, end = min(begin + part, grouping.num_rows);
-  // Behind the last row, or another rank's: -1. From the L2, where other blocks have just put it.
-  const auto expert_of = [&](int row) {
-    const int expert = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
-    return expert >= 0 && expert < experts ? expert : -1;
+  const int begin = min(warp * part, grouping.num_rows);
+  const int end = min(begin + part, grouping.num_rows);
+  // Experts of a batch of this warp's rows, a row to a lane, all loads in flight at once; from the
+  // L2, where other blocks have just put them. Behind the last row, and another rank's: -1.
+  constexpr int kBatch = 8;
+  struct Batch {
+    int experts[kBatch];
+  };
+  const auto load = [&](int first) {
+    Batch batch;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = first + i * kWarp + lane;
+      batch.experts[i] = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
+    }
+#pragma unroll
+    for (int& expert : batch.experts) {
+      if (expert >= experts || expert < 0) expert = -1;
+    }
+    return batch;
+  };
+  const Batch first_batch = load(begin);  // of few rows all
+  // Calls fn(row, expert) for all rows of this warp in order.
+  const auto visit = [&](const auto& fn) {
+    for (int first = begin; first < end; first += kBatch * kWarp) {
+      const Batch batch = first == begin ? first_batch : load(first);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kWarp >= end) break;
+        fn(first + i * kWarp + lane, batch.experts[i]);
+      }
+    }
   };
 
   for (int i = threadIdx.x; i < experts * warps; i += blockDim.x) counts[i] = 0;
   __syncthreads();
-  for (int row = begin + lane; row < end; row += kWarp) {
-    const int expert = expert_of(row);
+  visit([&](int, int expert) {
     if (expert >= 0) atomicAdd(&counts[warp * experts + expert], 1);
-  }
+  });
   __syncthreads();
 
   // Counts become places: of an expert's first row, and of each warp's first row of it.
@@ -75,11 +133,8 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     const int expert = base + threadIdx.x;
     int count = 0;
     if (expert < experts) {
-      for (int w = 0; w < warps; ++w) {
-        const int of_warp = counts[w * experts + expert];
-        counts[w * experts + expert] = count;
-        count += of_warp;
-      }
+#pragma unroll 8
+      for (int w = 0; w < warps; ++w) count += counts[w * experts + expert];
     }
     const int chunk_rows = grouping.rows_per_chunk;
     const int chunks = (count + chunk_rows - 1) / chunk_rows;
@@ -88,7 +143,19 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     before = make_int2(before.x + first.x, before.y + first.y);
     if (expert < experts) {
       grouping.offsets[expert] = before.x;
-      for (int w = 0; w < warps; ++w) counts[w * experts + expert] += before.x;
+      int place = before.x;
+      for (int w = 0; w < warps; w += kBatch) {
+        int of_warp[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          of_warp[i] = w + i < warps ? counts[(w + i) * experts + expert] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (w + i < warps) counts[(w + i) * experts + expert] = place;
+          place += of_warp[i];
+        }
+      }
       for (int c = 0; grouping.notes != nullptr && c < chunks; ++c) {
         reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[before.y + c] = make_int4(
             expert, before.x + c * chunk_rows, min(chunk_rows, count - c * chunk_rows), 0);
@@ -102,8 +169,7 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
   }
   __syncthreads();
 
-  for (int first_row = begin; first_row < end; first_row += kWarp) {
-    const int row = first_row + lane, expert = expert_of(row);
+  visit([&](int row, int expert) {
     const unsigned same = __match_any_sync(kAllLanes, expert);
     int place = -1;
     if (expert >= 0) {
@@ -114,7 +180,7 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     if (expert >= 0 && (same >> lane) == 1) counts[warp * experts + expert] = place + 1;
     __syncwarp();
     if (grouping.notes != nullptr && row < end) grouping.notes[grouping.places_at + row] = place;
-  }
+  });
 }
 
 }  // namespace fathom::cuda

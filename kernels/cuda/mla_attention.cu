@@ -13,6 +13,7 @@
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/linear_generic.h"
 #include "kernels/cuda/mla_projections.h"
+#include "kernels/cuda/mla_step.h"
 #include "kernels/cuda/quantize.h"
 #include "kernels/shape_checks.h"
 
@@ -232,14 +233,6 @@ void Launch(const Arguments& arguments, int64_t num_tokens, int most_shared_byte
                   arguments);
 }
 
-// Whether the kernels of mla_projections.h can take it.
-bool HasProjections(const AttentionSizes& sizes, const MlaWeights& weights, DType act) {
-  return act == DType::kBF16 && weights.w_uk.dtype() == act && weights.w_uv.dtype() == act &&
-         sizes.kv_lora_rank == kLatentSize && sizes.nope_dim == kHeadSize &&
-         sizes.v_dim == kHeadSize && sizes.rope_dim % kEight == 0 && sizes.rope_dim <= 1024 &&
-         AreAlignedForEight(weights.w_uk, weights.w_uv);
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -249,101 +242,65 @@ void CudaOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Ten
   constexpr int64_t kMostTokens = 1024;  // at once, for what they are in the latent space
   const AttentionSizes sizes = CheckMlaAttention(q, weights, positions, cos_sin, cache, batch, out);
   if (sizes.tokens == 0 || sizes.heads == 0) return;
-  const DType act = q.dtype();
-  const int64_t most_rows = std::min(kMostTokens, sizes.tokens) * sizes.heads;
-  const int64_t latent_bytes = cuda::AlignUp(most_rows * sizes.kv_lora_rank * SizeOf(act));
-  const int64_t rope_bytes = cuda::AlignUp(most_rows * sizes.rope_dim * SizeOf(act));
-  const int64_t value_bytes = cuda::AlignUp(most_rows * sizes.v_dim * SizeOf(act));
-  char* memory = static_cast<char*>(scratch_.Reserve(2 * latent_bytes + rope_bytes + value_bytes));
-  // On Hopper sequences with few tokens come first and the others are done by the time.
-  const int64_t end = PrefillSm90(q, weights, positions, cos_sin, cache, batch, scale, out)
-                          ? attention_plan_.first_prefill_token
-                          : sizes.tokens;
-  for (int64_t first = 0; first < end; first += kMostTokens) {
-    const int64_t count = std::min(kMostTokens, end - first);
-    const Latents latents = {
-        .q_latent = Tensor(memory, act, {count, sizes.heads, sizes.kv_lora_rank}),
-        .q_rope = Tensor(memory + 2 * latent_bytes, act, {count, sizes.heads, sizes.rope_dim}),
-        .latent = Tensor(memory + latent_bytes, act, {count, sizes.heads, sizes.kv_lora_rank})};
+  if (AttendSm90(q, weights, positions, cos_sin, cache, batch, scale, out)) return;
+  for (int64_t first = 0; first < sizes.tokens; first += kMostTokens) {
+    const int64_t count = std::min(kMostTokens, sizes.tokens - first);
+    const Latents latents = ReserveLatents(sizes, count, q.dtype());
     const auto part = [&](const Tensor& tensor) {
       return tensor.present() ? tensor.Slice(0, first, first + count) : Tensor();
     };
     IntoLatentSpace(part(q), weights, part(positions), cos_sin, latents);
-    if (count < end || !DecodeSm90(latents, cache, batch, scale)) {
-      AttendGeneric(latents, cache, batch, scale, first);
-    }
-    OutOfLatentSpace(latents.latent, weights, memory + 2 * latent_bytes + rope_bytes,
-                     {part(out.values), part(out.scales)});
+    AttendGeneric(latents, cache, batch, scale, first);
+    OutOfLatentSpace(latents, weights, {part(out.values), part(out.scales)});
   }
-  ++layer_;
+}
+
+CudaOps::Latents CudaOps::ReserveLatents(const AttentionSizes& sizes, int64_t tokens, DType act) {
+  const int64_t rows = tokens * sizes.heads;
+  const int64_t latent_bytes = cuda::AlignUp(rows * sizes.kv_lora_rank * SizeOf(act));
+  const int64_t rope_bytes = cuda::AlignUp(rows * sizes.rope_dim * SizeOf(act));
+  const int64_t value_bytes = cuda::AlignUp(rows * sizes.v_dim * SizeOf(act));
+  auto* memory = static_cast<char*>(scratch_.Reserve(2 * latent_bytes + rope_bytes + value_bytes));
+  return {.q_latent = Tensor(memory, act, {tokens, sizes.heads, sizes.kv_lora_rank}),
+          .latent = Tensor(memory + latent_bytes, act, {tokens, sizes.heads, sizes.kv_lora_rank}),
+          .q_rope = Tensor(memory + 2 * latent_bytes, act, {tokens, sizes.heads, sizes.rope_dim}),
+          .values = Tensor(memory + 2 * latent_bytes + rope_bytes, act,
+                           {tokens, sizes.heads * sizes.v_dim})};
 }
 
 void CudaOps::IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const Tensor& positions,
                               const Tensor& cos_sin, const Latents& latents) {
-  const AttentionSizes sizes = {.tokens = q.dim(0),
-                                .heads = q.dim(1),
-                                .kv_lora_rank = weights.w_uk.dim(1),
-                                .nope_dim = weights.w_uk.dim(2),
-                                .rope_dim = latents.q_rope.dim(2),
-                                .v_dim = weights.w_uv.dim(1),
-                                .sequences = 0};
-  const bool is_aligned =
-      cuda::IsAlignedForEight(q) && reinterpret_cast<uintptr_t>(cos_sin.raw()) % 16 == 0;
-  if (is_aligned && cuda::HasProjections(sizes, weights, q.dtype())) {
-    cuda::Absorb({.q = static_cast<const __nv_bfloat16*>(q.raw()),
-                  .q_token_stride = q.stride(0),
-                  .q_head_stride = q.stride(1),
-                  .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
-                  .positions = positions.data<int32_t>(),
-                  .positions_stride = positions.stride(0),
-                  .cos_sin = cos_sin.data<float>(),
-                  .num_tokens = static_cast<int>(sizes.tokens),
-                  .num_heads = static_cast<int>(sizes.heads),
-                  .rope_dim = static_cast<int>(sizes.rope_dim),
-                  .q_latent = static_cast<__nv_bfloat16*>(latents.q_latent.raw()),
-                  .q_rope = static_cast<__nv_bfloat16*>(latents.q_rope.raw())},
-                 stream_);
+  const int64_t nope_dim = weights.w_uk.dim(2), rope_dim = latents.q_rope.dim(2);
+  if (cuda::HasProjections(q, weights, cos_sin, rope_dim)) {
+    cuda::Absorb(
+        cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope),
+        stream_);
     return;
   }
-  cuda::MultiplyHeads(q.Slice(2, 0, sizes.nope_dim), weights.w_uk, latents.q_latent, stream_);
-  if (sizes.rope_dim == 0) return;
-  const Tensor q_rope = q.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim);
+  cuda::MultiplyHeads(q.Slice(2, 0, nope_dim), weights.w_uk, latents.q_latent, stream_);
+  if (rope_dim == 0) return;
+  const Tensor q_rope = q.Slice(2, nope_dim, nope_dim + rope_dim);
   cuda::VisitAct(q.dtype(), [&](auto element) {
     using Act = decltype(element);
     cuda::LaunchDependent(
-        cuda::RotateKernel<Act>, {dim3(static_cast<unsigned>(sizes.tokens)), dim3(cuda::kThreads)},
-        stream_, cuda::Rows<const Act>(q_rope), q_rope.stride(1), static_cast<int>(sizes.heads),
-        static_cast<int>(sizes.rope_dim), cuda::Rows<const int>(positions),
+        cuda::RotateKernel<Act>, {dim3(static_cast<unsigned>(q.dim(0))), dim3(cuda::kThreads)},
+        stream_, cuda::Rows<const Act>(q_rope), q_rope.stride(1), static_cast<int>(q.dim(1)),
+        static_cast<int>(rope_dim), cuda::Rows<const int>(positions),
         reinterpret_cast<const float2*>(cos_sin.data<float>()),
         static_cast<Act*>(latents.q_rope.raw()));
   });
 }
 
-void CudaOps::OutOfLatentSpace(const Tensor& latent, const MlaWeights& weights, void* room,
+void CudaOps::OutOfLatentSpace(const Latents& latents, const MlaWeights& weights,
                                const LinearInput& out) {
-  const int64_t tokens = latent.dim(0), heads = latent.dim(1), v_dim = weights.w_uv.dim(1);
-  const AttentionSizes sizes = {.tokens = tokens,
-                                .heads = heads,
-                                .kv_lora_rank = latent.dim(2),
-                                .nope_dim = weights.w_uk.dim(2),
-                                .rope_dim = 0,
-                                .v_dim = v_dim,
-                                .sequences = 0};
-  if (cuda::HasProjections(sizes, weights, latent.dtype())) {
-    cuda::Project({.latent = static_cast<const __nv_bfloat16*>(latent.raw()),
-                   .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
-                   .num_tokens = static_cast<int>(tokens),
-                   .num_heads = static_cast<int>(heads),
-                   .out = out.values.raw(),
-                   .out_stride = out.values.stride(0),
-                   .scales = out.quantized() ? out.scales.data<float>() : nullptr,
-                   .scales_stride = out.quantized() ? out.scales.stride(0) : 0},
-                  stream_);
+  const Tensor& latent = latents.latent;
+  if (latent.dtype() == DType::kBF16 && cuda::HasProjections(weights)) {
+    cuda::Project(cuda::ProjectionOf(latent, weights, out), stream_);
     return;
   }
-  const Tensor values =
-      out.quantized() ? Tensor(room, latent.dtype(), {tokens, heads * v_dim}) : out.values;
-  cuda::MultiplyHeads(latent, weights.w_uv, values.SplitLast(heads, v_dim), stream_);
+  const Tensor& values = out.quantized() ? latents.values : out.values;
+  cuda::MultiplyHeads(latent, weights.w_uv, values.SplitLast(latent.dim(1), weights.w_uv.dim(1)),
+                      stream_);
   if (out.quantized()) cuda::QuantizeRows(values, out, stream_);
 }
 

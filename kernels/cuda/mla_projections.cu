@@ -22,6 +22,8 @@ constexpr int kAbsorbRows = 64;
 constexpr int kAbsorbBlocks = kLatentSize / kAbsorbRows;  // to a head
 constexpr int kHeadChunks = kHeadSize / 32;
 
+__device__ int TokenOf(const int* tokens, int row) { return tokens == nullptr ? row : tokens[row]; }
+
 // Rotates the head's queries of every eighth token, the first being `first`.
 __device__ void RotateQueries(const Absorption& a, int head, int first, int end) {
   const int lanes = a.rope_dim / kEight;
@@ -29,21 +31,20 @@ __device__ void RotateQueries(const Absorption& a, int head, int first, int end)
   const int column = static_cast<int>(threadIdx.x) % lanes * kEight;
   const int slot = static_cast<int>(threadIdx.x) / lanes;
   if (slot >= at_once) return;
-  for (int token = first + slot * kAbsorbBlocks; token < end; token += at_once * kAbsorbBlocks) {
+  for (int row = first + slot * kAbsorbBlocks; row < end; row += at_once * kAbsorbBlocks) {
+    const int64_t token = TokenOf(a.tokens, row);
     float q[kEight], turns[kEight];
     LoadEight<true>(a.q + token * a.q_token_stride + head * a.q_head_stride + kHeadSize + column,
                     kEight, q);
-    LoadEight<true>(
-        a.cos_sin + int64_t{a.positions[token * a.positions_stride]} * a.rope_dim + column, kEight,
-        turns);
+    const int64_t position = a.positions[token * a.positions_stride];
+    LoadEight<true>(a.cos_sin + position * a.rope_dim + column, kEight, turns);
     RotateEight(turns, q);
     StoreEight<true>(q, kEight,
-                     a.q_rope + (int64_t{token} * a.num_heads + head) * a.rope_dim + column);
+                     a.q_rope + (int64_t{row} * a.num_heads + head) * a.rope_dim + column);
   }
 }
 
 __global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption a) {
-  LetDependentsLaunch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, in_group = lane % 4;
   const int head = blockIdx.x / kAbsorbBlocks, part = blockIdx.x % kAbsorbBlocks;
@@ -59,12 +60,14 @@ __global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption 
   const int begin = blockIdx.y * kBlockTokens;
   const int end = min(begin + kBlockTokens, a.num_tokens);
   WaitForPredecessors();
+  // Not before: the next kernel may begin with what was complete before the one before this.
+  LetDependentsLaunch();
 
   for (int first = begin; first < end; first += kTileTokens) {
     const int low = first + group, high = low + 8;
     const __nv_bfloat16* q = a.q + head * a.q_head_stride + in_group * 8;
-    const __nv_bfloat16* q_low = q + min(low, end - 1) * a.q_token_stride;
-    const __nv_bfloat16* q_high = q + min(high, end - 1) * a.q_token_stride;
+    const __nv_bfloat16* q_low = q + TokenOf(a.tokens, min(low, end - 1)) * a.q_token_stride;
+    const __nv_bfloat16* q_high = q + TokenOf(a.tokens, min(high, end - 1)) * a.q_token_stride;
     float d[2][4] = {};
 #pragma unroll
     for (int c = 0; c < kHeadChunks; ++c) {
@@ -187,7 +190,7 @@ __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProj
     for (int i = 0; i < kTiles; ++i) {
       const int token = i * kTileTokens + static_cast<int>(threadIdx.x) / kProjectValues;
       if (token >= count) break;
-      static_cast<__nv_bfloat16*>(p.out)[(first + token) * p.out_stride + column] =
+      static_cast<__nv_bfloat16*>(p.out)[TokenOf(p.tokens, first + token) * p.out_stride + column] =
           __float2bfloat16(values[i]);
     }
     return;
@@ -201,9 +204,10 @@ __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProj
     const float factor =
         FactorOf(WarpMax<kProjectCluster>(LoadFromBlock(&largest[token], value % kProjectCluster)));
     if (token >= count) continue;
-    static_cast<uint8_t*>(p.out)[(first + token) * p.out_stride + column] =
+    const int64_t place = TokenOf(p.tokens, first + token);
+    static_cast<uint8_t*>(p.out)[place * p.out_stride + column] =
         __nv_cvt_float_to_fp8(values[i] / factor, __NV_SATFINITE, __NV_E4M3);
-    if (part == 0 && value == 0) p.scales[(first + token) * p.scales_stride + head] = factor;
+    if (part == 0 && value == 0) p.scales[place * p.scales_stride + head] = factor;
   }
   ClusterArrive();  // nobody ends while others read its shared memory
   ClusterWait();

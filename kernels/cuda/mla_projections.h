@@ -24,19 +24,25 @@ struct Absorption {
   int64_t q_token_stride = 0;           // elements, a multiple of 8
   int64_t q_head_stride = 0;            // the same
   const __nv_bfloat16* w_uk = nullptr;  // [A, 512, 128]
-  const int* positions = nullptr;       // [T]
+  // Row r reads the query and the position of token tokens[r]; null: of token r.
+  const int* tokens = nullptr;
+  const int* positions = nullptr;  // [T]
   int64_t positions_stride = 1;
   const float* cos_sin = nullptr;  // [max positions, rope_dim / 2, 2], 16-byte aligned
-  int num_tokens = 0, num_heads = 0, rope_dim = 0;  // rope_dim a multiple of 8
-  __nv_bfloat16* q_latent = nullptr;                // [T, A, 512] out: w_uk · q
-  __nv_bfloat16* q_rope = nullptr;                  // [T, A, rope_dim] out: rotated
+  int num_tokens = 0;              // rows
+  int num_heads = 0;
+  int rope_dim = 0;                   // a multiple of 8
+  __nv_bfloat16* q_latent = nullptr;  // [T, A, 512] out: w_uk · q
+  __nv_bfloat16* q_rope = nullptr;    // [T, A, rope_dim] out: rotated
 };
 void Absorb(const Absorption& absorption, cudaStream_t stream);
 
 struct ValueProjection {
   const __nv_bfloat16* latent = nullptr;  // [T, A, 512]
   const __nv_bfloat16* w_uv = nullptr;    // [A, 128, 512]
-  int num_tokens = 0, num_heads = 0;
+  int num_tokens = 0;                     // rows
+  int num_heads = 0;
+  const int* tokens = nullptr;  // row r writes the output of token tokens[r]; null: of token r
   // [T, A * 128] out: w_uv · latent; bf16, or e4m3 if there are scales [T, A]
   void* out = nullptr;
   int64_t out_stride = 0;  // elements, between tokens

@@ -10,6 +10,8 @@ namespace fathom {
 namespace cuda {
 namespace {
 
+// What writes weights never calls LetDependentsLaunch: kernels read weights before they wait.
+
 template <typename Stored>
 __device__ void LoadStored(const Stored* from, bool aligned, int count, float (&to)[kEight]) {
   if constexpr (sizeof(Stored) == 1) {
@@ -31,7 +33,6 @@ template <typename Stored, typename To, bool kAligned>
 __global__ void DequantizeKernel(Rows<const Stored> values, Rows<const float> factors,
                                  int row_offset, int column_offset, Rows<To> out, int64_t num_rows,
                                  int columns) {
-  LetDependentsLaunch();
   WaitForPredecessors();
   const int pieces = (columns + kEight - 1) / kEight;
   const int64_t index = int64_t{blockIdx.x} * kRowThreads + threadIdx.x;
@@ -60,7 +61,6 @@ __global__ __launch_bounds__(kRowThreads) void QuantizeBlockKernel(Rows<const Fr
                                                                    Rows<float> factors) {
   constexpr int kRowsAtOnce = kRowThreads / kGroupLanes, kLoads = kFp8Block / kRowsAtOnce;
   __shared__ float warp_values[kRowThreads / kWarp];
-  LetDependentsLaunch();
   WaitForPredecessors();
   const int64_t block_column = blockIdx.x, block_row = blockIdx.y;
   const int64_t column =
@@ -118,7 +118,6 @@ __global__ void QuantizeRowsKernel(Rows<const Act> x, OutputRows out, int64_t nu
 template <typename Element>
 __global__ void FillRandomKernel(Element* out, int64_t count, float amplitude, uint64_t seed) {
   constexpr int kElements = 16 / sizeof(Element);
-  LetDependentsLaunch();
   WaitForPredecessors();
   const int64_t first = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) * kElements;
   if (first >= count) return;

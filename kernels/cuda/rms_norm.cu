@@ -1,7 +1,7 @@
 // The residual sum, the norm and what the next layers read, in one pass over the row.
 //
-// A block takes a row, a thread eight neighbouring elements of it (or a few times eight, where rows
-// are long), which it keeps in registers between the sum and the norm.
+// A block takes a row, a thread eight neighbouring elements of it (a few times eight where there
+// are many rows, or long ones), which it keeps in registers between the sum and the norm.
 
 #include <cmath>
 
@@ -15,7 +15,6 @@ namespace cuda {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr int kMostPieces = 4;  // of eight elements, to a thread
 
 template <typename Act, typename Gain>
 struct NormArguments {
@@ -38,9 +37,13 @@ __device__ float BlockSum(float value) {
   return WarpSum(lane < warps ? warp_sums[lane] : 0.0f);
 }
 
-template <typename Act, typename Gain, bool kAligned, int kPieces>
-__global__ __launch_bounds__(kMostThreads) void AddRmsNormKernel(
-    const NormArguments<Act, Gain> arguments, const PrefetchList prefetch) {
+// kEarlyGain: the weight is in registers before the kernel before has ended. Otherwise registers
+// are spared, so that more rows are under way at once.
+template <typename Act, typename Gain, bool kAligned, int kPieces, bool kEarlyGain>
+__global__ __launch_bounds__(
+    kEarlyGain ? kMostThreads : kMostThreads / 2,
+    kPieces == 2 ? 3 : 1) void AddRmsNormKernel(const NormArguments<Act, Gain> arguments,
+                                                const PrefetchList prefetch) {
   LetDependentsLaunch();
   const int row = blockIdx.x;
   if (row >= arguments.num_rows) {
@@ -49,30 +52,41 @@ __global__ __launch_bounds__(kMostThreads) void AddRmsNormKernel(
     return;
   }
   const int stride = blockDim.x * kEight, first = threadIdx.x * kEight, size = arguments.size;
-  float gain[kPieces][kEight], values[kPieces][kEight];
-#pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
-    const int column = first + p * stride;
-    if (column < size) LoadEight<kAligned>(arguments.gain + column, size - column, gain[p]);
+  float gain[kEight];
+  if constexpr (kEarlyGain) {
+    static_assert(kPieces == 1);
+    if (first < size) LoadEight<kAligned>(arguments.gain + first, size - first, gain);
   }
   WaitForPredecessors();
 
+  PackedEight<Act> values[kPieces];
   float sum = 0.0f;
 #pragma unroll
   for (int p = 0; p < kPieces; ++p) {
-    const int column = first + p * stride, count = size - column;
-    if (count <= 0) continue;
-    Act* x = arguments.x[row] + column;
-    LoadEight<kAligned>(x, count, values[p]);
-    if (arguments.y.present()) {
-      float y[kEight];
-      LoadEight<kAligned>(arguments.y[row] + column, count, y);
+    const int column = first + p * stride;
+    values[p].Clear();
+    if (column < size) values[p].template Load<kAligned>(arguments.x[row] + column, size - column);
+  }
+  if (arguments.y.present()) {
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) values[p][i] = RoundedTo<Act>(values[p][i] + y[i]);
-      StoreEight<kAligned>(values[p], count, x);
+    for (int p = 0; p < kPieces; ++p) {
+      const int column = first + p * stride, count = size - column;
+      if (count <= 0) continue;
+      PackedEight<Act> y;
+      y.template Load<kAligned>(arguments.y[row] + column, count);
+      float added[kEight];
+#pragma unroll
+      for (int i = 0; i < kEight; ++i) {
+        added[i] = values[p][i] + y[i];
+        StoreFloat(added[i], &values[p].elements[i]);
+      }
+      StoreEight<kAligned>(added, count, arguments.x[row] + column);
     }
+  }
 #pragma unroll
-    for (const float value : values[p]) sum += value * value;
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (int i = 0; i < kEight; ++i) sum += values[p][i] * values[p][i];
   }
   const float factor = 1.0f / sqrtf(BlockSum(sum) / static_cast<float>(size) + arguments.eps);
 
@@ -81,10 +95,9 @@ __global__ __launch_bounds__(kMostThreads) void AddRmsNormKernel(
     const int column = first + p * stride, count = size - column;
     float normed[kEight] = {};
     if (count > 0) {
+      if constexpr (!kEarlyGain) LoadEight<kAligned>(arguments.gain + column, count, gain);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) {
-        normed[i] = RoundedTo<Act>(values[p][i] * factor * gain[p][i]);
-      }
+      for (int i = 0; i < kEight; ++i) normed[i] = RoundedTo<Act>(values[p][i] * factor * gain[i]);
       if (arguments.normed.present()) {
         StoreEight<kAligned>(normed, count, arguments.normed[row] + column);
       }
@@ -98,16 +111,21 @@ __global__ __launch_bounds__(kMostThreads) void AddRmsNormKernel(
 template <typename Act, typename Gain, bool kAligned>
 void Launch(const NormArguments<Act, Gain>& arguments, const PrefetchList& prefetch,
             cudaStream_t stream) {
-  const int64_t most_columns = int64_t{kMostThreads} * kEight;
-  const auto threads = static_cast<unsigned>(
-      DivideUp(std::min<int64_t>(arguments.size, most_columns), kEight * kWarp) * kWarp);
-  const LaunchShape shape = {dim3(arguments.num_rows + prefetch.blocks()), dim3(threads)};
-  if (arguments.size <= most_columns) {
-    LaunchDependent(AddRmsNormKernel<Act, Gain, kAligned, 1>, shape, stream, arguments, prefetch);
+  constexpr int kFewRows = 128;  // a multiprocessor each
+  const auto launch = [&](auto kernel, int pieces) {
+    const auto threads =
+        static_cast<unsigned>(DivideUp(arguments.size, int64_t{kEight} * kWarp * pieces) * kWarp);
+    LaunchDependent(kernel, {dim3(arguments.num_rows + prefetch.blocks()), dim3(threads)}, stream,
+                    arguments, prefetch);
+  };
+  constexpr int kFew = kMostThreads * kEight, kMany = kMostThreads / 2 * kEight;
+  if (arguments.size <= kFew && arguments.num_rows <= kFewRows) {
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 1, true>, 1);
+  } else if (arguments.size <= 2 * kMany) {
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 2, false>, 2);
   } else {
-    CHECK_LE(arguments.size, most_columns * kMostPieces);
-    LaunchDependent(AddRmsNormKernel<Act, Gain, kAligned, kMostPieces>, shape, stream, arguments,
-                    prefetch);
+    CHECK_LE(arguments.size, 8 * kMany);
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 8, false>, 8);
   }
 }
 

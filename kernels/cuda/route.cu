@@ -30,8 +30,7 @@ constexpr int kInputWarps = 7;                                // that share the 
 constexpr int kWarpChunks = 2;                                // of 32 inputs, of a warp
 constexpr int kBlockInputs = kInputWarps * kWarpChunks * 32;  // 448 = 7168 / 16
 constexpr int kStreamThreads = kInputWarps * kExpertTiles * kWarp;
-constexpr int kPassTokens = 64;
-constexpr int kMostStreamTokens = 256;
+constexpr int kMostStreamTokens = 64;
 constexpr int kSumStride = 36;  // floats between tokens of a warp's sums: no two lanes in a bank
 constexpr int kMostStreamExperts = 512;
 
@@ -51,9 +50,12 @@ struct RouteArguments {
 __device__ bool IsLastArrival(int* counter, int count, bool* room) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    *room = atomicAdd(counter, 1) == count - 1;
-    __threadfence();
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(counter)
+                 : "memory");
+    *room = before == count - 1;
   }
   __syncthreads();
   return *room;
@@ -69,33 +71,30 @@ __device__ void WaitForArrivals(const int* counter, int count) {
   __syncthreads();
 }
 
-// Σ over the slices of the logits of one token, for lane l experts [l * kPer, (l + 1) * kPer).
 template <int kPer>
-__device__ void ChooseFromShared(const float* token_logits, const RouteArguments& arguments,
-                                 int token, float* room) {
+__device__ int ChooseFromShared(const float* token_logits, const RouteArguments& arguments,
+                                int token, float* room) {
   float logits[kPer];
 #pragma unroll
   for (int i = 0; i < kPer; ++i) {
     const int expert = threadIdx.x % kWarp * kPer + i;
     logits[i] = expert < arguments.choice.num_experts ? token_logits[expert] : -INFINITY;
   }
-  ChooseExperts(logits, arguments.choice, token, room);
+  return ChooseExperts(logits, arguments.choice, token, room);
 }
 
-// Leaves this block's part of the logits of tokens [first, first + 64).
+// Leaves the sums of this warp in `sums`.
 template <int kTiles>  // of eight tokens
-__device__ void MultiplyPass(const RouteArguments& arguments, int first,
-                             const uint4 (&weights)[2][kWarpChunks],
-                             const int (&inputs)[kWarpChunks], float* sums) {
+__device__ void MultiplyTokens(const RouteArguments& arguments,
+                               const uint4 (&weights)[2][kWarpChunks],
+                               const int (&inputs)[kWarpChunks], float* sums) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, in_group = lane % 4;
-  const int expert_tile = warp / kInputWarps, input_warp = warp % kInputWarps;
-  const int expert = expert_tile * 16 + group;
-  float* mine = sums + input_warp * kPassTokens * kSumStride;
+  const int expert = warp / kInputWarps * 16 + group;
+  float* mine = sums + warp % kInputWarps * kMostStreamTokens * kSumStride;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    const int token = min(first + tile * 8 + group, arguments.num_tokens - 1);
-    const __nv_bfloat16* x = arguments.x[token];
+    const __nv_bfloat16* x = arguments.x[min(tile * 8 + group, arguments.num_tokens - 1)];
     float d[4] = {};
 #pragma unroll
     for (int c = 0; c < kWarpChunks; ++c) {
@@ -112,24 +111,24 @@ __device__ void MultiplyPass(const RouteArguments& arguments, int first,
 }
 
 // Adds up the sums of the block's warps and leaves them to the others.
-__device__ void StoreParts(const RouteArguments& arguments, int first, int count, int first_expert,
-                           int slice, const float* sums) {
-  const int num_experts = arguments.choice.num_experts;
-  for (int i = threadIdx.x; i < count * kBlockExperts; i += kStreamThreads) {
+__device__ void StoreParts(const RouteArguments& arguments, int first_expert, int slice,
+                           const float* sums) {
+  const int64_t first_row = int64_t{slice} * arguments.num_tokens;
+  for (int i = threadIdx.x; i < arguments.num_tokens * kBlockExperts; i += kStreamThreads) {
     const int token = i / kBlockExperts, expert = i % kBlockExperts;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kInputWarps; ++w) {
-      sum += sums[(w * kPassTokens + token) * kSumStride + expert];
+      sum += sums[(w * kMostStreamTokens + token) * kSumStride + expert];
     }
-    arguments.parts[(int64_t{slice} * arguments.num_tokens + first + token) * num_experts +
-                    first_expert + expert] = sum;
+    arguments.parts[(first_row + token) * arguments.choice.num_experts + first_expert + expert] =
+        sum;
   }
 }
 
 // Logits of a token, in shared memory and where they are asked for. All threads.
 __device__ void AddParts(const RouteArguments& arguments, int token, int slices, float* logits) {
-  constexpr int kInFlight = 8;
+  constexpr int kInFlight = 16;
   const int num_experts = arguments.choice.num_experts;
   for (int expert = threadIdx.x; expert < num_experts; expert += kStreamThreads) {
     const float* part = arguments.parts + int64_t{token} * num_experts + expert;
@@ -147,6 +146,26 @@ __device__ void AddParts(const RouteArguments& arguments, int token, int slices,
     logits[expert] = sum;
     arguments.logits[token][expert] = sum;
   }
+}
+
+// The only token's logits, choices and groups.
+template <int kPer>
+__device__ void FinishToken(const RouteArguments& arguments, int slices, float* shared) {
+  __shared__ int experts[2 * kMostChoices];
+  const int num_experts = arguments.choice.num_experts;
+  AddParts(arguments, 0, slices, shared);
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    const int lane = threadIdx.x, routed = arguments.choice.config.num_experts_per_tok;
+    const int mine = ChooseFromShared<kPer>(shared, arguments, 0, shared + num_experts);
+    if (lane < routed) experts[lane] = mine;
+    for (int j = lane; j < arguments.choice.config.num_shared_experts; j += kWarp) {
+      experts[routed + j] = num_experts + j;
+    }
+  }
+  __syncthreads();
+  GroupRowsOfToken(arguments.grouping, experts);
+  if (threadIdx.x == 0) arguments.counters[0] = 0;
 }
 
 template <int kPer>
@@ -176,37 +195,36 @@ __global__ __launch_bounds__(kStreamThreads,
   }
   WaitForPredecessors();
 
-  for (int first = 0; first < num_tokens; first += kPassTokens) {
-    const int count = min(kPassTokens, num_tokens - first);
-    if (count <= 8) {
-      MultiplyPass<1>(arguments, first, weights, inputs, shared);
-    } else if (count <= 32) {
-      MultiplyPass<4>(arguments, first, weights, inputs, shared);
-    } else {
-      MultiplyPass<8>(arguments, first, weights, inputs, shared);
-    }
-    __syncthreads();
-    StoreParts(arguments, first, count, first_expert, slice, shared);
-    __syncthreads();
+  if (num_tokens <= 8) {
+    MultiplyTokens<1>(arguments, weights, inputs, shared);
+  } else if (num_tokens <= 32) {
+    MultiplyTokens<4>(arguments, weights, inputs, shared);
+  } else {
+    MultiplyTokens<8>(arguments, weights, inputs, shared);
   }
+  __syncthreads();
+  StoreParts(arguments, first_expert, slice, shared);
 
-  // One token: whoever comes last chooses. More: each waits for all and chooses for its own.
-  const int blocks = gridDim.x;
+  if (num_tokens == 1) {  // whoever comes last does all that is left
+    if (IsLastArrival(&arguments.counters[0], gridDim.x, &is_last)) {
+      FinishToken<kPer>(arguments, slices, shared);
+    }
+    return;
+  }
+  // More: each block waits for all and chooses for its own.
+  const int blocks = gridDim.x, choosers = min(blocks, num_tokens), chooser = blockIdx.x;
   const bool last = IsLastArrival(&arguments.counters[0], blocks, &is_last);
-  const int choosers = min(blocks, num_tokens);
-  const int chooser = num_tokens == 1 ? (last ? 0 : blocks) : static_cast<int>(blockIdx.x);
   if (chooser >= choosers) return;
-  WaitForArrivals(&arguments.counters[0], blocks);
+  if (!last) WaitForArrivals(&arguments.counters[0], blocks);
   int mine = 0;
   for (int token = chooser; token < num_tokens; token += blocks, ++mine) {
     AddParts(arguments, token, slices, shared + mine * num_experts);
   }
   __syncthreads();
   float* room = shared + (mine + warp) * num_experts;
-  if (warp < mine) {
-    ChooseFromShared<kPer>(shared + warp * num_experts, arguments, chooser + warp * blocks, room);
+  for (int i = warp; i < mine; i += kStreamThreads / kWarp) {
+    ChooseFromShared<kPer>(shared + i * num_experts, arguments, chooser + i * blocks, room);
   }
-
   if (!IsLastArrival(&arguments.counters[1], choosers, &is_last)) return;
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
   if (threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
@@ -214,7 +232,7 @@ __global__ __launch_bounds__(kStreamThreads,
 
 // --- many tokens
 
-constexpr int kChooseThreads = 256;
+constexpr int kChooseThreads = 512;
 
 // parts: [slices][T] rows of the logits' stride, or the logits themselves.
 template <int kPer>
@@ -272,11 +290,12 @@ void LaunchStream(const RouteArguments& arguments, cudaStream_t stream) {
   const int warps = kStreamThreads / kWarp;
   const int tokens_per_block = static_cast<int>(DivideUp(arguments.num_tokens, blocks));
   const int floats =
-      std::max({kInputWarps * kPassTokens * kSumStride, (2 * tokens_per_block + 1) * experts,
+      std::max({kInputWarps * kMostStreamTokens * kSumStride, (2 * tokens_per_block + 1) * experts,
                 Grouping::SharedInts(arguments.grouping.num_experts, warps)});
   const int shared_bytes = floats * static_cast<int>(sizeof(float));
   VisitExpertsPerLane(experts, [&](auto per) {
-    const auto kernel = StreamRouteKernel<decltype(per)::value>;
+    constexpr int kPer = decltype(per)::value;
+    const auto kernel = StreamRouteKernel<std::min(kPer, kMostStreamExperts / kWarp)>;
     CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     LaunchDependent(kernel, {dim3(blocks), dim3(kStreamThreads), shared_bytes}, stream, arguments);
@@ -307,17 +326,17 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
                     const RoutingConfig& config, int first_expert, const Routes& routes) {
   CheckRoute(x, gate, bias, config, routes);
   CHECK_LE(config.num_experts_per_tok, cuda::kMostChoices);
+  CHECK_LE(config.num_shared_experts, cuda::kMostChoices);
   CHECK_LE(config.n_group, cuda::kMostGroups);
   const ExpertGroups& groups = routes.groups;
   const int64_t tokens = x.dim(0), experts = gate.dim(0), rows = groups.rows.dim(0);
   const int64_t local_experts = groups.offsets.dim(0) - 1;
-  if (tokens == 0 || local_experts == 0) {
+  if (tokens == 0) {
     CUDA_CHECK(cudaMemsetAsync(groups.offsets.raw(), 0, groups.offsets.num_bytes(), stream_));
     if (groups.notes.present()) {
-      CUDA_CHECK(cudaMemsetAsync(groups.notes.raw(), 0xff, groups.notes.num_bytes(), stream_));
       CUDA_CHECK(cudaMemsetAsync(groups.notes.raw(), 0, sizeof(int32_t), stream_));
     }
-    if (tokens == 0) return;
+    return;
   }
   cuda::RouteArguments arguments = {};
   arguments.num_tokens = static_cast<int>(tokens);

@@ -60,8 +60,10 @@ __device__ void CacheKey(const float (&key)[kEight], int column, int count, int 
       StoreEight<true>(key, count, reinterpret_cast<__nv_bfloat16*>(to));
     } else {
       for (int i = 0; i < min(count, kEight); ++i) {
-        const __nv_bfloat16 rounded = __float2bfloat16(key[i]);
-        memcpy(to + i * sizeof rounded, &rounded, sizeof rounded);
+        // BF16 is the upper half of a float. The two bytes need not be aligned.
+        const uint32_t bits = __float_as_uint(RoundedTo<__nv_bfloat16>(key[i]));
+        to[2 * i] = static_cast<char>(bits >> 16);
+        to[2 * i + 1] = static_cast<char>(bits >> 24);
       }
     }
   }
@@ -91,6 +93,15 @@ __global__ __launch_bounds__(kMostThreads) void StoreLatentsKernel(
   if (!is_key && count > 0) {
     LoadEight<kAligned>((is_q ? arguments.q_norm : arguments.kv_norm) + column, count, gain);
   }
+  // Where the tokens stand was known before the step began.
+  char* token = static_cast<char*>(arguments.cache) +
+                int64_t{*arguments.places[row]} * arguments.cache_token_bytes;
+  float turns[kEight] = {};
+  if (is_key && count > 0) {
+    LoadEight<kAligned>(
+        arguments.cos_sin + int64_t{*arguments.positions[row]} * arguments.key_size + column, count,
+        turns);
+  }
   WaitForPredecessors();
 
   if (count > 0) LoadEight<kAligned>(arguments.qkv_a[row] + begin + column, count, values);
@@ -99,13 +110,7 @@ __global__ __launch_bounds__(kMostThreads) void StoreLatentsKernel(
   for (const float value : values) sum += value * value;
   sum = WarpSum(sum);
   if (lane == 0) warp_sums[warp] = sum;
-  char* token = static_cast<char*>(arguments.cache) +
-                int64_t{*arguments.places[row]} * arguments.cache_token_bytes;
   if (is_key && count > 0) {
-    float turns[kEight];
-    LoadEight<kAligned>(
-        arguments.cos_sin + int64_t{*arguments.positions[row]} * arguments.key_size + column, count,
-        turns);
     RotateEight(turns, values);
 #pragma unroll
     for (float& value : values) value = RoundedTo<Act>(value);

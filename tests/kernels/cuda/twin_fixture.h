@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -15,6 +16,7 @@
 
 #include "kernels/device.h"
 #include "kernels/ops.h"
+#include "tests/kernels/reference.h"
 #include "tests/kernels/test_tensor.h"
 
 namespace fathom {
@@ -40,10 +42,20 @@ struct TwinWeight {
   Weight gpu;
 };
 
+// Rows that a linear layer reads.
+struct TwinInput {
+  TwinInput(const Twin& values) : values(values) {}
+  TwinInput(const Twin& values, const Twin& scales) : values(values), scales(scales) {}
+  LinearInput cpu() const { return {values.cpu, scales.cpu}; }
+  LinearInput gpu() const { return {values.gpu, scales.gpu}; }
+
+  Twin values, scales;
+};
+
 struct TwinGroups {
-  Twin rows, offsets;
-  ExpertGroups cpu() const { return {.rows = rows.cpu, .offsets = offsets.cpu}; }
-  ExpertGroups gpu() const { return {.rows = rows.gpu, .offsets = offsets.gpu}; }
+  Twin rows, offsets, notes;
+  ExpertGroups cpu() const { return {rows.cpu, offsets.cpu, notes.cpu}; }
+  ExpertGroups gpu() const { return {rows.gpu, offsets.gpu, notes.gpu}; }
 };
 
 // The absolute values of a dense tensor's elements.
@@ -117,13 +129,123 @@ class TwinTest : public testing::Test {
     return dtype == DType::kBF16 ? 2 * RoundoffOf(DType::kBF16) : 0.0;
   }
 
+  // A dense copy, of rank 1 or 2.
+  TestTensor HostCopy(const Tensor& gpu_tensor) {
+    TestTensor copy =
+        gpu_tensor.rank() == 1
+            ? TestTensor(gpu_tensor.dtype(), {gpu_tensor.dim(0)})
+            : TestTensor(gpu_tensor.dtype(),
+                         {gpu_tensor.dim(0),
+                          gpu_tensor.num_elements() / std::max<int64_t>(1, gpu_tensor.dim(0))});
+    gpu_device_->CopyToHost(gpu_tensor, copy->raw());
+    return copy;
+  }
   std::vector<double> OnHost(const Tensor& gpu_tensor) {
-    std::vector<char> bytes(static_cast<size_t>(gpu_tensor.num_bytes()));
-    gpu_device_->CopyToHost(gpu_tensor, bytes.data());
+    const TestTensor copy = HostCopy(gpu_tensor);
     std::vector<double> values(static_cast<size_t>(gpu_tensor.num_elements()));
-    const Tensor host(bytes.data(), gpu_tensor.dtype(), {gpu_tensor.num_elements()});
-    for (size_t i = 0; i < values.size(); ++i) values[i] = ElementAt(host, static_cast<int64_t>(i));
+    for (size_t i = 0; i < values.size(); ++i) values[i] = ElementAt(copy, static_cast<int64_t>(i));
     return values;
+  }
+
+  // Random rows in 1×128.
+  TwinInput Quantized(int64_t rows, int64_t columns, float deviation = 1.0f) {
+    return {Floats(DType::kF8E4M3, {rows, columns}, 30.0f),
+            Floats(DType::kF32, {rows, (columns + kFp8Block - 1) / kFp8Block}, deviation / 30)};
+  }
+  // What the GPU wrote in 1×128 is exactly what quantising the rows that it writes in act gives.
+  void ExpectQuantizedOf(const LinearInput& quantized, const Tensor& rows) {
+    const TestTensor values = HostCopy(quantized.values), scales = HostCopy(quantized.scales);
+    ExpectQuantized({*values, *scales}, HostCopy(rows));
+  }
+
+  // A weight of `experts` matrices, or a plain one for 0, as a slice of a larger one.
+  TwinWeight RandomWeight(DType dtype, int64_t experts, int64_t outputs, int64_t inputs,
+                          int row_offset, int column_offset) {
+    const bool is_stack = experts > 0;
+    const float deviation = dtype == DType::kF8E4M3 ? 0.02f : 1.0f;
+    const Twin values = is_stack ? Floats(dtype, {experts, outputs, inputs}, deviation)
+                                 : Floats(dtype, {outputs, inputs}, deviation);
+    TwinWeight weight = {{.values = values.cpu}, {.values = values.gpu}};
+    if (dtype != DType::kF8E4M3) return weight;
+    // A slice that does not begin with its blocks stands in a larger grid of them.
+    const int64_t block_rows =
+        row_offset > 0 ? (outputs + row_offset) / kFp8Block + 2 : (outputs + 127) / kFp8Block;
+    const int64_t block_columns =
+        column_offset > 0 ? (inputs + column_offset) / kFp8Block + 2 : (inputs + 127) / kFp8Block;
+    const Twin factors = is_stack ? Floats(DType::kF32, {experts, block_rows, block_columns})
+                                  : Floats(DType::kF32, {block_rows, block_columns});
+    for (Weight* side : {&weight.cpu, &weight.gpu}) {
+      side->scale_inv = side == &weight.cpu ? factors.cpu : factors.gpu;
+      side->row_offset = row_offset;
+      side->column_offset = column_offset;
+    }
+    return weight;
+  }
+
+  struct AbsoluteWeight {
+    TestTensor values, scale_inv;
+    Weight weight;
+  };
+  static AbsoluteWeight AbsoluteOf(const Weight& weight) {
+    const auto absolute = [](const Tensor& tensor) {
+      return tensor.rank() == 3 ? Absolute(tensor, {tensor.dim(0), tensor.dim(1), tensor.dim(2)})
+                                : Absolute(tensor, {tensor.dim(0), tensor.dim(1)});
+    };
+    const bool is_fp8 = weight.scale_inv.present();
+    AbsoluteWeight result = {absolute(weight.values),
+                             is_fp8 ? absolute(weight.scale_inv) : TestTensor(DType::kF32, {1, 1}),
+                             {}};
+    result.weight = weight;
+    result.weight.values = result.values;
+    if (is_fp8) result.weight.scale_inv = result.scale_inv;
+    return result;
+  }
+  // Absolute values of a tensor of rank 2 whose rows may be strided.
+  static TestTensor AbsoluteRows(const Tensor& tensor) {
+    TestTensor absolute(DType::kF32, {tensor.dim(0), tensor.dim(1)});
+    for (int64_t i = 0; i < tensor.num_elements(); ++i) {
+      const double value = At(tensor, i / tensor.dim(1), i % tensor.dim(1));
+      SetElement(absolute, i, std::abs(static_cast<float>(value)));
+    }
+    return absolute;
+  }
+
+  // The same of what a linear layer reads, factors applied.
+  static TestTensor AbsoluteInput(const LinearInput& x) {
+    if (!x.quantized()) return AbsoluteRows(x.values);
+    TestTensor absolute(DType::kF32, {x.values.dim(0), x.values.dim(1)});
+    for (int64_t i = 0; i < x.values.num_elements(); ++i) {
+      const int64_t row = i / x.values.dim(1), column = i % x.values.dim(1);
+      const double value = At(x.values, row, column) * At(x.scales, row, column / kFp8Block);
+      SetElement(absolute, i, std::abs(static_cast<float>(value)));
+    }
+    return absolute;
+  }
+
+  // `magnitudes`: Σ |product| of each element of `out`, dense. `unit`: what tensor cores lose of
+  // products that they add up, relative to the largest: 2^-13 for FP8 on Hopper.
+  void ExpectSums(const Twin& out, int64_t inputs, const Tensor& magnitudes, double unit = 0.0) {
+    const double relative = 2 * static_cast<double>(inputs + 2) * kFloatRoundoff + unit;
+    const double own = OwnRounding(out.cpu.dtype());
+    ExpectWithin(out, [&](int64_t i, double value) {
+      const double error = relative * ElementAt(magnitudes, i);
+      return error + own * (std::abs(value) + error);
+    });
+  }
+
+  // What the GPU wrote differs from the CPU's by at most this share of it, row by row, in the
+  // Euclidean norm.
+  void ExpectRowsWithin(const Twin& twin, double share) {
+    const std::vector<double> found = OnHost(twin.gpu), expected = Values(twin.cpu);
+    const size_t size = found.size() / static_cast<size_t>(twin.cpu.dim(0));
+    for (size_t first = 0; first < found.size(); first += size) {
+      double difference = 0.0, norm = 0.0;
+      for (size_t i = first; i < first + size; ++i) {
+        difference += (found[i] - expected[i]) * (found[i] - expected[i]);
+        norm += expected[i] * expected[i];
+      }
+      EXPECT_LE(std::sqrt(difference), share * std::sqrt(norm)) << "row " << first / size;
+    }
   }
 
   static constexpr uint64_t kSeed = 20261123;
