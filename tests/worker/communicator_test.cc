@@ -15,7 +15,9 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "gtest/gtest.h"
+#include "kernels/device.h"
 #include "kernels/number_formats.h"
+#include "kernels/ops.h"
 #include "tests/worker/rank_group.h"
 #include "worker/gloo_communicator.h"
 #include "worker/shm_communicator.h"
@@ -100,6 +102,31 @@ absl::Status ReduceAndCompareBF16(Communicator& communicator, int64_t count) {
   return absl::OkStatus();
 }
 
+// The sum of all ranks' parts, added to what every rank has, and its norm, as two operations give
+// it.
+absl::Status ReduceAddNormAndCompare(Communicator& communicator, int64_t rows) {
+  constexpr int64_t kWidth = 96;
+  constexpr float kEps = 1e-6f;
+  const auto device = *OpenCpuDevice({});
+  const auto tensor = [&](std::vector<float>& values, int rank) {
+    values.resize(rows * kWidth);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = ValueOf(rank, static_cast<int64_t>(i));
+    return Tensor(values.data(), DType::kF32, {rows, kWidth});
+  };
+  std::vector<float> memory[6], weights(kWidth, 1.25f);
+  const int rank = communicator.rank(), common = communicator.world_size();
+  const Tensor weight(weights.data(), DType::kF32, {kWidth});
+  const Tensor partial = tensor(memory[0], rank), same_partial = tensor(memory[1], rank);
+  const Tensor residual = tensor(memory[2], common), same_residual = tensor(memory[3], common);
+  const Tensor normed = tensor(memory[4], 0), same_normed = tensor(memory[5], 0);
+  RETURN_IF_ERROR(
+      communicator.AllReduceAddRmsNorm(device->ops(), partial, residual, weight, kEps, normed, {}));
+  RETURN_IF_ERROR(communicator.AllReduceSum(same_partial));
+  device->ops().AddRmsNorm(same_residual, same_partial, weight, kEps, same_normed, {});
+  if (memory[2] == memory[3] && memory[4] == memory[5]) return absl::OkStatus();
+  return absl::InternalError("not what AllReduceSum and AddRmsNorm give");
+}
+
 absl::Status GatherAndCompare(Communicator& communicator, int64_t rows) {
   std::vector<int32_t> part(rows * 3, communicator.rank() * 1000);
   for (int64_t i = 0; i < rows * 3; ++i) part[i] += static_cast<int32_t>(i % 997);
@@ -135,6 +162,7 @@ absl::Status UseEverything(Communicator& communicator) {
     RETURN_IF_ERROR(ReduceAndCompareF32(communicator, count));
     RETURN_IF_ERROR(ReduceAndCompareBF16(communicator, count));
     RETURN_IF_ERROR(GatherAndCompare(communicator, count));
+    RETURN_IF_ERROR(ReduceAddNormAndCompare(communicator, 1 + count % 50));
     RETURN_IF_ERROR(BroadcastAndCompare(communicator, count));
     RETURN_IF_ERROR(BroadcastAndCompare(communicator, 8));
   }
@@ -265,6 +293,8 @@ TEST(LonelyCommunicatorTest, DoesNothingButCopyAndAbort) {
           .ok());
   EXPECT_EQ(value, 3.0f);
   EXPECT_EQ(copy, 3.0f);
+  EXPECT_TRUE(lonely->is_recordable());
+  EXPECT_NE(lonely->id(), MakeLonelyCommunicator()->id());
   lonely->Abort();
   EXPECT_EQ(lonely->BroadcastFromRank0(&value, 4).code(), absl::StatusCode::kAborted);
 }

@@ -157,6 +157,19 @@ class TwinTest : public testing::Test {
     const TestTensor values = HostCopy(quantized.values), scales = HostCopy(quantized.scales);
     ExpectQuantized({*values, *scales}, HostCopy(rows));
   }
+  // The same up to the last place: of kernels that quantise what they have not rounded to act.
+  void ExpectQuantizedNear(const LinearInput& quantized, const Tensor& rows) {
+    const TestTensor values = HostCopy(quantized.values), scales = HostCopy(quantized.scales);
+    const TestTensor expected = HostCopy(rows);
+    for (int64_t i = 0; i < expected->num_elements(); ++i) {
+      const int64_t row = i / expected->dim(1), column = i % expected->dim(1);
+      const double factor = At(scales, row, column / kFp8Block);
+      const double value = ElementAt(expected, i);
+      // Half a unit of E4M3, normal or subnormal, and one rounding to act.
+      const double error = std::abs(value) * (0x1p-4 + 0x1p-8) + factor * 0x1p-10;
+      ASSERT_NEAR(ElementAt(values, i) * factor, value, error) << row << " " << column;
+    }
+  }
 
   // A weight of `experts` matrices, or a plain one for 0, as a slice of a larger one.
   TwinWeight RandomWeight(DType dtype, int64_t experts, int64_t outputs, int64_t inputs,
