@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -57,7 +58,8 @@ class Bench {
   void Run(int tokens);
 
  private:
-  Tensor Make(DType dtype, std::initializer_list<int64_t> shape, bool random = true);
+  // Uniform random numbers up to `amplitude`; nothing where that is 0.
+  Tensor Make(DType dtype, std::initializer_list<int64_t> shape, float amplitude = 1.0f);
   Tensor MakeIds(const std::vector<int32_t>& ids);
   LinearInput MakeInput(int64_t rows, int64_t columns);
   std::vector<Weight> MakeWeights(int64_t outputs, int64_t inputs, int64_t experts = 0);
@@ -81,18 +83,18 @@ class Bench {
   std::mt19937 random_{20261123};
 };
 
-Tensor Bench::Make(DType dtype, std::initializer_list<int64_t> shape, bool random) {
+Tensor Bench::Make(DType dtype, std::initializer_list<int64_t> shape, float amplitude) {
   const Tensor size(nullptr, dtype, shape);
   absl::StatusOr<Buffer> buffer = device_.Allocate(size.num_bytes());
   CHECK(buffer.ok()) << buffer.status();
   const Tensor tensor(buffer->data(), dtype, shape);
   memory_.push_back(*std::move(buffer));
-  if (random) ops_.FillRandom(tensor, 1.0f, ++seed_);
+  if (amplitude > 0.0f) ops_.FillRandom(tensor, amplitude, ++seed_);
   return tensor;
 }
 
 Tensor Bench::MakeIds(const std::vector<int32_t>& ids) {
-  const Tensor tensor = Make(DType::kI32, {static_cast<int64_t>(ids.size())}, false);
+  const Tensor tensor = Make(DType::kI32, {static_cast<int64_t>(ids.size())}, 0.0f);
   device_.CopyFromHost(ids.data(), tensor);
   return tensor;
 }
@@ -167,7 +169,15 @@ void Bench::Row(const char* name, const Cost& cost, int calls,
 void Bench::MeasureCopy() {
   const int64_t bytes = int64_t{1} << 30;
   const Tensor from = Make(DType::kF32, {bytes / 4}), to = Make(DType::kF32, {bytes / 4});
-  const double us = MedianUs(4, [&](int) { device_.Copy(from, to); });
+  double us = 1e9;  // of one copy; not recorded: recorded copies take another, slower way
+  for (int i = 0; i < 20; ++i) {
+    Synchronize();
+    const auto start = std::chrono::steady_clock::now();
+    for (int j = 0; j < 4; ++j) device_.Copy(from, to);
+    Synchronize();
+    const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
+    us = std::min(us, time.count() / 4);
+  }
   copy_bytes_per_us_ = 2.0 * static_cast<double>(bytes) / us;
   memory_.resize(1);
   if (flags_.json) {
@@ -316,9 +326,11 @@ void Bench::Attention() {
 void Bench::Experts() {
   const int64_t choices = 9, rows = tokens_ * choices;
   const Tensor x = Make(DType::kBF16, {tokens_, kHidden});
-  const Tensor bias = Make(DType::kF32, {kRouted}, false);
+  const Tensor bias = Make(DType::kF32, {kRouted}, 0.0f);
   std::vector<Tensor> gates;
-  for (int i = 0; i < 40; ++i) gates.push_back(Make(DType::kBF16, {kRouted, kHidden}));
+  // Logits of order one, as a router's are: larger ones saturate, and ties go to few experts.
+  const float amplitude = 3.0f / std::sqrt(static_cast<float>(kHidden));
+  for (int i = 0; i < 40; ++i) gates.push_back(Make(DType::kBF16, {kRouted, kHidden}, amplitude));
   const RoutingConfig config = {.num_experts_per_tok = 8,
                                 .n_group = 8,
                                 .topk_group = 4,
@@ -327,11 +339,11 @@ void Bench::Experts() {
                                 .num_shared_experts = 1};
   const Routes routes = {
       .logits = Make(DType::kF32, {tokens_, kRouted}),
-      .experts = Make(DType::kI32, {tokens_, choices}, false),
+      .experts = Make(DType::kI32, {tokens_, choices}, 0.0f),
       .weights = Make(DType::kF32, {tokens_, choices}),
-      .groups = {.rows = Make(DType::kI32, {rows}, false),
-                 .offsets = Make(DType::kI32, {kExperts + 1}, false),
-                 .notes = Make(DType::kI32, {NumGroupNotes(kExperts, rows)}, false)}};
+      .groups = {.rows = Make(DType::kI32, {rows}, 0.0f),
+                 .offsets = Make(DType::kI32, {kExperts + 1}, 0.0f),
+                 .notes = Make(DType::kI32, {NumGroupNotes(kExperts, rows)}, 0.0f)}};
   Row("route", {.bytes = 2.0 * kRouted * kHidden + 2.0 * tokens_ * kHidden}, 32,
       [&](int i) { ops_.Route(x, gates[i % gates.size()], bias, config, 0, routes); });
   ops_.Route(x, gates[0], bias, config, 0, routes);

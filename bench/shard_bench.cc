@@ -204,7 +204,7 @@ void Bench::MeasureCopy() {
   const Tensor to(static_cast<char*>(memory.data()) + bytes, DType::kI32, {bytes / 4});
   device_.ops().FillRandom(Tensor(from.raw(), DType::kF32, {bytes / 4}), 1.0f, 1);
   std::vector<double> seconds;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 20; ++i) {
     int32_t word = 0;
     seconds.push_back(SecondsOf([&] {
       for (int j = 0; j < 4; ++j) device_.Copy(from, to);
