@@ -592,6 +592,7 @@ void AllReduceAddRmsNorm(const PeerGroup& group, const PeerAddRmsNorm& task, cud
   CHECK_EQ(task.residual.dim(0), task.partial.dim(0));
   CHECK_EQ(task.residual.dim(1), task.partial.dim(1));
   CHECK(task.residual.dtype() == task.partial.dtype());
+  CHECK(task.values.present() == task.scales.present()) << task.values.DebugString();
   if (task.partial.dim(0) == 0) return;
   VisitAct(task.partial.dtype(), [&](auto act) { SumAndNorm<decltype(act)>(group, task, stream); });
 }
