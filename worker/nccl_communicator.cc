@@ -88,6 +88,7 @@ class NcclCommunicator final : public GroupCommunicator {
   int rank() const override { return options_.rank; }
   int world_size() const override { return options_.world_size; }
   absl::Status AllReduceSum(const Tensor& tensor) override;
+  bool is_recordable() const override { return true; }
   absl::Status GatherToRank0(const Tensor& part, const Tensor& whole) override;
   absl::Status BroadcastFromRank0(void* bytes, int64_t num_bytes) override;
   absl::Status status() const override;

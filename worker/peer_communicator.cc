@@ -10,6 +10,7 @@
 #include "absl/synchronization/mutex.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/ops.h"
 
 namespace fathom {
 namespace {
@@ -34,6 +35,17 @@ class PeerCommunicator final : public GroupCommunicator {
     peers().AllReduceSum(tensor);
     return absl::OkStatus();
   }
+  absl::Status AllReduceAddRmsNorm(Ops& ops, const Tensor& partial, const Tensor& residual,
+                                   const Tensor& weight, float eps, const Tensor& normed,
+                                   const LinearInput& quantized) override {
+    RETURN_IF_ERROR(status());
+    const bool is_fused = peers().AllReduceAddRmsNorm(partial, residual, weight, eps, normed,
+                                                      quantized.values, quantized.scales);
+    if (is_fused) return absl::OkStatus();
+    return Communicator::AllReduceAddRmsNorm(ops, partial, residual, weight, eps, normed,
+                                             quantized);
+  }
+  bool is_recordable() const override { return true; }
   absl::Status GatherToRank0(const Tensor& part, const Tensor& whole) override {
     RETURN_IF_ERROR(status());
     peers().GatherToRank0(part, whole);

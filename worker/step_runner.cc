@@ -81,13 +81,14 @@ absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult
   ASSIGN_OR_RETURN(const StepPlan plan, slots_.Apply(command));
   if (plan.batch.num_tokens() == 0) return absl::OkStatus();
   ASSIGN_OR_RETURN(const Tensor logits, shard_.Forward(plan.batch, *kv_cache_, *communicator_));
-  RETURN_IF_ERROR(communicator_->status());  // of sums that were only queued
 
   Choices choices(plan.sampled.size(), kFault);
   if (rank() == 0) {
     ReportPromptLogprobs(plan, logits, result);
     Choose(plan, logits, choices, result);
   }
+  // Whoever has read a result of the device knows by now whether the sums before it were made.
+  RETURN_IF_ERROR(communicator_->status());
   if (choices.empty()) return absl::OkStatus();
   RETURN_IF_ERROR(communicator_->BroadcastFromRank0(
       choices.data(), static_cast<int64_t>(choices.size() * sizeof(choices[0]))));

@@ -42,21 +42,26 @@ __device__ int LastAtMost(const int* values, int count, int value) {
   return low;
 }
 
-// The memory is busy when three quarters of the multiprocessors are, so fewer shares that end where
-// rows end are better than many that do not.
-__device__ bool IsMost(int some, int all) { return some * 4 >= all * 3; }
+// Shares that end where rows end, although fewer: a multiprocessor may have this many units more
+// for it, as long as combining takes.
+constexpr int kCombiningUnits = 22;
+
+__device__ int WholeOrMost(int whole, int most, int total_units, const Step& step) {
+  const int extra =
+      total_units / (whole * step.cluster_size) - total_units / (most * step.cluster_size);
+  return extra <= kCombiningUnits ? whole : most;
+}
 
 __device__ int SharesWorthwhile(int total_units, const Step& step) {
   const int rows = step.rows.count, most = step.num_clusters;
   if (rows > most) {
     const int rows_per_share = (rows + most - 1) / most;
-    const int shares = (rows + rows_per_share - 1) / rows_per_share;
-    return IsMost(shares, most) ? shares : most;
+    const int whole = (rows + rows_per_share - 1) / rows_per_share;
+    return WholeOrMost(whole, most, total_units, step);
   }
   const int worthwhile = total_units / (step.cluster_size * kWorthwhileUnits);
   const int shares = max(min(worthwhile, most), rows);
-  const int whole = shares / rows * rows;
-  return IsMost(whole, shares) ? whole : shares;
+  return WholeOrMost(shares / rows * rows, shares, total_units, step);
 }
 
 // Exclusive prefix sums of the rows' units.

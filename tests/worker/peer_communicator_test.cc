@@ -17,6 +17,8 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "gtest/gtest.h"
+#include "kernels/number_formats.h"
+#include "kernels/ops.h"
 #include "tests/worker/distant_device.h"
 #include "tests/worker/rank_group.h"
 #include "worker/shm_communicator.h"
@@ -251,6 +253,59 @@ TEST_F(PeerCommunicatorGpuTest, ProcessesOnOneGpuSumAndGather) {
     for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
     std::printf("%d processes: %.2f s\n", world_size, absl::ToDoubleSeconds(absl::Now() - start));
   }
+}
+
+// What stands between two halves of a layer, fused for one token and in two kernels for many, as a
+// recording that is replayed.
+absl::Status RecordAndReplay(Communicator& communicator, int64_t rows) {
+  constexpr int64_t kColumns = 7168;
+  constexpr int kReplays = 5;
+  Device& device = **GpuRanks::device();
+  const int64_t bytes = rows * kColumns * 2;
+  ASSIGN_OR_RETURN(const Buffer memory, device.Allocate(4 * bytes + kColumns * 2));
+  char* const begin = static_cast<char*>(memory.data());
+  const auto tensor = [&](int i) {
+    return Tensor(begin + i * bytes, DType::kBF16, {rows, kColumns});
+  };
+  const Tensor given = tensor(0), partial = tensor(1), residual = tensor(2), normed = tensor(3);
+  const Tensor weight(begin + 4 * bytes, DType::kBF16, {kColumns});
+  const auto fill = [&](const Tensor& target, float value) {
+    const std::vector<BFloat16> values(target.num_elements(), ToBFloat16(value));
+    device.CopyFromHost(values.data(), target);
+  };
+  fill(given, static_cast<float>(communicator.rank() + 1));
+  fill(residual, 0.0f);
+  fill(weight, 1.0f);
+  ASSIGN_OR_RETURN(const std::unique_ptr<Recording> recording, device.Record([&] {
+    device.Copy(given, partial);
+    return communicator.AllReduceAddRmsNorm(device.ops(), partial, residual, weight, 1e-6f, normed,
+                                            {});
+  }));
+  for (int i = 0; i < kReplays; ++i) recording->Replay();
+  std::vector<BFloat16> sums(rows * kColumns), norms(rows * kColumns);
+  device.CopyToHost(residual, sums.data());
+  device.CopyToHost(normed, norms.data());
+  RETURN_IF_ERROR(communicator.status());
+  const int world = communicator.world_size();
+  const auto expected = static_cast<float>(kReplays * world * (world + 1) / 2);
+  for (size_t i = 0; i < sums.size(); ++i) {  // small whole numbers, and equal ones: all exact
+    if (ToFloat(sums[i]) != expected || ToFloat(norms[i]) != 1.0f) {
+      return absl::InternalError(absl::StrCat("[", i, "] of ", rows, " rows is ", ToFloat(sums[i]),
+                                              ", normed ", ToFloat(norms[i])));
+    }
+  }
+  return absl::OkStatus();
+}
+
+TEST_F(PeerCommunicatorGpuTest, ProcessesReplayRecordedSums) {
+  const auto statuses =
+      RunInProcesses(2, GpuRanks::Maker(), [](GroupCommunicator& communicator) -> absl::Status {
+        if (!communicator.is_recordable()) return absl::InternalError("cannot be recorded");
+        RETURN_IF_ERROR(RecordAndReplay(communicator, 1));
+        RETURN_IF_ERROR(RecordAndReplay(communicator, 200));
+        return RecordAndReplay(communicator, 9);
+      });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
 }
 
 TEST_F(PeerCommunicatorGpuTest, AKilledProcessIsNamedAfterTheTimeout) {
