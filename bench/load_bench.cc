@@ -1,12 +1,13 @@
 // How fast a checkpoint becomes a shard: BF16 weights from files, quantised to FP8 on the way to
 // the device, beside how fast the same files can be read at all.
 //
-//   load_bench --folder DIR [--gigabytes 20] [--device cuda] [--threads 8] [--keep]
+//   load_bench --folder DIR [--gigabytes 20] [--device cuda] [--threads 8] [--keep] [--holes]
 //
 // Makes a checkpoint of random numbers in DeepSeek-V3's shapes with as many experts as fit the
 // size, and reads and loads it twice: first from the disk (as far as the operating system drops
 // what it has in memory when asked to), then from memory. The share is that of the reading rate:
-// what is lost to copies, to quantising, and to the order in which weights are wanted.
+// what is lost to copies, to quantising, and to the order in which weights are wanted. With
+// --holes the file has no numbers and is there at once: what is read never comes from a disk.
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -43,6 +44,7 @@ struct Flags {
   std::string device = "cuda";
   int threads = 8;
   bool keep = false;
+  bool holes = false;
 };
 
 // One dense layer and two with experts.
@@ -175,8 +177,10 @@ void LoadBench::Make() {
   std::ofstream file(path_, std::ios::binary);
   file.write(reinterpret_cast<const char*>(&header_bytes), sizeof header_bytes);
   file << header;
-  WriteRandom(file);
+  if (!flags_.holes) WriteRandom(file);
   file.close();
+  if (flags_.holes)
+    std::filesystem::resize_file(path_, sizeof header_bytes + header_bytes + file_bytes_);
   CHECK(file.good()) << "cannot write " << path_ << "; is the disk full?";
   std::printf("made %.2f GB, %ld experts to a layer, in %.1f s\n",
               static_cast<double>(file_bytes_) / 1e9, static_cast<long>(num_experts),
@@ -244,7 +248,9 @@ double LoadBench::LoadRate() {
 
 void LoadBench::Measure() {
   std::printf("%-12s %10s %10s %7s\n", "from", "read GB/s", "load GB/s", "share");
+  if (flags_.holes) ReadRate();  // then they are in memory
   for (const bool from_disk : {true, false}) {
+    if (from_disk && flags_.holes) continue;
     if (from_disk) ForgetCache();
     const double read = ReadRate();
     if (from_disk) ForgetCache();
@@ -263,6 +269,7 @@ int Main(int argc, char** argv) {
   app.add_option("--gigabytes", flags.gigabytes, "its size, at least 8");
   app.add_option("--device", flags.device)->check(CLI::IsMember({"cpu", "cuda"}));
   app.add_option("--threads", flags.threads, "that read")->check(CLI::Range(1, 64));
+  app.add_flag("--holes", flags.holes, "zeros that lie on no disk");
   app.add_flag("--keep", flags.keep, "leave the checkpoint there");
   CLI11_PARSE(app, argc, argv);
   LoadBench bench(flags);

@@ -1,7 +1,6 @@
 #include "worker/weight_loader.h"
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <initializer_list>
 #include <iterator>
@@ -137,23 +136,41 @@ bool LinesUp(const std::vector<LinearForm>& forms) {
   return true;
 }
 
-// A head of kv_b_proj while it is converted: as it is stored, its factors if any, and in the
+// Heads of kv_b_proj while they are converted: as they are stored, their factors if any, and in the
 // activations' type.
-struct StoredHead {
-  static StoredHead Place(const MatrixPart& part, DType stored, DType act, Arena& arena) {
-    const int64_t rows = part.rows.size(), columns = part.columns.size();
-    StoredHead head = {.plain = arena.Take(act, {rows, columns}),
-                       .stored = {.values = arena.Take(stored, {rows, columns}),
-                                  .row_offset = static_cast<int>(part.rows.begin % kFp8Block)}};
-    if (stored != DType::kF8E4M3) return head;
-    const MatrixPart factors = FactorsOf(part);
-    head.stored.scale_inv = arena.Take(DType::kF32, {factors.rows.size(), factors.columns.size()});
-    return head;
+struct StoredHeads {
+  static StoredHeads Place(const LinearForm& form, DType act, Arena& arena) {
+    StoredHeads heads = {.plain = arena.Take(act, {form.rows, form.columns}),
+                         .stored = {.values = arena.Take(form.stored, {form.rows, form.columns}),
+                                    .row_offset = form.row_offset}};
+    if (form.stored != DType::kF8E4M3) return heads;
+    heads.stored.scale_inv =
+        arena.Take(DType::kF32, {form.factors.rows.size(), form.factors.columns.size()});
+    return heads;
   }
 
   Tensor plain;
   Weight stored;
 };
+
+// The rows of `heads`, each [nope + v, R], to w_uk, [R, nope] of each, and w_uv, [v, R] of each.
+template <typename Element>
+void SplitHeads(const std::vector<char>& heads, int64_t num_heads, int64_t nope_dim, int64_t v_dim,
+                int64_t rank, std::vector<char>& w_uk, std::vector<char>& w_uv) {
+  w_uk.resize(num_heads * nope_dim * rank * sizeof(Element));
+  w_uv.resize(num_heads * v_dim * rank * sizeof(Element));
+  const auto* from = reinterpret_cast<const Element*>(heads.data());
+  auto* keys = reinterpret_cast<Element*>(w_uk.data());
+  auto* values = reinterpret_cast<Element*>(w_uv.data());
+  for (int64_t head = 0; head < num_heads; ++head) {
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int64_t n = 0; n < nope_dim; ++n) *keys++ = from[n * rank + r];
+    }
+    from += nope_dim * rank;
+    values = std::copy_n(from, v_dim * rank, values);
+    from += v_dim * rank;
+  }
+}
 
 template <typename... Fns>
 struct Overloaded : Fns... {
@@ -207,17 +224,20 @@ absl::Status WeightPlanner::Add(const WeightLoader::Linear& wish) {
   return absl::OkStatus();
 }
 
+// Never quantised: attention in the latent space reads it in the activations' type.
+absl::StatusOr<LinearForm> FindKvB(const WeightSource& source, const WeightLoaderOptions& options,
+                                   const LinearPart& heads) {
+  return FindLinear(source, {.accept_fp8 = options.accept_fp8}, heads, LinearTypes(options));
+}
+
 absl::Status WeightPlanner::Add(const WeightLoader::KvB& wish) {
-  for (int64_t head = wish.heads.begin; head < wish.heads.end; ++head) {
-    const LinearPart layer = wish.Head(head);
-    ASSIGN_OR_RETURN(const LinearForm form, FindLinear(source_, {.accept_fp8 = options_.accept_fp8},
-                                                       layer, LinearTypes(options_)));
-    total_.weight_bytes += BytesOf(layer.part, options_.dtype);
-    total_.read_bytes += form.stored_bytes();
-    Arena counted;
-    StoredHead::Place(layer.part, form.stored, options_.dtype, counted);
-    total_.scratch_bytes = std::max(total_.scratch_bytes, counted.peak_bytes());
-  }
+  const LinearPart heads = wish.Heads();
+  ASSIGN_OR_RETURN(const LinearForm form, FindKvB(source_, options_, heads));
+  total_.weight_bytes += BytesOf(heads.part, options_.dtype);
+  total_.read_bytes += form.stored_bytes();
+  Arena counted;
+  StoredHeads::Place(form, options_.dtype, counted);
+  total_.scratch_bytes = std::max(total_.scratch_bytes, counted.peak_bytes());
   return absl::OkStatus();
 }
 
@@ -251,8 +271,8 @@ class WeightReader {
   absl::StatusOr<Weight> AllocateStack(absl::Span<const LinearForm> forms, int64_t num_experts);
   // Fills `target`, [N, K].
   void NoteLayer(const LinearPart& layer, const LinearForm& form, const Weight& target);
-  // [nope + v, R] of a head to w_uk, [R, nope], and w_uv, [v, R].
-  void SplitHead(const StoredHead& head, const Tensor& w_uk, const Tensor& w_uv);
+  // Takes the way through the host.   w_uk [A, R, nope]   w_uv [A, v, R]
+  void Split(const StoredHeads& heads, const Tensor& w_uk, const Tensor& w_uv);
   void Advance(int64_t num_bytes);
 
   const WeightLoaderOptions& options_;
@@ -385,45 +405,34 @@ absl::Status WeightReader::Note(const WeightLoader::Linear& wish) {
 }
 
 absl::Status WeightReader::Note(const WeightLoader::KvB& wish) {
-  const LinearPart first = wish.Head(0);
-  ASSIGN_OR_RETURN(const DType stored,
-                   TypeOfMatrix(source_, first.name, first.part, LinearTypes(options_)));
-  const int64_t heads = wish.heads.size();
-  ASSIGN_OR_RETURN(*wish.w_uk, Allocate(options_.dtype, {heads, wish.kv_lora_rank, wish.nope_dim}));
-  ASSIGN_OR_RETURN(*wish.w_uv, Allocate(options_.dtype, {heads, wish.v_dim, wish.kv_lora_rank}));
-  for (int64_t head = wish.heads.begin; head < wish.heads.end; ++head) {
-    const LinearPart layer = wish.Head(head);
-    Arena placed(scratch_.data());
-    const StoredHead parts = StoredHead::Place(layer.part, stored, options_.dtype, placed);
-    const Tensor w_uk = (*wish.w_uk)[head - wish.heads.begin];
-    const Tensor w_uv = (*wish.w_uv)[head - wish.heads.begin];
-    const auto split = [=, this] { SplitHead(parts, w_uk, w_uv); };
-    const bool is_fp8 = stored == DType::kF8E4M3;
-    NoteRead(layer.name, stored, layer.part, parts.stored.values,
-             is_fp8 ? nullptr : std::function<void()>(split));
-    if (!is_fp8) continue;
-    NoteRead(FactorsName(layer.name), DType::kF32, FactorsOf(layer.part), parts.stored.scale_inv,
-             split);
+  const LinearPart heads = wish.Heads();
+  ASSIGN_OR_RETURN(const LinearForm form, FindKvB(source_, options_, heads));
+  const int64_t num_heads = wish.heads.size();
+  ASSIGN_OR_RETURN(*wish.w_uk,
+                   Allocate(options_.dtype, {num_heads, wish.kv_lora_rank, wish.nope_dim}));
+  ASSIGN_OR_RETURN(*wish.w_uv,
+                   Allocate(options_.dtype, {num_heads, wish.v_dim, wish.kv_lora_rank}));
+  Arena placed(scratch_.data());
+  const StoredHeads parts = StoredHeads::Place(form, options_.dtype, placed);
+  const std::function<void()> split = [this, parts, w_uk = *wish.w_uk, w_uv = *wish.w_uv] {
+    Split(parts, w_uk, w_uv);
+  };
+  const bool is_fp8 = parts.stored.scale_inv.present();
+  NoteRead(heads.name, form.stored, heads.part, parts.stored.values, is_fp8 ? nullptr : split);
+  if (is_fp8) {
+    NoteRead(FactorsName(heads.name), DType::kF32, form.factors, parts.stored.scale_inv, split);
   }
   return absl::OkStatus();
 }
 
-void WeightReader::SplitHead(const StoredHead& head, const Tensor& w_uk, const Tensor& w_uv) {
-  device_.ops().Dequantize(head.stored, head.plain);
-  // [nope, R] becomes [R, nope] on the way through the host; the values' rows stay as they are.
-  const int64_t rank = w_uk.dim(0), nope_dim = w_uk.dim(1);
-  const Tensor keys = head.plain.Slice(0, 0, nope_dim);
-  const int64_t element_bytes = SizeOf(options_.dtype);
-  std::vector<char> rows_first(keys.num_bytes()), columns_first(keys.num_bytes());
-  device_.CopyToHost(keys, rows_first.data());
-  for (int64_t n = 0; n < nope_dim; ++n) {
-    for (int64_t r = 0; r < rank; ++r) {
-      std::memcpy(&columns_first[(r * nope_dim + n) * element_bytes],
-                  &rows_first[(n * rank + r) * element_bytes], element_bytes);
-    }
-  }
-  device_.CopyFromHost(columns_first.data(), w_uk);
-  device_.Copy(head.plain.Slice(0, nope_dim, head.plain.dim(0)), w_uv);
+void WeightReader::Split(const StoredHeads& heads, const Tensor& w_uk, const Tensor& w_uv) {
+  device_.ops().Dequantize(heads.stored, heads.plain);
+  std::vector<char> plain(heads.plain.num_bytes()), keys, values;
+  device_.CopyToHost(heads.plain, plain.data());
+  const auto split = options_.dtype == DType::kF32 ? SplitHeads<uint32_t> : SplitHeads<uint16_t>;
+  split(plain, w_uk.dim(0), w_uk.dim(2), w_uv.dim(1), w_uk.dim(1), keys, values);
+  device_.CopyFromHost(keys.data(), w_uk);
+  device_.CopyFromHost(values.data(), w_uv);
 }
 
 void WeightLoader::AddVector(const std::string& name, int64_t size, Tensor& out) {
@@ -481,11 +490,11 @@ void WeightLoader::AddKvB(const std::string& name, const ModelConfig& config, co
                         .w_uv = &w_uv});
 }
 
-LinearPart WeightLoader::KvB::Head(int64_t head) const {
+LinearPart WeightLoader::KvB::Heads() const {
   const int64_t head_rows = int64_t{nope_dim} + v_dim;
   return {.name = name,
           .part = MatrixPart::Rows(num_heads * head_rows, kv_lora_rank,
-                                   {head * head_rows, (head + 1) * head_rows})};
+                                   {heads.begin * head_rows, heads.end * head_rows})};
 }
 
 absl::StatusOr<WeightLoader::Footprint> WeightLoader::Plan() const {

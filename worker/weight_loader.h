@@ -112,7 +112,7 @@ class WeightLoader {
     Range heads;
     Tensor* w_uk;
     Tensor* w_uv;
-    LinearPart Head(int64_t head) const;
+    LinearPart Heads() const;  // whose rows follow each other
   };
   static std::vector<std::vector<LinearPart>> OneLayerEach(const std::vector<LinearPart>& experts);
   using Wish = std::variant<Vector, Table, Linear, KvB>;
