@@ -18,8 +18,8 @@
 namespace fathom {
 namespace {
 
-constexpr int kLayers = 20;  // of one graph
-constexpr int kWeights = 4;  // distinct layers of weights and cache among them
+constexpr int kLayers = 32;   // of one graph
+constexpr int kWeights = 16;  // distinct layers of weights and cache among them
 constexpr int kMaxContext = 66'560;
 constexpr int kBlockSize = 64;
 constexpr int kHeads = MlaPrefillSm90::kHeads;

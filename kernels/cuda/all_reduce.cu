@@ -35,10 +35,9 @@ __device__ void Send(const PeerGroup& group, uint32_t call, int64_t index,
     const int peer =
         group.rank + i < group.world_size ? group.rank + i : group.rank + i - group.world_size;
     Packet* const to = PacketsOf<Act>(group, group.windows[peer], group.rank, call, index);
-    const auto* words = reinterpret_cast<const uint32_t*>(&piece);
 #pragma unroll
     for (int j = 0; j < kPacketsOfPiece<Act>; ++j) {
-      StorePacket(to + j, Packet::Of(words + 2 * j, call));
+      StorePacket(to + j, Packet::Of(piece.words + 2 * j, call));
     }
   }
 }
@@ -74,20 +73,16 @@ __device__ Piece<Act> Receive(const PeerGroup& group, Patience& patience, uint32
     if (peer >= group.world_size) continue;
     Piece<Act> part = own;
     if (peer != group.rank) {
-      auto* words = reinterpret_cast<uint32_t*>(&part);
 #pragma unroll
-      for (int j = 0; j < kPackets; ++j) packets[peer][j].Unpack(words + 2 * j);
+      for (int j = 0; j < kPackets; ++j) packets[peer][j].Unpack(part.words + 2 * j);
     }
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
-      const float value = ToFloat(part.elements[i]);
+      const float value = part[i];
       sums[i] = peer == 0 ? value : sums[i] + value;
     }
   }
-  Piece<Act> sum;
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i) StoreFloat(sums[i], &sum.elements[i]);
-  return sum;
+  return Piece<Act>::Of(sums);
 }
 
 constexpr int kOneShotThreads = 256;
@@ -125,36 +120,32 @@ struct NormTask {
   bool has_bf16_weight;
 };
 
-// What this lane multiplies its columns of every row with: those of FinishRow.
-template <int kGroups>
-struct Gains {
-  __device__ Gains(const NormTask& task, int warp, int num_warps) {
+__device__ void LoadGains(const NormTask& task, int column, float (&gains)[kPiece]) {
+  const int valid = task.columns - column;
+  if (task.has_bf16_weight) {
+    const auto* weight = static_cast<const __nv_bfloat16*>(task.weight);
+    const auto piece = Piece<__nv_bfloat16>::Load(weight + column, valid);
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int column = (warp + i * num_warps) * kQuantizedColumns +
-                         static_cast<int>(threadIdx.x) % kWarp * kPiece;
+    for (int j = 0; j < kPiece; ++j) gains[j] = piece[j];
+  } else {
+    const auto* weight = static_cast<const float*>(task.weight);
+    const auto piece = Piece<float>::Load(weight + column, valid);
 #pragma unroll
-      for (int j = 0; j < kPiece; ++j) {
-        values[i][j] = column + j >= task.columns ? 0.0f
-                       : task.has_bf16_weight
-                           ? ToFloat(static_cast<const __nv_bfloat16*>(task.weight)[column + j])
-                           : static_cast<const float*>(task.weight)[column + j];
-      }
-    }
+    for (int j = 0; j < kPiece; ++j) gains[j] = piece[j];
   }
-  float values[kGroups][kPiece];
-};
+}
 
 // Some warps' work on a row: adds the sums to the residual, norms, quantises. Each warp does the
 // groups of 128 columns `warp`, `warp` + `num_warps`, …, kGroups at most, 4 columns a lane.
 //   sum_of(column, num_valid) -> Piece<Act>: the sum over ranks
 //   add_up(float) -> the sum over all threads that work on the row
+//   gains: the weight, of the columns of this lane
 template <typename Act, int kGroups, typename SumOf, typename AddUp>
-__device__ void FinishRow(const NormTask& task, const Gains<kGroups>& gains, int row, int warp,
-                          int num_warps, SumOf&& sum_of, AddUp&& add_up) {
+__device__ void FinishRow(const NormTask& task, int row, int warp, int num_warps,
+                          const float (&gains)[kGroups][kPiece], SumOf&& sum_of, AddUp&& add_up) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   Act* const residual = static_cast<Act*>(task.residual) + row * task.residual_stride;
-  Piece<Act> kept[kGroups];
+  Piece<Act> kept[kGroups], sums[kGroups];
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {  // before the sums, which may have to be waited for
@@ -166,15 +157,19 @@ __device__ void FinishRow(const NormTask& task, const Gains<kGroups>& gains, int
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     const int column = (warp + i * num_warps) * kQuantizedColumns + lane * kPiece;
+    if (column < task.columns) sums[i] = sum_of(column, task.columns - column);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const int column = (warp + i * num_warps) * kQuantizedColumns + lane * kPiece;
     if (column >= task.columns) continue;
     const int valid = task.columns - column;
-    const Piece<Act> sum = sum_of(column, valid);
+    float values[kPiece];
 #pragma unroll
-    for (int j = 0; j < kPiece; ++j) {
-      StoreFloat(ToFloat(kept[i].elements[j]) + ToFloat(sum.elements[j]), &kept[i].elements[j]);
-      const float value = j < valid ? ToFloat(kept[i].elements[j]) : 0.0f;
-      squares += value * value;
-    }
+    for (int j = 0; j < kPiece; ++j) values[j] = kept[i][j] + sums[i][j];
+    kept[i] = Piece<Act>::Of(values);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) squares += j < valid ? kept[i][j] * kept[i][j] : 0.0f;
     kept[i].Store(residual + column, valid);
   }
   const float mean = add_up(squares) / static_cast<float>(task.columns);
@@ -186,26 +181,27 @@ __device__ void FinishRow(const NormTask& task, const Gains<kGroups>& gains, int
     if (group * kQuantizedColumns >= task.columns) continue;  // of the whole warp
     const int valid = task.columns - column;
     float largest = 0.0f;
+    float values[kPiece];
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
-      const float value =
-          j < valid ? ToFloat(kept[i].elements[j]) * factor * gains.values[i][j] : 0.0f;
-      StoreFloat(value, &kept[i].elements[j]);
-      largest = fmaxf(largest, fabsf(ToFloat(kept[i].elements[j])));
+      values[j] = j < valid ? kept[i][j] * factor * gains[i][j] : 0.0f;
     }
+    kept[i] = Piece<Act>::Of(values);
+#pragma unroll
+    for (int j = 0; j < kPiece; ++j) largest = fmaxf(largest, fabsf(kept[i][j]));
     if (task.normed != nullptr && valid > 0) {
       kept[i].Store(static_cast<Act*>(task.normed) + row * task.normed_stride + column, valid);
     }
     if (task.values == nullptr) continue;
     const float scale = fmaxf(WarpMax(largest), 1e-4f) / 448.0f;
-    uint8_t* const values = task.values + row * task.values_stride + column;
-    Vector<uint8_t, kPiece> quantized;
+    Vector<uint8_t, kPiece> codes = {};
 #pragma unroll
     for (int j = 0; j < kPiece; ++j) {
-      quantized.elements[j] =
-          __nv_cvt_float_to_fp8(ToFloat(kept[i].elements[j]) / scale, __NV_SATFINITE, __NV_E4M3);
+      const __nv_fp8_storage_t code =
+          __nv_cvt_float_to_fp8(kept[i][j] / scale, __NV_SATFINITE, __NV_E4M3);
+      codes.words[0] |= uint32_t{code} << 8 * j;
     }
-    quantized.Store(values, valid);
+    codes.Store(task.values + row * task.values_stride + column, valid);
     if (lane == 0) task.scales[row * task.scales_stride + group] = scale;
   }
 }
@@ -245,6 +241,7 @@ __device__ void StoreInCluster(float* shared, unsigned rank, float value) {
 }
 
 constexpr int kMostClusterBlocks = 8;
+constexpr int64_t kMostNormColumns = 2 * kMostClusterBlocks * kOneShotThreads * kPiece;
 constexpr int kOneShotWarps = kOneShotThreads / kWarp;
 
 // A cluster of blocks shares a row, so that few tokens are many threads' work.
@@ -259,7 +256,12 @@ __global__ void __launch_bounds__(kOneShotThreads)
   const int row_step = static_cast<int>(gridDim.x) / num_blocks;
   const int warp = block * kOneShotWarps + static_cast<int>(threadIdx.x) / kWarp;
   const int num_warps = num_blocks * kOneShotWarps;
-  const Gains<kGroups> gains(task, warp, num_warps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float gains[kGroups][kPiece];  // read before predecessors are waited for
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    LoadGains(task, (warp + i * num_warps) * kQuantizedColumns + lane * kPiece, gains[i]);
+  }
   const uint32_t call = BeginCall(group);
   Patience patience(group);
   const int64_t pieces = (task.columns + kPiece - 1) / kPiece;
@@ -270,8 +272,7 @@ __global__ void __launch_bounds__(kOneShotThreads)
   for (int row = first_row; row < task.rows && !patience.gave_up(); row += row_step) {
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      const int column = (warp + i * num_warps) * kQuantizedColumns +
-                         static_cast<int>(threadIdx.x) % kWarp * kPiece;
+      const int column = (warp + i * num_warps) * kQuantizedColumns + lane * kPiece;
       if (column >= task.columns) continue;
       Send(group, call, row * pieces + column / kPiece,
            Piece<Act>::Load(partial_at(row, column), task.columns - column));
@@ -295,171 +296,154 @@ __global__ void __launch_bounds__(kOneShotThreads)
       for (int i = 0; i < num_blocks; ++i) total += block_sums[parity][i];
       return total;
     };
-    FinishRow<Act, kGroups>(task, gains, row, warp, num_warps, sum_of, add_up);
+    FinishRow<Act, kGroups>(task, row, warp, num_warps, gains, sum_of, add_up);
   }
   EndCall(group, call);
 }
 
 // --- two shots
 //
-// The tensor is rows of `columns` elements, each cut into `segments` units. Unit u is owned by rank
-// u % world_size, whose unit of index u / world_size it is, and goes through the blocks of that
-// index, modulo their number, on all ranks.
+// The tensor is a row of units of 128 pieces of 16 bytes. Unit u is owned by rank u % world_size,
+// whose unit of index u / world_size it is, and goes through the blocks of that index, modulo their
+// number, on all ranks.
 
-struct Units {
-  int64_t row_stride;  // elements
-  int64_t columns;     // of a row; the last row of a flat tensor may be shorter
-  int64_t count;       // elements of all rows together
-  int num_units;
-  int segments;      // of a row
-  int unit_columns;  // of a unit but a row's last one
-};
-
-template <typename Act>
-constexpr int kWide = 16 / sizeof(Act);
-
-struct Unit {
-  int64_t offset;  // elements from the tensor's first
-  int size;        // elements, perhaps none
-};
-__device__ Unit UnitAt(const Units& units, int unit) {
-  const int64_t row = unit / units.segments;
-  const int64_t column = int64_t{unit % units.segments} * units.unit_columns;
-  const int64_t row_size = min(units.columns, units.count - row * units.columns);
-  const int64_t size = min(int64_t{units.unit_columns}, row_size - column);
-  return {row * units.row_stride + column, static_cast<int>(max(size, int64_t{0}))};
-}
-
+constexpr int kUnitPieces = 128;
 constexpr int kTwoShotThreads = 512;
 
 template <typename Act>
-struct Staging {
-  __device__ Staging(const PeerGroup& group, const Units& units)
-      : unit_elements(units.unit_columns),
-        owned((units.num_units + group.world_size - 1) / group.world_size) {}
-  __device__ Act* Part(char* window, int sender, int index) const {
-    return reinterpret_cast<Act*>(window + kPartsOffset) +
-           (int64_t{sender} * owned + index) * unit_elements;
-  }
-  __device__ Act* Sum(char* window, int unit) const {
-    return reinterpret_cast<Act*>(window + kSumsOffset) + int64_t{unit} * unit_elements;
+class TwoShots {
+ public:
+  using Wide = Vector<Act, 16 / sizeof(Act)>;
+  static constexpr int kWide = 16 / sizeof(Act);
+
+  __device__ TwoShots(const PeerGroup& group, Act* data, int64_t count)
+      : group_(group), data_(data), count_(count) {
+    constexpr int kUnitElements = kUnitPieces * kWide;
+    const auto num_units = static_cast<int>((count + kUnitElements - 1) / kUnitElements);
+    owned_ = (num_units + group.world_size - 1) / group.world_size;
   }
 
-  const int unit_elements;
-  const int owned;  // units of a rank, at most
-};
-
-// Both shots: the sums of all units are in this rank's staging memory once the second meeting with
-// the blocks that made them is over.
-template <typename Act>
-__device__ void ExchangeUnits(const PeerGroup& group, Patience& patience, const Units& units,
-                              const Staging<Act>& staging, const Act* data, uint32_t call) {
-  using Wide = Vector<Act, kWide<Act>>;
-  const int world = group.world_size;
-  const int lane_begin = static_cast<int>(threadIdx.x) * kWide<Act>;
-  constexpr int kLaneStep = kTwoShotThreads * kWide<Act>;
-  if (__syncthreads_or(patience.gave_up()) != 0) return;  // nor write to others any more
-  for (int index = blockIdx.x; index < staging.owned; index += gridDim.x) {
-    for (int i = 1; i < world; ++i) {
-      const int owner = (group.rank + i) % world;
-      const int unit = index * world + owner;
-      if (unit >= units.num_units) continue;
-      const Unit at = UnitAt(units, unit);
-      Act* const to = staging.Part(group.windows[owner], group.rank, index);
-      for (int j = lane_begin; j < at.size; j += kLaneStep) {
-        Wide::Load(data + at.offset + j, at.size - j).Store(to + j, kWide<Act>);
-      }
-    }
+  // Gives every owner this rank's part.
+  __device__ void SendParts() const {
+    Copy(group_.rank + 1, group_.world_size - 1, [&](const Place& at) {
+      const Wide part = Load(at);
+      return [=, this] { *Part(group_.windows[at.owner], group_.rank, at) = part; };
+    });
   }
-  Announce(group, 0, 0, world, call);
-  if (!Meet(group, patience, 0, 0, world, call)) return;
-
-  for (int index = blockIdx.x; index < staging.owned; index += gridDim.x) {
-    const int unit = index * world + group.rank;
-    if (unit >= units.num_units) continue;
-    const Unit at = UnitAt(units, unit);
-    for (int j = lane_begin; j < at.size; j += kLaneStep) {
+  // Sums what this rank owns and gives it to all.
+  __device__ void SendSums() const {
+    const int world = group_.world_size;
+    for (int i = threadIdx.x; i < NumPieces(1); i += kTwoShotThreads) {
+      const Place at = PlaceOf(i, group_.rank, 1);
+      if (!IsThere(at)) continue;
       Wide parts[kMostPeers];
 #pragma unroll
       for (int peer = 0; peer < kMostPeers; ++peer) {
         if (peer >= world) continue;
-        parts[peer] = peer == group.rank
-                          ? Wide::Load(data + at.offset + j, at.size - j)
-                          : *reinterpret_cast<const Wide*>(
-                                staging.Part(group.windows[group.rank], peer, index) + j);
+        parts[peer] = peer == group_.rank ? Load(at) : *Part(group_.windows[group_.rank], peer, at);
       }
-      Wide sum;
+      float sums[kWide];
 #pragma unroll
-      for (int k = 0; k < kWide<Act>; ++k) {
-        float value = ToFloat(parts[0].elements[k]);
+      for (int j = 0; j < kWide; ++j) {
+        sums[j] = parts[0][j];
 #pragma unroll
         for (int peer = 1; peer < kMostPeers; ++peer) {
-          if (peer < world) value += ToFloat(parts[peer].elements[k]);
+          if (peer < world) sums[j] += parts[peer][j];
         }
-        StoreFloat(value, &sum.elements[k]);
       }
-      for (int i = 0; i < world; ++i) {
-        const int peer = (group.rank + i) % world;
-        *reinterpret_cast<Wide*>(staging.Sum(group.windows[peer], unit) + j) = sum;
+      const Wide sum = Wide::Of(sums);
+      for (int peer = 0; peer < world; ++peer) {
+        *Sum(group_.windows[(group_.rank + peer) % world], at) = sum;
       }
     }
   }
-  Announce(group, 1, 0, world, call);
-}
+  // Takes all sums to their places in the tensor.
+  __device__ void TakeSums() const {
+    Copy(0, group_.world_size, [&](const Place& at) {
+      const Wide sum = *Sum(group_.windows[group_.rank], at);
+      return [=, this] { sum.Store(data_ + Begin(at), count_ - Begin(at)); };
+    });
+  }
+
+ private:
+  struct Place {
+    int index, owner;  // of the unit
+    int piece;         // within it
+  };
+
+  // Of the units of this block that so many ranks own.
+  __device__ int NumPieces(int num_ranks) const {
+    const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+    const int indices = block < owned_ ? (owned_ - block + blocks - 1) / blocks : 0;
+    return indices * num_ranks * kUnitPieces;
+  }
+  // Of the ranks first, first + 1, …, modulo world_size. Neighbours have neighbouring pieces.
+  __device__ Place PlaceOf(int i, int first, int num_ranks) const {
+    const int unit = i / kUnitPieces, round = unit / num_ranks;
+    return {.index = static_cast<int>(blockIdx.x + round * gridDim.x),
+            .owner = (first + unit - round * num_ranks) % group_.world_size,
+            .piece = i % kUnitPieces};
+  }
+  __device__ int64_t Begin(const Place& at) const {  // elements
+    const int64_t unit = int64_t{at.index} * group_.world_size + at.owner;
+    return (unit * kUnitPieces + at.piece) * kWide;
+  }
+  __device__ bool IsThere(const Place& at) const { return Begin(at) < count_; }
+  __device__ Wide Load(const Place& at) const {
+    return Wide::Load(data_ + Begin(at), count_ - Begin(at));
+  }
+  __device__ Wide* Part(char* window, int sender, const Place& at) const {
+    return reinterpret_cast<Wide*>(window + kPartsOffset) +
+           (int64_t{sender} * owned_ + at.index) * kUnitPieces + at.piece;
+  }
+  __device__ Wide* Sum(char* window, const Place& at) const {
+    return reinterpret_cast<Wide*>(window + kSumsOffset) + Begin(at) / kWide;
+  }
+
+  // Calls load(place), which gives a function that stores: several loads before their stores.
+  template <typename LoadPiece>
+  __device__ void Copy(int first, int num_ranks, LoadPiece&& load) const {
+    const int count = NumPieces(num_ranks);
+    int i = static_cast<int>(threadIdx.x);
+    for (; i + 3 * kTwoShotThreads < count; i += 4 * kTwoShotThreads) {
+      const Place places[] = {PlaceOf(i, first, num_ranks),
+                              PlaceOf(i + kTwoShotThreads, first, num_ranks),
+                              PlaceOf(i + 2 * kTwoShotThreads, first, num_ranks),
+                              PlaceOf(i + 3 * kTwoShotThreads, first, num_ranks)};
+      if (!IsThere(places[0]) || !IsThere(places[1]) || !IsThere(places[2]) ||
+          !IsThere(places[3])) {
+        break;
+      }
+      const auto a = load(places[0]), b = load(places[1]), c = load(places[2]), d = load(places[3]);
+      a(), b(), c(), d();
+    }
+    for (; i < count; i += kTwoShotThreads) {
+      const Place at = PlaceOf(i, first, num_ranks);
+      if (IsThere(at)) load(at)();
+    }
+  }
+
+  const PeerGroup& group_;
+  Act* const data_;
+  const int64_t count_;
+  int owned_;  // units of a rank, at most
+};
 
 template <typename Act>
 __global__ void __launch_bounds__(kTwoShotThreads)
-    TwoShotSumKernel(const __grid_constant__ PeerGroup group, const Units units, Act* data) {
-  using Wide = Vector<Act, kWide<Act>>;
+    TwoShotSumKernel(const __grid_constant__ PeerGroup group, Act* data, int64_t count) {
   const uint32_t call = BeginCall(group);
   Patience patience(group);
-  const Staging<Act> staging(group, units);
-  ExchangeUnits(group, patience, units, staging, data, call);
-  if (Meet(group, patience, 1, 0, group.world_size, call)) {
-    for (int index = blockIdx.x; index < staging.owned; index += gridDim.x) {
-      for (int owner = 0; owner < group.world_size; ++owner) {
-        const int unit = index * group.world_size + owner;
-        if (unit >= units.num_units) continue;
-        const Unit at = UnitAt(units, unit);
-        const Act* const from = staging.Sum(group.windows[group.rank], unit);
-        for (int j = threadIdx.x * kWide<Act>; j < at.size; j += kTwoShotThreads * kWide<Act>) {
-          reinterpret_cast<const Wide*>(from + j)->Store(data + at.offset + j, at.size - j);
-        }
-      }
-    }
-  }
-  EndCall(group, call);
-}
-
-// A block per row once its units are there, whoever made them.
-template <typename Act, int kGroups>
-__global__ void __launch_bounds__(kTwoShotThreads)
-    TwoShotNormKernel(const __grid_constant__ PeerGroup group, const Units units,
-                      const NormTask task) {
-  __shared__ float warp_sums[kTwoShotThreads / kWarp];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const Gains<kGroups> gains(task, warp, kTwoShotThreads / kWarp);
-  const uint32_t call = BeginCall(group);
-  Patience patience(group);
-  const Staging<Act> staging(group, units);
   const int world = group.world_size;
-  ExchangeUnits(group, patience, units, staging, static_cast<const Act*>(task.partial), call);
-  for (int row = blockIdx.x; row < task.rows; row += gridDim.x) {
-    const int unit_of_thread = row * units.segments + static_cast<int>(threadIdx.x);
-    bool is_lost = false;
-    if (static_cast<int>(threadIdx.x) < units.segments) {
-      const int block = unit_of_thread / world % static_cast<int>(gridDim.x);
-      patience.Await(1, block, unit_of_thread % world, call);
-      is_lost = patience.gave_up();
+  const TwoShots<Act> shots(group, data, count);
+  if (__syncthreads_or(patience.gave_up()) == 0) {  // else nor write to others any more
+    shots.SendParts();
+    Announce(group, 0, 0, world, call);
+    if (Meet(group, patience, 0, 0, world, call)) {
+      shots.SendSums();
+      Announce(group, 1, 0, world, call);
+      if (Meet(group, patience, 1, 0, world, call)) shots.TakeSums();
     }
-    if (__syncthreads_or(is_lost) != 0) break;
-    const auto sum_of = [&](int column, int) {
-      const int segment = column / units.unit_columns;
-      const Act* sums = staging.Sum(group.windows[group.rank], row * units.segments + segment);
-      return *reinterpret_cast<const Piece<Act>*>(sums + column % units.unit_columns);
-    };
-    const auto add_up = [&](float squares) { return BlockSum(squares, warp_sums); };
-    FinishRow<Act, kGroups>(task, gains, row, warp, kTwoShotThreads / kWarp, sum_of, add_up);
   }
   EndCall(group, call);
 }
@@ -518,28 +502,6 @@ bool IsOneShot(const PeerGroup& group, int64_t pieces) {
   return pieces * kPacketsOfPiece<Act> * 16 <= kPacketsBytes / group.world_size / 16 * 16;
 }
 
-// Columns of a unit: a multiple of what shares a factor, and of what a thread copies.
-constexpr int64_t kUnitColumns = 2048;
-
-Units CutRows(int64_t rows, int64_t columns, int64_t stride) {
-  const int64_t segments = CeilDiv(columns, kUnitColumns);
-  const int64_t unit_columns =
-      CeilDiv(CeilDiv(columns, segments), kQuantizedColumns) * kQuantizedColumns;
-  return {.row_stride = stride,
-          .columns = columns,
-          .count = rows * columns,
-          .num_units = static_cast<int>(rows * segments),
-          .segments = static_cast<int>(segments),
-          .unit_columns = static_cast<int>(unit_columns)};
-}
-
-// Most units of a launch, so that the parts fit when the last owners have one less.
-template <typename Act>
-int64_t MostUnits(const PeerGroup& group, const Units& units) {
-  return kStagingBytes / (units.unit_columns * static_cast<int64_t>(sizeof(Act))) -
-         group.world_size;
-}
-
 template <typename Act>
 void Sum(const PeerGroup& group, Act* data, int64_t count, cudaStream_t stream) {
   if (IsOneShot<Act>(group, CeilDiv(count, kPiece))) {
@@ -550,36 +512,34 @@ void Sum(const PeerGroup& group, Act* data, int64_t count, cudaStream_t stream) 
                     stream, group, data, count);
     return;
   }
-  const int64_t most = MostUnits<Act>(group, CutRows(1, kUnitColumns, kUnitColumns)) * kUnitColumns;
+  // The parts must fit when the last owners have a unit less.
+  constexpr int64_t kUnitElements = kUnitPieces * TwoShots<Act>::kWide;
+  const int64_t most_units = kStagingBytes / (kUnitPieces * 16) - group.world_size;
+  const int64_t most = most_units * kUnitElements;
   for (int64_t begin = 0; begin < count; begin += most) {
     const int64_t size = std::min(most, count - begin);
-    Units units = CutRows(CeilDiv(size, kUnitColumns), kUnitColumns, kUnitColumns);
-    units.count = size;
-    const int64_t blocks = CeilDiv(units.num_units, group.world_size);
+    const int64_t blocks = CeilDiv(size, kUnitElements * group.world_size);
     LaunchDependent(TwoShotSumKernel<Act>,
                     {dim3(static_cast<unsigned>(std::min<int64_t>(blocks, MostBlocks(group)))),
                      dim3(kTwoShotThreads)},
-                    stream, group, units, data + begin);
+                    stream, group, data + begin, size);
   }
 }
 
-NormTask TaskOf(const PeerAddRmsNorm& all, int64_t begin, int64_t end) {
+NormTask TaskOf(const PeerAddRmsNorm& all) {
   const auto stride = [](const Tensor& tensor) { return tensor.present() ? tensor.stride(0) : 0; };
-  const auto rows = [&](const Tensor& tensor) {
-    return tensor.present() ? tensor.Slice(0, begin, end).raw() : nullptr;
-  };
-  return {.partial = rows(all.partial),
-          .residual = rows(all.residual),
-          .normed = rows(all.normed),
+  return {.partial = all.partial.raw(),
+          .residual = all.residual.raw(),
+          .normed = all.normed.raw(),
           .weight = all.weight.raw(),
-          .values = static_cast<uint8_t*>(rows(all.values)),
-          .scales = static_cast<float*>(rows(all.scales)),
+          .values = static_cast<uint8_t*>(all.values.raw()),
+          .scales = static_cast<float*>(all.scales.raw()),
           .partial_stride = stride(all.partial),
           .residual_stride = stride(all.residual),
           .normed_stride = stride(all.normed),
           .values_stride = stride(all.values),
           .scales_stride = stride(all.scales),
-          .rows = static_cast<int>(end - begin),
+          .rows = static_cast<int>(all.partial.dim(0)),
           .columns = static_cast<int>(all.partial.dim(1)),
           .eps = all.eps,
           .has_bf16_weight = all.weight.dtype() == DType::kBF16};
@@ -597,32 +557,16 @@ int ClusterBlocks(int64_t columns) {
 template <typename Act>
 void SumAndNorm(const PeerGroup& group, const PeerAddRmsNorm& all, cudaStream_t stream) {
   const int64_t rows = all.partial.dim(0), columns = all.partial.dim(1);
-  if (IsOneShot<Act>(group, rows * CeilDiv(columns, kPiece))) {
-    const int cluster = ClusterBlocks(columns);
-    const int64_t clusters = std::min<int64_t>(rows, MostBlocks(group) / cluster);
-    const auto kernel = columns <= kMostClusterBlocks * kOneShotThreads * kPiece
-                            ? OneShotNormKernel<Act, 1>
-                            : OneShotNormKernel<Act, 2>;
-    LaunchDependent(kernel,
-                    {.blocks = dim3(static_cast<unsigned>(clusters * cluster)),
-                     .threads = dim3(kOneShotThreads),
-                     .cluster = cluster},
-                    stream, group, TaskOf(all, 0, rows));
-    return;
-  }
-  const int64_t segments = CutRows(1, columns, columns).segments;
-  const int64_t most_rows = MostUnits<Act>(group, CutRows(1, columns, columns)) / segments;
-  const auto kernel = columns <= 4 * kTwoShotThreads * kPiece ? TwoShotNormKernel<Act, 4>
-                                                              : TwoShotNormKernel<Act, 8>;
-  for (int64_t begin = 0; begin < rows; begin += most_rows) {
-    const int64_t end = std::min(rows, begin + most_rows);
-    const Units units = CutRows(end - begin, columns, all.partial.stride(0));
-    const int64_t blocks = std::max(end - begin, CeilDiv(units.num_units, group.world_size));
-    LaunchDependent(kernel,
-                    {dim3(static_cast<unsigned>(std::min<int64_t>(blocks, MostBlocks(group)))),
-                     dim3(kTwoShotThreads)},
-                    stream, group, units, TaskOf(all, begin, end));
-  }
+  const int cluster = ClusterBlocks(columns);
+  const int64_t clusters = std::min<int64_t>(rows, MostBlocks(group) / cluster);
+  const auto kernel = columns <= kMostClusterBlocks * kOneShotThreads * kPiece
+                          ? OneShotNormKernel<Act, 1>
+                          : OneShotNormKernel<Act, 2>;
+  LaunchDependent(kernel,
+                  {.blocks = dim3(static_cast<unsigned>(clusters * cluster)),
+                   .threads = dim3(kOneShotThreads),
+                   .cluster = cluster},
+                  stream, group, TaskOf(all));
 }
 
 }  // namespace
@@ -633,9 +577,18 @@ void AllReduceSum(const PeerGroup& group, void* data, DType dtype, int64_t count
   VisitAct(dtype, [&](auto act) { Sum(group, static_cast<decltype(act)*>(data), count, stream); });
 }
 
+bool CanAllReduceAddRmsNorm(const PeerGroup& group, DType dtype, int64_t rows, int64_t columns) {
+  const int64_t pieces = rows * CeilDiv(columns, kPiece);
+  return columns <= kMostNormColumns &&
+         (dtype == DType::kF32 ? IsOneShot<float>(group, pieces)
+                               : IsOneShot<__nv_bfloat16>(group, pieces));
+}
+
 void AllReduceAddRmsNorm(const PeerGroup& group, const PeerAddRmsNorm& task, cudaStream_t stream) {
   CHECK(task.partial.rank() == 2 && task.residual.rank() == 2) << task.partial.DebugString();
-  CHECK_LE(task.partial.dim(1), kMostNormColumns);
+  CHECK(
+      CanAllReduceAddRmsNorm(group, task.partial.dtype(), task.partial.dim(0), task.partial.dim(1)))
+      << task.partial.DebugString();
   CHECK_EQ(task.residual.dim(0), task.partial.dim(0));
   CHECK_EQ(task.residual.dim(1), task.partial.dim(1));
   CHECK(task.residual.dtype() == task.partial.dtype());
@@ -666,8 +619,6 @@ void LoadPeerKernels() {
     load(TwoShotSumKernel<Act>);
     load(OneShotNormKernel<Act, 1>);
     load(OneShotNormKernel<Act, 2>);
-    load(TwoShotNormKernel<Act, 4>);
-    load(TwoShotNormKernel<Act, 8>);
   };
   load_all(float{});
   load_all(__nv_bfloat16{});

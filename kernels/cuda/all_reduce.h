@@ -56,17 +56,19 @@ inline constexpr int64_t kPeerWindowBytes = (int64_t{20} << 20) + (64 << 10);
 void AllReduceSum(const PeerGroup& group, void* data, DType dtype, int64_t count,
                   cudaStream_t stream);
 
-// residual += Σ over ranks of partial (rounded to act), then its norm, as Ops::AddRmsNorm.
+// residual += Σ over ranks of partial (rounded to act), then its norm, as Ops::AddRmsNorm: in one
+// kernel for what is summed in one shot, where launches and meetings are most of the time. (For
+// more rows the sum and then a norm that has the whole GPU are quicker.)
 //   partial [T, N] act, holds anything afterwards   residual [T, N] act   weight [N] f32 or bf16
 //   normed [T, N] act, or absent   values [T, N] F8_E4M3 and scales [T, ⌈N/128⌉] f32, or both
 //   absent
-// Rows may be strided.
+// Rows may be strided. REQUIRES: CanAllReduceAddRmsNorm
 struct PeerAddRmsNorm {
   Tensor partial = {}, residual = {}, weight = {};
   float eps = 0.0f;
   Tensor normed = {}, values = {}, scales = {};
 };
-inline constexpr int64_t kMostNormColumns = 16384;  // N, at most
+bool CanAllReduceAddRmsNorm(const PeerGroup& group, DType dtype, int64_t rows, int64_t columns);
 void AllReduceAddRmsNorm(const PeerGroup& group, const PeerAddRmsNorm& task, cudaStream_t stream);
 
 // whole[r] = part of rank r, at rank 0 only.

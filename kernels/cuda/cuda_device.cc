@@ -213,6 +213,11 @@ class CudaDevice final : public Device {
     CHECK(from.dense()) << from.DebugString();
     CHECK_EQ(from.num_bytes(), to.num_bytes());
     if (to.num_elements() == 0) return;
+    if (to.dense()) {  // a third faster than as one row of many
+      CUDA_CHECK(cudaMemcpyAsync(to.raw(), from.raw(), static_cast<size_t>(from.num_bytes()),
+                                 cudaMemcpyDeviceToDevice, stream_.get()));
+      return;
+    }
     const Pitched rows = PitchedOf(to);
     CUDA_CHECK(cudaMemcpy2DAsync(rows.data, rows.pitch_bytes, from.raw(), rows.row_bytes,
                                  rows.row_bytes, rows.num_rows, cudaMemcpyDeviceToDevice,

@@ -118,7 +118,9 @@ class CudaPeerMemory final : public PeerMemory {
   bool AllReduceAddRmsNorm(const Tensor& partial, const Tensor& residual, const Tensor& weight,
                            float eps, const Tensor& normed, const Tensor& values,
                            const Tensor& scales) override {
-    if (partial.dim(1) > cuda::kMostNormColumns) return false;
+    if (!cuda::CanAllReduceAddRmsNorm(group_, partial.dtype(), partial.dim(0), partial.dim(1))) {
+      return false;
+    }
     cuda::AllReduceAddRmsNorm(group_,
                               {.partial = partial,
                                .residual = residual,

@@ -43,20 +43,23 @@ struct QueryTile {
 struct PieceCounts {
   int num_key_tiles;
   int num_query_tiles;
-  int unused[2];
+  // Of the attention kernel, which leaves them at zero: items taken, blocks that have ended.
+  int taken;
+  int ended;
 };
 
 // The workspace, divided.
 struct Workspace {
-  __nv_bfloat16* keys;     // [heads, piece_tokens, 128]
-  __nv_bfloat16* values;   // [heads, piece_tokens, 128]
-  __nv_bfloat16* ropes;    // [piece_tokens, 64]
-  __nv_bfloat16* latents;  // [piece_tokens, 512], of an FP8 cache
-  float* outputs;          // [max_tokens, heads, 128]: running, not yet normalised
-  float2* sums;            // [max_tokens, heads]: largest score, sum of exponentials
-  PieceCounts* counts;     // [max_pieces]
-  KeyTile* key_tiles;      // [max_pieces, piece_tokens / 128]
-  QueryTile* query_tiles;  // [max_pieces, max_query_tiles], costliest first
+  __nv_bfloat16* keys;         // [heads, piece_tokens, 128]
+  __nv_bfloat16* values;       // [heads, piece_tokens, 128]
+  __nv_bfloat16* ropes;        // [piece_tokens, 64]
+  __nv_bfloat16* query_ropes;  // [max_tokens, heads, 64], rotated
+  __nv_bfloat16* latents;      // [piece_tokens, 512], of an FP8 cache
+  float* outputs;              // [max_tokens, heads, 128]: running, not yet normalised
+  float2* sums;                // [max_tokens, heads]: largest score, sum of exponentials
+  PieceCounts* counts;         // [max_pieces]
+  KeyTile* key_tiles;          // [max_pieces, piece_tokens / 128]
+  QueryTile* query_tiles;      // [max_pieces, max_query_tiles], costliest sequence and tile first
   int max_query_tiles;
   int max_pieces;
   int piece_tokens;
@@ -70,12 +73,16 @@ struct Expansion {
   const __nv_bfloat16* w_uv;
   const int* block_tables;
   int max_blocks;
+  const __nv_bfloat16* q;
+  const int* positions;
+  const float* cos_sin;
+  int num_tokens;  // of the step
 };
 
 // Once per device, before Expand.
 void PrepareExpand();
 
-// Fills keys, values and ropes of a piece from the cache.
+// Fills keys, values and ropes of a piece from the cache; with the first piece also query_ropes.
 void Expand(const Workspace& workspace, int piece, const Expansion& expansion,
             int num_multiprocessors, cudaStream_t stream);
 

@@ -30,13 +30,20 @@ constexpr int kGroupRows = 64;
 constexpr int kQueryBoxes = kQueryDim / 64;  // the last is rotated
 constexpr int kValueBoxes = kHeadDim / 64;
 
-// Named barriers: whose turn it is to start products, and one per warpgroup.
-constexpr int kTurn = 1, kGroup = 3;
+constexpr int kTurn = 1;  // named barriers, one per warpgroup: its turn to start products
+
+// What all of a block works on: a head of a tile of queries. Without keys: that was all.
+struct Item {
+  QueryTile tile;
+  int head;
+};
 
 struct SharedMemory {
   unsigned char query[kQueryBoxes][kBoxBytes];
   unsigned char key[kStages][kQueryBoxes][kBoxBytes];
   unsigned char value[kStages][kValueBoxes][kBoxBytes];
+  float never;  // written
+  Item item;    // comes and goes with the queries
   uint64_t query_full, query_empty;
   uint64_t key_full[kStages], key_empty[kStages];
   uint64_t value_full[kStages], value_empty[kStages];
@@ -44,10 +51,8 @@ struct SharedMemory {
 constexpr int kSharedBytes = sizeof(SharedMemory) + sm90::kTileAlignment;
 
 struct Arguments {
-  const PieceCounts* counts;
+  PieceCounts* counts;
   const QueryTile* tiles;
-  const int* positions;
-  const float* cos_sin;
   float scale_log2;
   int piece_tokens;
   float* outputs;
@@ -57,46 +62,66 @@ struct Arguments {
   float* out_scales;
 };
 
-// The items of a piece, (tile, head), go to the blocks in order of cost, to and fro.
-__device__ int ItemOfRound(int round) {
-  const int place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  return round * gridDim.x + place;
-}
 __device__ int KeyTilesOf(const QueryTile& tile) { return (tile.num_keys + kTile - 1) / kTile; }
 
-// --- the warp that copies
+struct Maps {
+  const CUtensorMap &queries, &query_ropes, &keys, &values, &ropes;
+};
 
-__device__ void CopyTiles(const CUtensorMap& queries, const CUtensorMap& keys,
-                          const CUtensorMap& values, const CUtensorMap& ropes,
-                          const Arguments& arguments, int items, SharedMemory& shared) {
-  const uint64_t keep = sm90::EvictLastPolicy(), leave = sm90::EvictFirstPolicy();
-  int step = 0;
-  for (int round = 0, item; (item = ItemOfRound(round)) < items; ++round) {
-    const QueryTile tile = arguments.tiles[item / kHeads];
-    const int head = item % kHeads;
+// --- the thread that copies
+
+__device__ void CopyKeys(const Maps& maps, const Arguments& arguments, const Item& item, int* step,
+                         SharedMemory& shared) {
+  const uint64_t keep = sm90::EvictLastPolicy();
+  const int count = KeyTilesOf(item.tile);
+  for (int i = 0; i < count; ++i, ++*step) {
+    const int stage = *step % kStages, parity = (*step / kStages - 1) & 1;
+    const int row = item.tile.key_row + i * kTile;
+    const int head_row = item.head * arguments.piece_tokens + row;
+    if (*step >= kStages) BarrierWait(&shared.key_empty[stage], parity);
+    uint64_t* full = &shared.key_full[stage];
+    sm90::BarrierExpectBytes(full, kQueryBoxes * kBoxBytes);
+    sm90::CopyBox(shared.key[stage][0], &maps.keys, 0, head_row, full, keep);
+    sm90::CopyBox(shared.key[stage][1], &maps.keys, 64, head_row, full, keep);
+    sm90::CopyBox(shared.key[stage][2], &maps.ropes, 0, row, full, keep);
+    if (*step >= kStages) BarrierWait(&shared.value_empty[stage], parity);
+    full = &shared.value_full[stage];
+    sm90::BarrierExpectBytes(full, kValueBoxes * kBoxBytes);
+    sm90::CopyBox(shared.value[stage][0], &maps.values, 0, head_row, full, keep);
+    sm90::CopyBox(shared.value[stage][1], &maps.values, 64, head_row, full, keep);
+  }
+}
+
+// A block begins with the item of its own number; whoever is done takes the next of all. Which
+// block computes an item changes nothing in the result.
+__device__ void CopyTiles(const Maps& maps, const Arguments& arguments, SharedMemory& shared) {
+  const uint64_t leave = sm90::EvictFirstPolicy();
+  PieceCounts* counts = arguments.counts;
+  const auto tile_of = [&](int item) { return arguments.tiles[item / kHeads]; };
+  int number = blockIdx.x, step = 0;
+  QueryTile tile = tile_of(number);  // perhaps nobody's: then it is not used
+  const int items = counts->num_query_tiles * kHeads;
+  for (int round = 0;; ++round) {
     if (round > 0) BarrierWait(&shared.query_empty, (round - 1) & 1);
-    sm90::BarrierExpectBytes(&shared.query_full, kQueryBoxes * kBoxBytes);
-#pragma unroll
-    for (int box = 0; box < kQueryBoxes; ++box) {
-      sm90::CopyBox(shared.query[box], &queries, head * kQueryDim + box * 64, tile.first_token,
-                    &shared.query_full, leave);
-    }
-    const int count = KeyTilesOf(tile);
-    for (int i = 0; i < count; ++i, ++step) {
-      const int stage = step % kStages, parity = (step / kStages - 1) & 1;
-      const int row = tile.key_row + i * kTile, head_row = head * arguments.piece_tokens + row;
-      if (step >= kStages) BarrierWait(&shared.key_empty[stage], parity);
-      uint64_t* full = &shared.key_full[stage];
-      sm90::BarrierExpectBytes(full, kQueryBoxes * kBoxBytes);
-      sm90::CopyBox(shared.key[stage][0], &keys, 0, head_row, full, keep);
-      sm90::CopyBox(shared.key[stage][1], &keys, 64, head_row, full, keep);
-      sm90::CopyBox(shared.key[stage][2], &ropes, 0, row, full, keep);
-      if (step >= kStages) BarrierWait(&shared.value_empty[stage], parity);
-      full = &shared.value_full[stage];
-      sm90::BarrierExpectBytes(full, kValueBoxes * kBoxBytes);
-      sm90::CopyBox(shared.value[stage][0], &values, 0, head_row, full, keep);
-      sm90::CopyBox(shared.value[stage][1], &values, 64, head_row, full, keep);
-    }
+    if (number >= items) break;
+    const Item item = {tile, number % kHeads};
+    shared.item = item;
+    uint64_t* full = &shared.query_full;
+    sm90::BarrierExpectBytes(full, kQueryBoxes * kBoxBytes);
+    const int column = item.head * kQueryDim, token = tile.first_token;
+    sm90::CopyBox(shared.query[0], &maps.queries, column, token, full, leave);
+    sm90::CopyBox(shared.query[1], &maps.queries, column + 64, token, full, leave);
+    sm90::CopyBox(shared.query[2], &maps.query_ropes, item.head * kRope, token, full, leave);
+    CopyKeys(maps, arguments, item, &step, shared);
+    number = gridDim.x + atomicAdd(&counts->taken, 1);
+    if (number < items) tile = tile_of(number);
+  }
+  shared.item.tile.num_keys = 0;
+  BarrierArriveIf(&shared.query_full, true);
+  __threadfence();
+  if (atomicAdd(&counts->ended, 1) == static_cast<int>(gridDim.x) - 1) {  // all have taken theirs
+    counts->taken = 0;
+    counts->ended = 0;
   }
 }
 
@@ -104,7 +129,6 @@ __device__ void CopyTiles(const CUtensorMap& queries, const CUtensorMap& keys,
 
 // Where this thread's accumulators stand: rows row and row + 8 of the tile.
 struct Place {
-  int thread;  // of the warpgroup
   int group, lane, row;
 };
 
@@ -119,6 +143,15 @@ __device__ float Exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// Keeps the assembler from waiting for products before `value` has been computed beside them: it
+// moves a wait, which depends on nothing, as far up as it can. `value` is not negative.
+__device__ void StayBefore(float value, float* never) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.volatile.shared.f32 [%1], %0;\n}" ::
+          "f"(value),
+      "r"(SharedAddress(never))
+      : "memory");
+}
 template <typename Fn>
 __device__ float ReduceQuad(float value, Fn fn) {
   value = fn(value, __shfl_xor_sync(~0u, value, 1));
@@ -129,43 +162,6 @@ __device__ float QuadMax(float value) {
 }
 __device__ float QuadSum(float value) {
   return ReduceQuad(value, [](float a, float b) { return a + b; });
-}
-
-// Turns the last box of this warpgroup's queries by their positions, once it is there.
-__device__ void RotateQueries(const Arguments& arguments, const QueryTile& tile, int parity,
-                              const Place& place, SharedMemory& shared) {
-  constexpr int kPieces = 8, kRowsAtOnce = 128 / kPieces, kRounds = kGroupRows / kRowsAtOnce;
-  const int piece = place.thread % kPieces;
-  float4 turns[kRounds][2];
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int row = place.group * kGroupRows + i * kRowsAtOnce + place.thread / kPieces;
-    const int token = tile.first_token + min(row, tile.num_tokens - 1);
-    const float4* turn = reinterpret_cast<const float4*>(
-        arguments.cos_sin + int64_t{arguments.positions[token]} * kRope + piece * 8);
-    turns[i][0] = turn[0];
-    turns[i][1] = turn[1];
-  }
-  BarrierWait(&shared.query_full, parity);
-#pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int row = place.group * kGroupRows + i * kRowsAtOnce + place.thread / kPieces;
-    uint4* at = reinterpret_cast<uint4*>(shared.query[kQueryBoxes - 1] + row * 128 +
-                                         (piece ^ (row & 7)) * 16);
-    uint4 values = *at;
-    const auto turn = [](uint32_t& pair, float cosine, float sine) {
-      const float first = __uint_as_float(pair << 16);
-      const float second = __uint_as_float(pair & 0xFFFF0000u);
-      pair = sm90::PackBf16(first * cosine - second * sine, first * sine + second * cosine);
-    };
-    turn(values.x, turns[i][0].x, turns[i][0].y);
-    turn(values.y, turns[i][0].z, turns[i][0].w);
-    turn(values.z, turns[i][1].x, turns[i][1].y);
-    turn(values.w, turns[i][1].z, turns[i][1].w);
-    *at = values;
-  }
-  sm90::FenceForAsyncProxy();
-  SyncThreads(kGroup + place.group, 128);
 }
 
 // Starts scores = queries · keysᵀ.
@@ -190,7 +186,7 @@ __device__ void StartOutput(const SharedMemory& shared, int stage,
 #pragma unroll
   for (int k = 0; k < kTile / 16; ++k) {
     sm90::ProductBf16N128<OperandB::kTransposed>(
-        output, probabilities[k], TransposedDescriptor(value + k * 16 * 128, kBoxBytes));
+        output, probabilities[k], TransposedDescriptor(value + k * 16 * 128, kBoxBytes), true);
   }
   sm90::ProductsCommit();
 }
@@ -330,12 +326,18 @@ __device__ void StoreFp8(const Arguments& arguments, const QueryTile& tile, int 
     }
     largest = QuadMax(largest);
     const float scale = largest > 0.0f ? largest / 448.0f : 1.0f;
+    // Division as by the hardware's own, but for its branches.
+    const float inverse = fminf(1.0f / scale, 3e38f);
+    const auto divide = [&](float value) {
+      const float quotient = value * inverse;
+      return fmaf(fmaf(-quotient, scale, value), inverse, quotient);
+    };
     const int64_t row = int64_t{token} * kHeads + head;
     if (exists && place.lane % 4 == 0) arguments.out_scales[row] = scale;
     // Columns 2(l % 4) + {0, 1} of 16 groups of eight columns, two groups to a word.
     const auto pair = [&](int j) {
       return uint32_t{
-          __nv_cvt_float2_to_fp8x2(make_float2(values[j * 2] / scale, values[j * 2 + 1] / scale),
+          __nv_cvt_float2_to_fp8x2(make_float2(divide(values[j * 2]), divide(values[j * 2 + 1])),
                                    __NV_SATFINITE, __NV_E4M3)};
     };
 #pragma unroll
@@ -357,16 +359,16 @@ __device__ void StoreFp8(const Arguments& arguments, const QueryTile& tile, int 
   });
 }
 
-__device__ void ComputeTiles(const Arguments& arguments, int items, const Place& place,
-                             SharedMemory& shared) {
+__device__ void ComputeTiles(const Arguments& arguments, const Place& place, SharedMemory& shared) {
   const bool speaks = place.lane == 0;
   const int turn = kTurn + place.group, next_turn = kTurn + 1 - place.group;
   if (place.group == 1) sm90::ArriveThreads(next_turn, 256);
   int step = 0;
-  for (int round = 0, item; (item = ItemOfRound(round)) < items; ++round) {
-    const QueryTile tile = arguments.tiles[item / kHeads];
-    const int head = item % kHeads;
-    RotateQueries(arguments, tile, round & 1, place, shared);
+  for (int round = 0;; ++round) {
+    BarrierWait(&shared.query_full, round & 1);
+    const QueryTile tile = shared.item.tile;
+    const int head = shared.item.head;
+    if (tile.num_keys == 0) break;
     State state = {};
     state.largest[0] = state.largest[1] = -INFINITY;
     if (tile.continues) LoadState(arguments, tile, head, place, state);
@@ -402,6 +404,7 @@ __device__ void ComputeTiles(const Arguments& arguments, int items, const Place&
       BarrierArriveIf(&shared.key_empty[next], speaks);
       if constexpr (masked.value) Mask(last - i * kTile, place.lane, scores);
       Softmax(arguments.scale_log2, scores, state, shrink);
+      StayBefore(state.sum[0] + state.sum[1], &shared.never);
       sm90::ProductsWait<0>();
       BarrierArriveIf(&shared.value_empty[stage], speaks);
       Shrink(shrink, state);
@@ -411,7 +414,7 @@ __device__ void ComputeTiles(const Arguments& arguments, int items, const Place&
     int i = 1;
     for (; i < min(unmasked, count); ++i) overlap(i, std::false_type());
     for (; i < count; ++i) overlap(i, std::true_type());
-    BarrierArriveIf(&shared.query_empty, speaks);
+    BarrierArriveIf(&shared.query_empty, true);
     BarrierWait(&shared.value_full[step % kStages], step / kStages & 1);
     StartOutput(shared, step % kStages, probabilities, state.output);
     sm90::ProductsWait<0>();
@@ -430,23 +433,22 @@ __device__ void ComputeTiles(const Arguments& arguments, int items, const Place&
   }
 }
 
-__global__ __launch_bounds__(kThreads,
-                             1) void AttentionKernel(const __grid_constant__ CUtensorMap queries,
-                                                     const __grid_constant__ CUtensorMap keys,
-                                                     const __grid_constant__ CUtensorMap values,
-                                                     const __grid_constant__ CUtensorMap ropes,
-                                                     const Arguments arguments) {
+__global__ __launch_bounds__(kThreads, 1) void AttentionKernel(
+    const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap query_ropes,
+    const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap values,
+    const __grid_constant__ CUtensorMap ropes, const Arguments arguments) {
   extern __shared__ unsigned char dynamic_shared[];
   SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
       (reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~uintptr_t{1023});
   const int thread = threadIdx.x;
   if (thread == 0) {
     sm90::PrefetchMap(&queries);
+    sm90::PrefetchMap(&query_ropes);
     sm90::PrefetchMap(&keys);
     sm90::PrefetchMap(&values);
     sm90::PrefetchMap(&ropes);
     sm90::BarrierInit(&shared.query_full, 1);
-    sm90::BarrierInit(&shared.query_empty, 8);
+    sm90::BarrierInit(&shared.query_empty, 256);
     for (int i = 0; i < kStages; ++i) {
       sm90::BarrierInit(&shared.key_full[i], 1);
       sm90::BarrierInit(&shared.key_empty[i], 8);
@@ -458,18 +460,15 @@ __global__ __launch_bounds__(kThreads,
   sm90::LetDependentsLaunch();
   __syncthreads();
   sm90::WaitForPredecessors();
-  const int items = arguments.counts->num_query_tiles * kHeads;
   if (thread < 128) {
     sm90::GiveRegisters<40>();
-    if (thread == 0) CopyTiles(queries, keys, values, ropes, arguments, items, shared);
+    if (thread == 0) CopyTiles({queries, query_ropes, keys, values, ropes}, arguments, shared);
   } else {
     sm90::TakeRegisters<232>();
-    const int computer = thread - 128;
-    ComputeTiles(arguments, items,
-                 {.thread = computer % 128,
-                  .group = computer / 128,
+    ComputeTiles(arguments,
+                 {.group = thread / 128 - 1,
                   .lane = thread % 32,
-                  .row = computer / 32 * 16 + thread % 32 / 4},
+                  .row = (thread - 128) / 32 * 16 + thread % 32 / 4},
                  shared);
   }
 }
@@ -481,9 +480,10 @@ __global__ __launch_bounds__(kThreads,
 __global__ __launch_bounds__(MlaPrefillSm90::kMaxSequences) void ScheduleKernel(
     const int* query_start, const int* context_lens, int num_sequences, int min_chunk,
     const Workspace workspace) {
-  __shared__ int warp_sums[2][32];
+  __shared__ int warp_sums[32];
   __shared__ int num_key_tiles;
-  extern __shared__ int costs[];  // [max_query_tiles]
+  __shared__ int costs[MlaPrefillSm90::kMaxSequences];   // of each sequence's costliest tile
+  __shared__ int counts[MlaPrefillSm90::kMaxSequences];  // tiles of queries
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int piece = blockIdx.x;
   sm90::LetDependentsLaunch();
@@ -501,18 +501,15 @@ __global__ __launch_bounds__(MlaPrefillSm90::kMaxSequences) void ScheduleKernel(
   const int key_tiles = (context + kTile - 1) / kTile;
   const int piece_tiles = workspace.piece_tokens / kTile;
   const int query_tiles = (chunk + kTile - 1) / kTile;
-  const auto begin_of = [&](int count, int which) {
-    int sum = count;
-    for (int d = 1; d < 32; d *= 2) {
-      const int below = __shfl_up_sync(~0u, sum, d);
-      if (lane >= d) sum += below;
-    }
-    if (lane == 31) warp_sums[which][warp] = sum;
-    __syncthreads();
-    for (int w = 0; w < warp; ++w) sum += warp_sums[which][w];
-    return sum - count;
-  };
-  const int key_begin = begin_of(key_tiles, 0) - piece * piece_tiles;  // seen from this piece
+  int sum = key_tiles;
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += below;
+  }
+  if (lane == 31) warp_sums[warp] = sum;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) sum += warp_sums[w];
+  const int key_begin = sum - key_tiles - piece * piece_tiles;  // seen from this piece
 
   KeyTile* key_list = workspace.key_tiles + int64_t{piece} * piece_tiles;
   const int key_end = min(key_begin + key_tiles, piece_tiles);
@@ -532,32 +529,32 @@ __global__ __launch_bounds__(MlaPrefillSm90::kMaxSequences) void ScheduleKernel(
   if (until > earlier) {
     for (int i = 0; i < query_tiles; ++i) mine += keys_of(i) > earlier;
   }
-  const int list_begin = begin_of(mine, 1);
-  const int skipped = query_tiles - mine;  // the first ones
-  for (int j = 0; j < mine; ++j) {
-    costs[list_begin + j] = (min(keys_of(skipped + j), until) - earlier + kTile - 1) / kTile;
-  }
+  // A sequence at a time, the costliest first, and its last tiles first: what is read together
+  // fits the L2, and small work is left for the end.
+  const int cost = mine > 0 ? min(keys_of(query_tiles - 1), until) - earlier : 0;
+  costs[thread] = cost;
+  counts[thread] = mine;
   __syncthreads();
-  int total = 0;
-  for (int w = 0; w < 32; ++w) total += warp_sums[1][w];
-  QueryTile* list = workspace.query_tiles + int64_t{piece} * workspace.max_query_tiles;
+  int begin = 0, total = 0;
+  for (int s = 0; s < num_sequences; ++s) {
+    if (costs[s] > cost || (costs[s] == cost && s < thread)) begin += counts[s];
+    total += counts[s];
+  }
+  QueryTile* list = workspace.query_tiles + int64_t{piece} * workspace.max_query_tiles + begin;
   for (int j = 0; j < mine; ++j) {
-    const int i = skipped + j, cost = costs[list_begin + j];
-    int rank = 0;
-    for (int other = 0; other < total; ++other) {
-      rank += costs[other] > cost || (costs[other] == cost && other < list_begin + j);
-    }
-    list[rank] = {.first_token = first_token + i * kTile,
-                  .num_tokens = min(kTile, chunk - i * kTile),
-                  .key_row = max(key_begin, 0) * kTile,
-                  .num_keys = min(keys_of(i), until) - earlier,
-                  .diagonal = context - chunk + i * kTile - earlier,
-                  .continues = earlier > 0,
-                  .unfinished = until < keys_of(i),
-                  .unused = 0};
+    const int i = query_tiles - 1 - j;
+    list[j] = {.first_token = first_token + i * kTile,
+               .num_tokens = min(kTile, chunk - i * kTile),
+               .key_row = max(key_begin, 0) * kTile,
+               .num_keys = min(keys_of(i), until) - earlier,
+               .diagonal = context - chunk + i * kTile - earlier,
+               .continues = earlier > 0,
+               .unfinished = until < keys_of(i),
+               .unused = 0};
   }
   if (thread == 0) {
-    workspace.counts[piece] = {.num_key_tiles = num_key_tiles, .num_query_tiles = total};
+    workspace.counts[piece] = {
+        .num_key_tiles = num_key_tiles, .num_query_tiles = total, .taken = 0, .ended = 0};
   }
 }
 
@@ -578,6 +575,7 @@ Workspace Divide(void* base, const MlaPrefillSm90::Limits& limits) {
   take(result.keys, kHeads * piece * kHeadDim);
   take(result.values, kHeads * piece * kHeadDim);
   take(result.ropes, piece * kRope);
+  take(result.query_ropes, tokens * kHeads * kRope);
   take(result.latents, piece * kRank);
   take(result.outputs, tokens * kHeads * kHeadDim);
   take(result.sums, tokens * kHeads);
@@ -637,8 +635,7 @@ MlaPrefillSm90::Step MlaPrefillSm90::Schedule(const Batch& batch, cudaStream_t s
   CHECK_LE(step.num_tokens, limits_.max_tokens);
   CHECK_LE(step.num_pieces, workspace.max_pieces);
   if (step.num_pieces == 0) return step;
-  sm90::LaunchDependent(mla_prefill::ScheduleKernel, step.num_pieces, kMaxSequences,
-                        workspace.max_query_tiles * static_cast<int>(sizeof(int)), stream,
+  sm90::LaunchDependent(mla_prefill::ScheduleKernel, step.num_pieces, kMaxSequences, 0, stream,
                         batch.query_start, batch.context_lens, sequences, batch.min_chunk,
                         workspace);
   return step;
@@ -653,6 +650,8 @@ void MlaPrefillSm90::Run(const Step& step, const Cache& cache, const Layer& laye
   const int64_t rows = int64_t{kHeads} * limits_.piece_tokens;
   const CUtensorMap queries =
       mla_prefill::MapTiles(layer.q, step.num_tokens, kHeads * mla_prefill::kQueryDim);
+  const CUtensorMap query_ropes =
+      mla_prefill::MapTiles(workspace.query_ropes, step.num_tokens, kHeads * kRopeHeadDim);
   const CUtensorMap keys = mla_prefill::MapTiles(workspace.keys, rows, kHeadDim);
   const CUtensorMap values = mla_prefill::MapTiles(workspace.values, rows, kHeadDim);
   const CUtensorMap ropes =
@@ -664,15 +663,17 @@ void MlaPrefillSm90::Run(const Step& step, const Cache& cache, const Layer& laye
                            .w_uk = layer.w_uk,
                            .w_uv = layer.w_uv,
                            .block_tables = layer.block_tables,
-                           .max_blocks = layer.max_blocks},
+                           .max_blocks = layer.max_blocks,
+                           .q = layer.q,
+                           .positions = layer.positions,
+                           .cos_sin = layer.cos_sin,
+                           .num_tokens = step.num_tokens},
                           num_multiprocessors_, stream);
     }
     if (layer.parts == Parts::kExpansion) continue;
     const mla_prefill::Arguments arguments = {
         .counts = workspace.counts + piece,
         .tiles = workspace.query_tiles + int64_t{piece} * workspace.max_query_tiles,
-        .positions = layer.positions,
-        .cos_sin = layer.cos_sin,
         .scale_log2 = layer.scale * static_cast<float>(M_LOG2E),
         .piece_tokens = limits_.piece_tokens,
         .outputs = workspace.outputs,
@@ -681,8 +682,8 @@ void MlaPrefillSm90::Run(const Step& step, const Cache& cache, const Layer& laye
         .out_fp8 = static_cast<unsigned char*>(layer.out_fp8),
         .out_scales = layer.out_scales};
     sm90::LaunchDependent(mla_prefill::AttentionKernel, num_multiprocessors_, mla_prefill::kThreads,
-                          mla_prefill::kSharedBytes, stream, queries, keys, values, ropes,
-                          arguments);
+                          mla_prefill::kSharedBytes, stream, queries, query_ropes, keys, values,
+                          ropes, arguments);
   }
 }
 

@@ -2,9 +2,11 @@
 // all_reduce.h says what it is for.
 #pragma once
 
+#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/cuda/all_reduce.h"
 #include "kernels/cuda/dependent_launch.cuh"
@@ -175,29 +177,62 @@ __device__ inline bool Meet(const PeerGroup& group, Patience& patience, int meet
 
 // --- elements
 
-// `kCount` neighbouring elements; those past the end are zero and not written.
-template <typename Act, int kCount>
-struct alignas(kCount * sizeof(Act)) Vector {
-  Act elements[kCount];
+// `kCount` neighbouring elements, packed; those past the end are zero and not written.
+template <typename Element, int kCount>
+struct alignas(kCount * sizeof(Element)) Vector {
+  static constexpr int kBits = 8 * sizeof(Element);
+  static constexpr int kPerWord = 32 / kBits;
+  uint32_t words[kCount / kPerWord];
 
-  __device__ static Vector Load(const Act* from, int64_t num_valid) {
-    Vector vector;
+  __device__ static Vector Load(const Element* from, int64_t num_valid) {
     if (num_valid >= kCount && reinterpret_cast<uintptr_t>(from) % sizeof(Vector) == 0) {
       return *reinterpret_cast<const Vector*>(from);
     }
+    Vector vector;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) vector.elements[i] = i < num_valid ? from[i] : Act(0.0f);
+    for (uint32_t& word : vector.words) word = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= num_valid) continue;
+      uint32_t bits = 0;
+      memcpy(&bits, from + i, sizeof(Element));
+      vector.words[i / kPerWord] |= bits << i % kPerWord * kBits;
+    }
     return vector;
   }
-  __device__ void Store(Act* to, int64_t num_valid) const {
+  __device__ void Store(Element* to, int64_t num_valid) const {
     if (num_valid >= kCount && reinterpret_cast<uintptr_t>(to) % sizeof(Vector) == 0) {
       *reinterpret_cast<Vector*>(to) = *this;
       return;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < num_valid) to[i] = elements[i];
+      const uint32_t bits = words[i / kPerWord] >> i % kPerWord * kBits;
+      if (i < num_valid) memcpy(to + i, &bits, sizeof(Element));
     }
+  }
+
+  // Of float and bf16.
+  __device__ float operator[](int i) const {
+    if constexpr (kBits == 32) {
+      return __uint_as_float(words[i]);
+    } else {
+      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000u);
+    }
+  }
+  // Rounded to nearest, ties to even.
+  __device__ static Vector Of(const float (&values)[kCount]) {
+    Vector vector;
+#pragma unroll
+    for (int i = 0; i < kCount; i += kPerWord) {
+      if constexpr (kBits == 32) {
+        vector.words[i] = __float_as_uint(values[i]);
+      } else {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(values[i], values[i + 1]);
+        memcpy(&vector.words[i / 2], &two, sizeof two);
+      }
+    }
+    return vector;
   }
 };
 

@@ -47,19 +47,66 @@ __device__ inline void ProductBf16N128(float (&d)[64], uint64_t a, uint64_t b, b
 }
 
 // A from registers: columns 2(l % 4) + {0, 1} of row 16w + l/4 in a[0], of row + 8 in a[1]; columns
-// + 8 likewise in a[2] and a[3]. Always accumulates.
+// + 8 likewise in a[2] and a[3].
 template <OperandB kOperandB>
-__device__ inline void ProductBf16N128(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n" FATHOM_PRODUCT_N128
-               "{%64,%65,%66,%67}, %68, p, 1, 1, %69;\n}"
+__device__ inline void ProductBf16N128(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
+                                       bool accumulate) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n" FATHOM_PRODUCT_N128
+               "{%64,%65,%66,%67}, %68, p, 1, 1, %70;\n}"
                : FATHOM_SIXTY_FOUR(d)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),
+                 "r"(static_cast<int>(accumulate)),
                  "n"(kOperandB == OperandB::kTransposed ? 1 : 0));
 }
 
 #undef FATHOM_PRODUCT_N128
 #undef FATHOM_SIXTY_FOUR
 #undef FATHOM_SIXTEEN
+
+// Four 8×8 matrices of 16-bit elements, one per eight lanes, each of which gives the address of one
+// row of 16 bytes. Of every matrix lane l holds columns 2(l % 4) + {0, 1} of row l / 4, or of the
+// transposed one.
+enum class Matrix { kAsStored, kTransposed };
+template <Matrix kMatrix>
+__device__ inline void LoadMatrices(uint32_t row_address, uint32_t (&words)[4]) {
+  if constexpr (kMatrix == Matrix::kAsStored) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row_address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(row_address)
+                 : "memory");
+  }
+}
+__device__ inline void StoreMatricesTransposed(uint32_t row_address, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(row_address),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
+// One box from a tile in shared memory; in order of the thread's commits.
+__device__ inline void StoreBox(const void* source, const CUtensorMap* map, int column, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(SharedAddress(source)), "r"(column), "r"(row)
+      : "memory");
+}
+__device__ inline void StoresCommit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// The thread's stores have left shared memory; have arrived.
+__device__ inline void StoresWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ inline void StoresWait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// All threads of the cluster, as ClusterSync, where no memory is shared but barriers that
+// BarrierInitFence has made known, or none: that one waits for all of a thread's stores.
+__device__ inline void ClusterSyncBare() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
+}
 
 // Arrives at a named barrier that others wait at with SyncThreads.
 __device__ inline void ArriveThreads(int name, int num_threads) {

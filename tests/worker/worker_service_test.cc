@@ -98,6 +98,20 @@ TEST(WorkerServiceTest, RefusesShardsThatCannotBe) {
               HasSubstr("num_kv_blocks is 4000000000"));
 }
 
+TEST(WorkerServiceTest, CollectivesThatAreNotForItsDeviceAreRefusedInWords) {
+  TestGroup group(2);
+  for (const auto& [collectives, words] :
+       {std::pair(v1::JoinRequest::COLLECTIVES_PEER, "have no peer memory"),
+        std::pair(v1::JoinRequest::COLLECTIVES_NCCL, "--collectives nccl"),
+        std::pair(v1::JoinRequest::COLLECTIVES_UNSPECIFIED, "none of shm, gloo, peer and nccl")}) {
+    group.collectives = collectives;
+    ++group.epoch;
+    for (const JoinOutcome& outcome : group.Join(group.epoch)) {
+      EXPECT_THAT(outcome.status.error_message(), HasSubstr(words));
+    }
+  }
+}
+
 struct WorldCase {
   int world_size;
   v1::JoinRequest::Collectives collectives;

@@ -27,6 +27,7 @@ TEST(CudaCheckTest, SaysWhatFailedWhereAndWhatToDoInOneLine) {
 }
 
 TEST(CudaCheckTest, EndsTheProcessWithACodeOfItsOwn) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";  // CUDA has threads
   EXPECT_EXIT(
       CUDA_CHECK(cudaErrorIllegalAddress), testing::ExitedWithCode(kExitGpuFailed),
       "^the GPU failed: an illegal memory access was encountered .*cuda_check_test.cc.*\n$");
