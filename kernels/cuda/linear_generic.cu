@@ -156,11 +156,11 @@ __global__ __launch_bounds__(kThreads) void TiledKernel(const Stack stack) {
   __shared__ float w_tile[kTileInputs][kTile + 1];
   const int matrix = blockIdx.z;
   const int first_output = blockIdx.x * kTile;
-  const int end = stack.end(matrix);
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const int load_k = threadIdx.x % kTileInputs, load_row = threadIdx.x / kTileInputs;
   LetDependentsLaunch();
   WaitForPredecessors();
+  const int end = stack.end(matrix);
 
   for (int first = stack.begin(matrix) + blockIdx.y * kTile; first < end;
        first += gridDim.y * kTile) {
