@@ -19,7 +19,8 @@ namespace fathom {
 namespace {
 
 constexpr int kLayers = 32;   // of one graph
-constexpr int kWeights = 16;  // distinct layers of weights and cache among them
+constexpr int kWeights = 16;  // distinct layers of weights among them, more than the L2 holds
+constexpr int kCaches = 4;    // the same of cache
 constexpr int kMaxContext = 66'560;
 constexpr int kBlockSize = 64;
 constexpr int kHeads = MlaPrefillSm90::kHeads;
@@ -106,7 +107,7 @@ int Main(bool json) {
   const MlaPrefillSm90 prefill(workspace, limits, device.multiProcessorCount);
   const int64_t num_blocks = kMaxContext / kBlockSize;
   const int64_t cache_elements = num_blocks * kBlockSize * 576;
-  __nv_bfloat16* caches = RandomBf16(kWeights * cache_elements, 1.0f, random);
+  __nv_bfloat16* caches = RandomBf16(kCaches * cache_elements, 1.0f, random);
   unsigned char* fp8_cache = Allocate<unsigned char>(num_blocks * kBlockSize * 656);
   CUDA_CHECK(cudaMemset(fp8_cache, 0x30, num_blocks * kBlockSize * 656));
   const size_t weight_elements = size_t{kHeads} * 512 * 128;
@@ -151,7 +152,7 @@ int Main(bool json) {
                         for (int i = 0; i < kLayers; ++i) {
                           const int which = i % kWeights;
                           const void* cache = fp8 ? static_cast<const void*>(fp8_cache)
-                                                  : caches + which * cache_elements;
+                                                  : caches + i % kCaches * cache_elements;
                           prefill.Run(step, {cache, row.cache, num_blocks, kBlockSize},
                                       {.q = q,
                                        .w_uk = weights + 2 * which * weight_elements,
