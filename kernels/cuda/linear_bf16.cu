@@ -18,8 +18,12 @@ constexpr int kRowPieces = kRowBytes / 16;
 template <int kBlockTokens>
 struct Sizes {
   static constexpr int kWarpTokens = std::min(kBlockTokens, 64);
-  static constexpr int kThreads =
+  // Each half of a step's inputs has warps of its own, where fewer could not keep the tensor cores
+  // busy; their sums meet at the end.
+  static constexpr int kHalves = kBlockTokens == 32 || kBlockTokens == 64 ? 2 : 1;
+  static constexpr int kHalfThreads =
       kWarp * (kBlockOutputs / kWarpOutputs) * (kBlockTokens / kWarpTokens);
+  static constexpr int kThreads = kHalves * kHalfThreads;
   static constexpr int kStages = kBlockTokens >= 64 ? 4 : 6;
   static constexpr int kStageRows = kBlockOutputs + kBlockTokens;
   static constexpr int kSharedBytes = kStages * kStageRows * kRowBytes;
@@ -74,6 +78,28 @@ __device__ void CopyRows(const __nv_bfloat16* matrix, int64_t stride, int first,
   }
 }
 
+// The first half's threads get the sums of both.
+template <int kThreads, int kTiles>
+__device__ void AddHalves(float (*sums)[4], int thread, int half, float4* shared) {
+  __syncthreads();  // the stages have been read
+  if (half == 1) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      shared[i * kThreads + thread] = make_float4(sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+    }
+  }
+  __syncthreads();
+  if (half == 1) return;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float4 other = shared[i * kThreads + thread];
+    sums[i][0] += other.x;
+    sums[i][1] += other.y;
+    sums[i][2] += other.z;
+    sums[i][3] += other.w;
+  }
+}
+
 template <int kBlockTokens, typename Out>
 __global__ __launch_bounds__(Sizes<kBlockTokens>::kThreads) void ProductKernel(
     const Arguments arguments) {
@@ -108,7 +134,8 @@ __global__ __launch_bounds__(Sizes<kBlockTokens>::kThreads) void ProductKernel(
   WaitForPredecessors();
   for (int step = 0; step < S::kStages - 1; ++step) copy_x(step);
 
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int thread = threadIdx.x % S::kHalfThreads, my_half = threadIdx.x / S::kHalfThreads;
+  const int lane = thread % kWarp, warp = thread / kWarp;
   const int group = lane / 4, in_group = lane % 4;
   const int warp_output = warp % (kBlockOutputs / kWarpOutputs) * kWarpOutputs;
   const int warp_token = warp / (kBlockOutputs / kWarpOutputs) * S::kWarpTokens;
@@ -120,8 +147,8 @@ __global__ __launch_bounds__(Sizes<kBlockTokens>::kThreads) void ProductKernel(
     copy_x(step + S::kStages - 1);
     const uint32_t w_stage = stage_at(step), x_stage = w_stage + kBlockOutputs * kRowBytes;
 #pragma unroll
-    for (int half = 0; half < kRowPieces / 4; ++half) {
-      const int piece = half * 4 + in_group;
+    for (int i_half = 0; i_half < kRowPieces / 4 / S::kHalves; ++i_half) {
+      const int piece = (my_half + i_half) * 4 + in_group;
       uint4 w[kOutputTiles][2];
 #pragma unroll
       for (int i = 0; i < kOutputTiles; ++i) {
@@ -138,6 +165,11 @@ __global__ __launch_bounds__(Sizes<kBlockTokens>::kThreads) void ProductKernel(
     }
   }
   WaitForCopies<0>();
+  if constexpr (S::kHalves == 2) {
+    AddHalves<S::kHalfThreads, kOutputTiles * kTokenTiles>(
+        reinterpret_cast<float(*)[4]>(sums), thread, my_half, reinterpret_cast<float4*>(shared));
+    if (my_half == 1) return;
+  }
 
   Out* out = static_cast<Out*>(arguments.out) + blockIdx.z * arguments.out_part_stride;
 #pragma unroll
@@ -217,7 +249,7 @@ void MultiplyBf16(const Bf16Product& product, cudaStream_t stream) {
 }
 
 int NumParts(const Bf16Product& product, int num_multiprocessors) {
-  constexpr int64_t kFewestInputs = 512;
+  constexpr int64_t kFewestInputs = 256;
   const int64_t tokens = product.x.dim(0);
   const int64_t blocks =
       DivideUp(product.weight.dim(0), kBlockOutputs) * DivideUp(tokens, BlockTokensFor(tokens));

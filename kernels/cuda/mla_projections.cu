@@ -109,14 +109,12 @@ __device__ void ClusterArrive() {
 __device__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// What stands at the same address in the shared memory of another block of the cluster.
-__device__ float LoadFromBlock(const float* from, int block) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+// Stores at the same address of shared memory, but in another block of the cluster.
+__device__ void StoreInBlock(float* to, int block, float value) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   uint32_t remote;
-  float value;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-  return value;
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 
 // sums[warp][token][value] of `count` tokens from `first`.
@@ -148,8 +146,9 @@ __device__ void MultiplyTokens(const ValueProjection& p, const uint4 (&w)[2][kPr
 
 __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProjection p) {
   extern __shared__ float sums[];
-  __shared__ float largest[kBlockTokens];
+  __shared__ float largest[kProjectCluster][kBlockTokens];  // of each block of the cluster
   LetDependentsLaunch();
+  ClusterArrive();  // this block is there
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int head = blockIdx.x / kProjectCluster, part = blockIdx.x % kProjectCluster;
   uint4 w[2][kProjectChunks];
@@ -166,6 +165,7 @@ __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProj
   WaitForPredecessors();
   MultiplyTokens(p, w, head, first, count, sums);
   __syncthreads();
+  ClusterWait();
 
   // A thread has one value of every sixteenth token.
   constexpr int kTiles = kBlockTokens / kTileTokens;
@@ -182,9 +182,11 @@ __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProj
     }
     values[i] = RoundedTo<__nv_bfloat16>(sum);
     const float of_token = WarpMax<kProjectValues>(fabsf(values[i]));
-    if (value == 0) largest[token] = of_token;
+    if (value < kProjectCluster) StoreInBlock(&largest[part][token], value, of_token);
   }
   const int column = head * kHeadSize + part * kProjectValues + value;
+  ClusterArrive();
+  ClusterWait();
   if (p.scales == nullptr) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -195,22 +197,18 @@ __global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProj
     }
     return;
   }
-  ClusterArrive();
-  ClusterWait();
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const int token = i * kTileTokens + static_cast<int>(threadIdx.x) / kProjectValues;
     if (i * kTileTokens >= count) break;
     const float factor =
-        FactorOf(WarpMax<kProjectCluster>(LoadFromBlock(&largest[token], value % kProjectCluster)));
+        FactorOf(WarpMax<kProjectCluster>(largest[value % kProjectCluster][token]));
     if (token >= count) continue;
     const int64_t place = TokenOf(p.tokens, first + token);
     static_cast<uint8_t*>(p.out)[place * p.out_stride + column] =
         __nv_cvt_float_to_fp8(values[i] / factor, __NV_SATFINITE, __NV_E4M3);
     if (part == 0 && value == 0) p.scales[place * p.scales_stride + head] = factor;
   }
-  ClusterArrive();  // nobody ends while others read its shared memory
-  ClusterWait();
 }
 
 }  // namespace

@@ -234,6 +234,31 @@ __global__ __launch_bounds__(kStreamThreads,
 
 constexpr int kChooseThreads = 512;
 
+// The sums of a lane's kPer experts over the slices, of which `count` exist; -inf for the others.
+template <int kPer>
+__device__ void AddPartsOfLane(const float* parts, int64_t slice_stride, int slices, int count,
+                               float (&logits)[kPer]) {
+  constexpr int kInFlight = kPer <= 8 ? 4 : 1;  // slices
+#pragma unroll
+  for (int i = 0; i < kPer; ++i) logits[i] = i < count ? 0.0f : -INFINITY;
+  for (int first = 0; first < slices; first += kInFlight) {
+    float values[kInFlight][kPer];
+#pragma unroll
+    for (int s = 0; s < kInFlight; ++s) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) {
+        const bool exists = first + s < slices && i < count;
+        values[s][i] = exists ? parts[(first + s) * slice_stride + i] : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kInFlight; ++s) {
+#pragma unroll
+      for (int i = 0; i < kPer; ++i) logits[i] += values[s][i];
+    }
+  }
+}
+
 // parts: [slices][T] rows of the logits' stride, or the logits themselves.
 template <int kPer>
 __global__ __launch_bounds__(kChooseThreads) void ChooseKernel(const RouteArguments arguments,
@@ -248,15 +273,9 @@ __global__ __launch_bounds__(kChooseThreads) void ChooseKernel(const RouteArgume
   const int token = blockIdx.x * (kChooseThreads / kWarp) + warp;
   if (token < arguments.num_tokens) {
     float logits[kPer];
-#pragma unroll
-    for (int i = 0; i < kPer; ++i) logits[i] = lane * kPer + i < num_experts ? 0.0f : -INFINITY;
-    for (int s = 0; s < slices; ++s) {
-      const float* part = parts + (int64_t{s} * arguments.num_tokens + token) * parts_stride;
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        if (lane * kPer + i < num_experts) logits[i] += part[lane * kPer + i];
-      }
-    }
+    AddPartsOfLane<kPer>(parts + token * parts_stride + lane * kPer,
+                         arguments.num_tokens * parts_stride, slices, num_experts - lane * kPer,
+                         logits);
     if (parts != arguments.logits.data) {
 #pragma unroll
       for (int i = 0; i < kPer; ++i) {
