@@ -90,7 +90,7 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
   const int end = min(begin + part, grouping.num_rows);
   // Experts of a batch of this warp's rows, a row to a lane, all loads in flight at once; from the
   // L2, where other blocks have just put them. Behind the last row, and another rank's: -1.
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 18;  // all of 2,048 tokens of nine rows
   struct Batch {
     int experts[kBatch];
   };
@@ -144,14 +144,15 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     if (expert < experts) {
       grouping.offsets[expert] = before.x;
       int place = before.x;
-      for (int w = 0; w < warps; w += kBatch) {
-        int of_warp[kBatch];
+      constexpr int kWarpsAtOnce = 8;
+      for (int w = 0; w < warps; w += kWarpsAtOnce) {
+        int of_warp[kWarpsAtOnce];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < kWarpsAtOnce; ++i) {
           of_warp[i] = w + i < warps ? counts[(w + i) * experts + expert] : 0;
         }
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < kWarpsAtOnce; ++i) {
           if (w + i < warps) counts[(w + i) * experts + expert] = place;
           place += of_warp[i];
         }

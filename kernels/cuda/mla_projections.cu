@@ -50,10 +50,11 @@ __global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption 
   const int head = blockIdx.x / kAbsorbBlocks, part = blockIdx.x % kAbsorbBlocks;
   const int first_row = part * kAbsorbRows + warp * 16;
   uint4 w[2][kHeadChunks];
+  // The two products of a warp take rows so that a thread's four outputs lie beside each other.
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const __nv_bfloat16* row =
-        a.w_uk + (int64_t{head} * kLatentSize + first_row + i * 8 + group) * kHeadSize;
+    const int row_of_group = first_row + group / 2 * 4 + i * 2 + group % 2;
+    const __nv_bfloat16* row = a.w_uk + (int64_t{head} * kLatentSize + row_of_group) * kHeadSize;
 #pragma unroll
     for (int c = 0; c < kHeadChunks; ++c) w[i][c] = LoadPiece(row + c * 32 + in_group * 8);
   }
@@ -75,20 +76,16 @@ __global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption 
 #pragma unroll
       for (int i = 0; i < 2; ++i) ProductOf32(x_low, x_high, w[i][c], d[i]);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      __nv_bfloat16* out =
-          a.q_latent + int64_t{head} * kLatentSize + first_row + i * 8 + in_group * 2;
-      const int64_t stride = int64_t{a.num_heads} * kLatentSize;
-      if (low < end) {
-        *reinterpret_cast<__nv_bfloat162*>(out + low * stride) =
-            __floats2bfloat162_rn(d[i][0], d[i][1]);
-      }
-      if (high < end) {
-        *reinterpret_cast<__nv_bfloat162*>(out + high * stride) =
-            __floats2bfloat162_rn(d[i][2], d[i][3]);
-      }
-    }
+    const auto store = [&](int row, int at) {
+      uint2 four;
+      auto* pairs = reinterpret_cast<__nv_bfloat162*>(&four);
+      pairs[0] = __floats2bfloat162_rn(d[0][at], d[0][at + 1]);
+      pairs[1] = __floats2bfloat162_rn(d[1][at], d[1][at + 1]);
+      const int64_t place = (int64_t{row} * a.num_heads + head) * kLatentSize + first_row;
+      if (row < end) *reinterpret_cast<uint2*>(a.q_latent + place + in_group * 4) = four;
+    };
+    store(low, 0);
+    store(high, 2);
   }
   RotateQueries(a, head, begin + part, end);
 }
@@ -123,6 +120,7 @@ __device__ void MultiplyTokens(const ValueProjection& p, const uint4 (&w)[2][kPr
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, in_group = lane % 4;
   const int input = warp * (kLatentSize / kProjectWarps) + in_group * 8;
+#pragma unroll 2
   for (int tile = 0; tile < count; tile += kTileTokens) {
     const int64_t stride = int64_t{p.num_heads} * kLatentSize;
     const __nv_bfloat16* x = p.latent + int64_t{head} * kLatentSize + input;
@@ -144,7 +142,7 @@ __device__ void MultiplyTokens(const ValueProjection& p, const uint4 (&w)[2][kPr
   }
 }
 
-__global__ __launch_bounds__(kProjectThreads) void ProjectKernel(const ValueProjection p) {
+__global__ __launch_bounds__(kProjectThreads, 4) void ProjectKernel(const ValueProjection p) {
   extern __shared__ float sums[];
   __shared__ float largest[kProjectCluster][kBlockTokens];  // of each block of the cluster
   LetDependentsLaunch();

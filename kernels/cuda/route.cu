@@ -5,8 +5,8 @@
 // logits; the blocks wait for each other (all of them are resident), one block per token adds the
 // parts up in order and chooses, and the last of those sorts the rows.
 //
-// Many tokens: logits by MultiplyBf16 (or any linear layer), whose parts one warp per token adds
-// up; again the last block sorts.
+// Many tokens: logits by MultiplyBf16 (or any linear layer), whose parts the next kernel adds up
+// before a warp per token chooses; again the last block sorts.
 
 #include <algorithm>
 
@@ -232,57 +232,47 @@ __global__ __launch_bounds__(kStreamThreads,
 
 // --- many tokens
 
-constexpr int kChooseThreads = 512;
-
-// The sums of a lane's kPer experts over the slices, of which `count` exist; -inf for the others.
+constexpr int kChooseBlocks = 128;  // about as many as there are multiprocessors
+// More where registers allow it: the last block sorts.
 template <int kPer>
-__device__ void AddPartsOfLane(const float* parts, int64_t slice_stride, int slices, int count,
-                               float (&logits)[kPer]) {
-  constexpr int kInFlight = kPer <= 8 ? 4 : 1;  // slices
-#pragma unroll
-  for (int i = 0; i < kPer; ++i) logits[i] = i < count ? 0.0f : -INFINITY;
-  for (int first = 0; first < slices; first += kInFlight) {
-    float values[kInFlight][kPer];
-#pragma unroll
-    for (int s = 0; s < kInFlight; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        const bool exists = first + s < slices && i < count;
-        values[s][i] = exists ? parts[(first + s) * slice_stride + i] : 0.0f;
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < kInFlight; ++s) {
-#pragma unroll
-      for (int i = 0; i < kPer; ++i) logits[i] += values[s][i];
-    }
-  }
-}
+inline constexpr int kChooseThreads = kPer <= 8 ? 1024 : 512;
 
 // parts: [slices][T] rows of the logits' stride, or the logits themselves.
 template <int kPer>
-__global__ __launch_bounds__(kChooseThreads) void ChooseKernel(const RouteArguments arguments,
-                                                               const float* parts,
-                                                               int64_t parts_stride, int slices) {
+__global__ __launch_bounds__(kChooseThreads<kPer>) void ChooseKernel(const RouteArguments arguments,
+                                                                     const float* parts,
+                                                                     int64_t parts_stride,
+                                                                     int slices, int block_tokens) {
+  constexpr int kInFlight = 8;
   extern __shared__ float shared[];
   __shared__ bool is_last;
   LetDependentsLaunch();
   WaitForPredecessors();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp;
   const int num_experts = arguments.choice.num_experts;
-  const int token = blockIdx.x * (kChooseThreads / kWarp) + warp;
-  if (token < arguments.num_tokens) {
-    float logits[kPer];
-    AddPartsOfLane<kPer>(parts + token * parts_stride + lane * kPer,
-                         arguments.num_tokens * parts_stride, slices, num_experts - lane * kPer,
-                         logits);
-    if (parts != arguments.logits.data) {
+  const int first = blockIdx.x * block_tokens;
+  const int count = min(block_tokens, arguments.num_tokens - first);
+  const bool is_copy = parts != arguments.logits.data;
+  for (int i = threadIdx.x; i < count * num_experts; i += kChooseThreads<kPer>) {
+    const int token = first + i / num_experts, expert = i % num_experts;
+    const float* part = parts + token * parts_stride + expert;
+    float sum = 0.0f;
+    for (int s = 0; s < slices; s += kInFlight) {
+      float values[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) {
-        if (lane * kPer + i < num_experts) arguments.logits[token][lane * kPer + i] = logits[i];
+      for (int j = 0; j < kInFlight; ++j) {
+        values[j] = s + j < slices ? part[(s + j) * (arguments.num_tokens * parts_stride)] : 0.0f;
       }
+#pragma unroll
+      for (const float value : values) sum += value;
     }
-    ChooseExperts(logits, arguments.choice, token, shared + warp * num_experts);
+    shared[i] = sum;
+    if (is_copy) arguments.logits[token][expert] = sum;
+  }
+  __syncthreads();
+  float* room = shared + (block_tokens + warp) * num_experts;
+  for (int i = warp; i < count; i += kChooseThreads<kPer> / kWarp) {
+    ChooseFromShared<kPer>(shared + i * num_experts, arguments, first + i, room);
   }
   if (!IsLastArrival(&arguments.counters[0], gridDim.x, &is_last)) return;
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
@@ -323,18 +313,21 @@ void LaunchStream(const RouteArguments& arguments, cudaStream_t stream) {
 
 void LaunchChoose(const RouteArguments& arguments, const float* parts, int64_t parts_stride,
                   int slices, cudaStream_t stream) {
-  const int warps = kChooseThreads / kWarp;
   const int experts = arguments.choice.num_experts;
-  const int floats =
-      std::max(warps * experts, Grouping::SharedInts(arguments.grouping.num_experts, warps));
-  const int shared_bytes = floats * static_cast<int>(sizeof(float));
-  const auto blocks = static_cast<unsigned>(DivideUp(arguments.num_tokens, warps));
   VisitExpertsPerLane(experts, [&](auto per) {
-    const auto kernel = ChooseKernel<decltype(per)::value>;
+    constexpr int kPer = decltype(per)::value;
+    constexpr int kWarps = kChooseThreads<kPer> / kWarp;
+    const int block_tokens =
+        std::min<int>(kWarps, static_cast<int>(DivideUp(arguments.num_tokens, kChooseBlocks)));
+    const int floats = std::max(2 * block_tokens * experts,
+                                Grouping::SharedInts(arguments.grouping.num_experts, kWarps));
+    const int shared_bytes = floats * static_cast<int>(sizeof(float));
+    const auto blocks = static_cast<unsigned>(DivideUp(arguments.num_tokens, block_tokens));
+    const auto kernel = ChooseKernel<kPer>;
     CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    LaunchDependent(kernel, {dim3(blocks), dim3(kChooseThreads), shared_bytes}, stream, arguments,
-                    parts, parts_stride, slices);
+    LaunchDependent(kernel, {dim3(blocks), dim3(kChooseThreads<kPer>), shared_bytes}, stream,
+                    arguments, parts, parts_stride, slices, block_tokens);
   });
 }
 
