@@ -73,9 +73,6 @@ void MlaAttention::Forward(const LinearInputs& x, const AttentionStep& step, con
 
   // Both latents of a token: what the cache keeps, and what its queries come from.
   qkv_a_proj_.Multiply(x, ops, qkv_a);
-  // Storing them, and attention over few tokens, leave memory idle, which can bring what follows.
-  if (config_.q_lora_rank > 0) ops.Prefetch(q_proj_.values);
-  ops.Prefetch(o_proj_.values);
   if (config_.q_lora_rank > 0) {
     const LinearInput q_a = scratch.q_a.Rows(tokens).For(q_proj_);
     ops.StoreLatents(qkv_a, q_a_layernorm_, kv_a_layernorm_, kLatentNormEps, step.positions,
@@ -87,6 +84,8 @@ void MlaAttention::Forward(const LinearInputs& x, const AttentionStep& step, con
     ops.Linear(x.For(q_proj_), q_proj_, q);
   }
 
+  // Attention over few tokens leaves memory idle, which can bring what follows.
+  ops.Prefetch(o_proj_.values);
   ops.MlaAttention(q.SplitLast(heads_.size(), config_.qk_head_dim()), {w_uk_, w_uv_},
                    step.positions, step.cos_sin, cache, step.batch, config_.SoftmaxScale(),
                    out_heads.For(o_proj_));

@@ -16,6 +16,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/all_reduce.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/shape_checks.h"
 
 namespace fathom {
 namespace {
@@ -118,6 +119,7 @@ class CudaPeerMemory final : public PeerMemory {
   bool AllReduceAddRmsNorm(const Tensor& partial, const Tensor& residual, const Tensor& weight,
                            float eps, const Tensor& normed, const Tensor& values,
                            const Tensor& scales) override {
+    CheckAddRmsNorm(residual, partial, weight, normed, LinearInput(values, scales));
     if (!cuda::CanAllReduceAddRmsNorm(group_, partial.dtype(), partial.dim(0), partial.dim(1))) {
       return false;
     }

@@ -44,7 +44,15 @@ __device__ void RotateQueries(const Absorption& a, int head, int first, int end)
   }
 }
 
-__global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption a) {
+__global__ __launch_bounds__(kAbsorbThreads) void AbsorbKernel(const Absorption a,
+                                                               const PrefetchList prefetch) {
+  const int prefetcher = static_cast<int>(blockIdx.x) - a.num_heads * kAbsorbBlocks;
+  if (prefetcher >= 0) {
+    if (blockIdx.y == 0) Prefetch(prefetch, prefetcher);
+    WaitForPredecessors();
+    LetDependentsLaunch();
+    return;
+  }
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, in_group = lane % 4;
   const int head = blockIdx.x / kAbsorbBlocks, part = blockIdx.x % kAbsorbBlocks;
@@ -211,12 +219,12 @@ __global__ __launch_bounds__(kProjectThreads, 4) void ProjectKernel(const ValueP
 
 }  // namespace
 
-void Absorb(const Absorption& absorption, cudaStream_t stream) {
+void Absorb(const Absorption& absorption, const PrefetchList& prefetch, cudaStream_t stream) {
   if (absorption.num_tokens == 0) return;
   CHECK(absorption.rope_dim % kEight == 0 && absorption.rope_dim <= kAbsorbThreads * kEight);
-  const dim3 blocks(static_cast<unsigned>(absorption.num_heads * kAbsorbBlocks),
+  const dim3 blocks(static_cast<unsigned>(absorption.num_heads * kAbsorbBlocks + prefetch.blocks()),
                     static_cast<unsigned>(DivideUp(absorption.num_tokens, kBlockTokens)));
-  LaunchDependent(AbsorbKernel, {blocks, dim3(kAbsorbThreads)}, stream, absorption);
+  LaunchDependent(AbsorbKernel, {blocks, dim3(kAbsorbThreads)}, stream, absorption, prefetch);
 }
 
 void Project(const ValueProjection& projection, cudaStream_t stream) {

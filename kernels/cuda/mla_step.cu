@@ -214,34 +214,30 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
   // Every sequence has a token, so as many tokens as sequences are one each.
   const bool is_decode = q.dim(0) == sequences;
   if (is_fp8 && step_.num_rows() > 0) return false;  // decoding reads BF16 alone
-  if (!is_decode && (!q.dense() || positions.stride(0) != 1)) return false;
+  const bool is_dense = q.dense() && positions.stride(0) == 1 && out.values.dense() &&
+                        (!out.quantized() || out.scales.dense());
+  if (!is_decode && !is_dense) return false;
 
   const int layer = step_.TakeLayer(batch, stream_);
   if (!is_decode) {
-    __nv_bfloat16* values = nullptr;
-    if (!out.quantized()) {
-      if (!out.values.dense()) return false;
-      values = static_cast<__nv_bfloat16*>(out.values.raw());
-    } else if (!out.values.dense() || !out.scales.dense()) {
-      return false;
-    }
-    step_.prefill().Run(step_.prefill_step(),
-                        {.data = cache.raw(),
-                         .type = is_fp8 ? Prefill::CacheType::kFp8 : Prefill::CacheType::kBf16,
-                         .num_blocks = cache.dim(0),
-                         .block_size = batch.block_size},
-                        {.q = static_cast<const __nv_bfloat16*>(q.raw()),
-                         .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
-                         .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
-                         .positions = positions.data<int32_t>(),
-                         .cos_sin = cos_sin.data<float>(),
-                         .block_tables = batch.block_tables.data<int32_t>(),
-                         .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-                         .scale = scale,
-                         .out = values,
-                         .out_fp8 = out.quantized() ? out.values.raw() : nullptr,
-                         .out_scales = out.quantized() ? out.scales.data<float>() : nullptr},
-                        stream_);
+    step_.prefill().Run(
+        step_.prefill_step(),
+        {.data = cache.raw(),
+         .type = is_fp8 ? Prefill::CacheType::kFp8 : Prefill::CacheType::kBf16,
+         .num_blocks = cache.dim(0),
+         .block_size = batch.block_size},
+        {.q = static_cast<const __nv_bfloat16*>(q.raw()),
+         .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
+         .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
+         .positions = positions.data<int32_t>(),
+         .cos_sin = cos_sin.data<float>(),
+         .block_tables = batch.block_tables.data<int32_t>(),
+         .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
+         .scale = scale,
+         .out = out.quantized() ? nullptr : static_cast<__nv_bfloat16*>(out.values.raw()),
+         .out_fp8 = out.quantized() ? out.values.raw() : nullptr,
+         .out_scales = out.quantized() ? out.scales.data<float>() : nullptr},
+        stream_);
   }
   const int64_t rows = is_decode ? sequences : step_.num_rows();
   if (rows == 0) return true;
@@ -257,7 +253,7 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
   cuda::Absorption absorption =
       cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope);
   absorption.tokens = tokens;
-  cuda::Absorb(absorption, stream_);
+  cuda::Absorb(absorption, TakePrefetches(rows), stream_);
   step_.decode().Run(Decode::MapCache(cache.raw(), cache.dim(0), batch.block_size),
                      {.index = layer,
                       .num_rows = static_cast<int>(rows),

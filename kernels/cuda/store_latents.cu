@@ -6,7 +6,6 @@
 
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/elements.cuh"
-#include "kernels/cuda/prefetch.cuh"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -71,15 +70,10 @@ __device__ void CacheKey(const float (&key)[kEight], int column, int count, int 
 
 template <typename Act, typename Stored, bool kAligned>
 __global__ __launch_bounds__(kMostThreads) void StoreLatentsKernel(
-    const LatentArguments<Act> arguments, const PrefetchList prefetch) {
+    const LatentArguments<Act> arguments) {
   __shared__ float warp_sums[kMostThreads / kWarp];
   LetDependentsLaunch();
   const int row = blockIdx.x;
-  if (row >= arguments.num_rows) {
-    Prefetch(prefetch, row - arguments.num_rows);
-    WaitForPredecessors();
-    return;
-  }
   const int q_warps = (arguments.q_size + kWarpColumns - 1) / kWarpColumns;
   const int kv_warps = (arguments.kv_size + kWarpColumns - 1) / kWarpColumns;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -132,18 +126,16 @@ __global__ __launch_bounds__(kMostThreads) void StoreLatentsKernel(
 }
 
 template <typename Act, typename Stored>
-void Launch(const LatentArguments<Act>& arguments, bool aligned, const PrefetchList& prefetch,
-            cudaStream_t stream) {
+void Launch(const LatentArguments<Act>& arguments, bool aligned, cudaStream_t stream) {
   const int64_t warps = DivideUp(arguments.q_size, kWarpColumns) +
                         DivideUp(arguments.kv_size, kWarpColumns) +
                         DivideUp(arguments.key_size, kWarpColumns);
   CHECK_LE(warps, kMostThreads / kWarp)
       << arguments.q_size << " + " << arguments.kv_size << " + " << arguments.key_size;
-  const LaunchShape shape = {dim3(arguments.num_rows + prefetch.blocks()),
-                             dim3(static_cast<unsigned>(warps * kWarp))};
+  const LaunchShape shape = {dim3(arguments.num_rows), dim3(static_cast<unsigned>(warps * kWarp))};
   VisitBool(aligned, [&](auto is_aligned) {
     LaunchDependent(StoreLatentsKernel<Act, Stored, decltype(is_aligned)::value>, shape, stream,
-                    arguments, prefetch);
+                    arguments);
   });
 }
 
@@ -166,7 +158,6 @@ void CudaOps::StoreLatents(const Tensor& qkv_a, const Tensor& q_norm, const Tens
                        is_multiple(token_bytes) &&
                        is_multiple(reinterpret_cast<uintptr_t>(cache.raw())) &&
                        is_multiple(reinterpret_cast<uintptr_t>(cos_sin.raw()));
-  const cuda::PrefetchList prefetch = TakePrefetches(qkv_a.dim(0));
   cuda::VisitAct(qkv_a.dtype(), [&](auto act) {
     using Act = decltype(act);
     const cuda::LatentArguments<Act> arguments = {
@@ -185,7 +176,7 @@ void CudaOps::StoreLatents(const Tensor& qkv_a, const Tensor& q_norm, const Tens
         .kv_size = static_cast<int>(kv_size),
         .key_size = static_cast<int>(key_size)};
     cuda::VisitWeight(cache.dtype(), [&](auto stored) {
-      cuda::Launch<Act, decltype(stored)>(arguments, aligned, prefetch, stream_);
+      cuda::Launch<Act, decltype(stored)>(arguments, aligned, stream_);
     });
   });
 }
