@@ -37,12 +37,13 @@ struct Activations {
   Tensor hidden;        // [T, H] act, the residual stream
   LinearInputs normed;  // [T, H], what a branch reads
   Tensor branch;        // [T, H] act, what a branch adds
+  Tensor last_hidden;   // [L, H] act, rows of hidden and branch whose logits are wanted
+  Tensor last_branch;   // [L, H] act
 
   // These three are never in use at once and share their memory.
   MlaScratch attention;
   FeedForwardScratch feed_forward;
   struct Head {
-    Tensor rows;      // [L, H] act
     Tensor part;      // [L, vocab_size / world_size] f32
     Tensor gathered;  // [world_size * L * vocab_size / world_size] f32, rank 0 of several
     Tensor logits;    // [L, vocab_size] f32, rank 0 of several
@@ -61,6 +62,8 @@ Activations Activations::Plan(const ModelShardOptions& options, const ModelConfi
   activations.hidden = arena.Take(act, {tokens, config.hidden_size});
   activations.normed = LinearInputs::Plan(act, quantize, tokens, config.hidden_size, arena);
   activations.branch = arena.Take(act, {tokens, config.hidden_size});
+  activations.last_hidden = arena.Take(act, {logit_rows, config.hidden_size});
+  activations.last_branch = arena.Take(act, {logit_rows, config.hidden_size});
 
   const int64_t shared = arena.Mark();
   activations.attention = MlaScratch::Plan(config, layout, act, quantize, tokens, arena);
@@ -68,7 +71,6 @@ Activations Activations::Plan(const ModelShardOptions& options, const ModelConfi
   activations.feed_forward = FeedForwardScratch::Plan(config, layout, act, quantize, tokens, arena);
   arena.Rewind(shared);
   Head& head = activations.head;
-  head.rows = arena.Take(act, {logit_rows, config.hidden_size});
   head.part = arena.Take(DType::kF32, {logit_rows, layout.vocabulary().size()});
   if (layout.rank() == 0 && layout.world_size() > 1) {
     head.gathered = arena.Take(DType::kF32, {logit_rows * config.vocab_size});
@@ -254,7 +256,9 @@ class LoadedModelShard final : public ModelShard {
   void CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const;
   // Queues a step, whose numbers are in step_tensors_, from the embedding to the logits.
   absl::Status QueueStep(const KvCache& kv_cache, Communicator& communicator);
-  // Queues the logits of the rows of `normed` that the step wants.
+  // The rows of x whose logits the step wants, moved to `out`.
+  Tensor Wanted(const Tensor& x, const Tensor& out);
+  // Queues the logits of these rows.
   absl::Status QueueHead(const Tensor& normed, Communicator& communicator);
   // Where QueueHead leaves so many rows: on rank 0, in device memory.
   Tensor Logits(int64_t rows, const Communicator& communicator) const;
@@ -334,13 +338,14 @@ absl::StatusOr<Tensor> LoadedModelShard::Forward(const StepBatch& batch, KvCache
 
 absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& communicator) {
   const int64_t tokens = step_tensors_.token_ids().dim(0);
+  const int64_t wanted = step_tensors_.logit_rows().dim(0);
   const AttentionStep step = {.positions = step_tensors_.positions(),
                               .places = step_tensors_.places(),
                               .cos_sin = activations_.cos_sin,
                               .batch = step_tensors_.attention()};
-  const Tensor hidden = activations_.hidden.Slice(0, 0, tokens);
-  const LinearInputs normed = activations_.normed.Rows(tokens);
-  const Tensor branch = activations_.branch.Slice(0, 0, tokens);
+  Tensor hidden = activations_.hidden.Slice(0, 0, tokens);
+  LinearInputs normed = activations_.normed.Rows(tokens);
+  Tensor branch = activations_.branch.Slice(0, 0, tokens);
   const float eps = config_.rms_norm_eps;
   // hidden += Σ branch over ranks, normed for whoever reads it in these forms.
   const auto add_branch_and_norm = [&](const Tensor& weight, const InputForms& forms) {
@@ -366,6 +371,13 @@ absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& 
     }
     layer.self_attn.Forward(normed, step, kv_cache.layer(i), activations_.attention, ops_, branch);
 
+    if (i + 1 == config_.num_hidden_layers && wanted < tokens) {
+      // No later token looks at the others any more.
+      if (wanted == 0) break;
+      hidden = Wanted(hidden, activations_.last_hidden);
+      branch = Wanted(branch, activations_.last_branch);
+      normed = normed.Rows(wanted);
+    }
     // What ranks say to each other leaves memory idle, which can bring the router's weights.
     layer.mlp.Prefetch(ops_);
     RETURN_IF_ERROR(add_branch_and_norm(layer.post_attention_layernorm, layer.mlp.FormsOf(normed)));
@@ -373,7 +385,7 @@ absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& 
     if (i + 1 < config_.num_hidden_layers) weights_.layers[i + 1]->self_attn.Prefetch(ops_);
     layer.mlp.Forward(normed, activations_.feed_forward, ops_, branch);
   }
-  if (step_tensors_.logit_rows().dim(0) > 0) {
+  if (wanted > 0) {
     RETURN_IF_ERROR(add_branch_and_norm(weights_.norm, {.plain = true}));
     RETURN_IF_ERROR(QueueHead(normed.plain.values, communicator));
   }
@@ -381,15 +393,17 @@ absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& 
   return absl::OkStatus();
 }
 
+Tensor LoadedModelShard::Wanted(const Tensor& x, const Tensor& out) {
+  const Tensor rows = out.Slice(0, 0, step_tensors_.logit_rows().dim(0));
+  ops_.GatherRows(x, step_tensors_.logit_rows(), rows);
+  return rows;
+}
+
 absl::Status LoadedModelShard::QueueHead(const Tensor& normed, Communicator& communicator) {
   const int64_t rows = step_tensors_.logit_rows().dim(0);
   const Activations::Head& head = activations_.head;
   const Tensor part = head.part.Slice(0, 0, rows);
-  // Rows are in ascending order: as many as there are tokens are these tokens.
-  const bool wants_all = rows == normed.dim(0);
-  const Tensor wanted = wants_all ? normed : head.rows.Slice(0, 0, rows);
-  if (!wants_all) ops_.GatherRows(normed, step_tensors_.logit_rows(), wanted);
-  ops_.Linear(wanted, {.values = weights_.lm_head}, part);
+  ops_.Linear(normed, {.values = weights_.lm_head}, part);
   if (communicator.world_size() == 1) return absl::OkStatus();
   if (layout_.rank() != 0) return communicator.GatherToRank0(part, Tensor());
 
