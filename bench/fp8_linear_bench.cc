@@ -188,6 +188,7 @@ class Bench {
                                             .rows = layer.gathers ? routing.rows : nullptr,
                                             .divisor = kChoices,
                                             .max_count = max_count,
+                                            .complete_early = !layer.gathers,
                                             .num_rows = routing.num_rows,
                                             .max_chunks = routing.num_chunks},
                                            weight, out, stream_);

@@ -95,6 +95,8 @@ class CudaOps final : public Ops {
   cuda::Scratch scratch_;  // of one operation at a time
   cuda::MlaStep step_;
   GrowingMemory fp8_stream_memory_;
+  // Of the last Route, once a grouped linear layer has waited for them (Groups::complete_early).
+  const int* complete_notes_ = nullptr;
   std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper, as is this:
   std::optional<Fp8TileSm90> fp8_tile_;
   cuda::PrefetchList prefetches_;

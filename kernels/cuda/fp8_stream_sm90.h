@@ -46,7 +46,11 @@ class Fp8StreamSm90 {
     const int* notes = nullptr;  // chunks of at most max_count rows
     const int* rows = nullptr;   // sorted row i is row rows[i] / divisor of the input; null: row i
     int divisor = 1;
-    int max_count = 0;       // at most kMaxTokens
+    int max_count = 0;  // at most kMaxTokens
+    // Whether notes and rows were complete before the kernel before this one was launched; then
+    // weights are copied before that one ends. GroupedLinear without this lets no kernel launch
+    // before its own predecessors are complete: what it was given early is so for all that follow.
+    bool complete_early = false;
     int64_t num_rows = 0;    // that `rows` has
     int64_t max_chunks = 0;  // that `notes` has room for
   };

@@ -1,6 +1,8 @@
 // Which kernel takes a linear layer. Shapes and types decide, never what tensors hold: a recorded
 // step must choose the same.
 
+#include <algorithm>
+
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/expert_chunks.h"
@@ -109,14 +111,19 @@ bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups
   const int* sorted_rows = is_gathered ? groups.rows.data<int32_t>() : nullptr;
   const int* notes = groups.notes.data<int32_t>();
   if (chunk_rows <= Stream::kMaxTokens && Stream::Supports(StreamWeight(weight))) {
+    // No token chooses an expert twice.
+    const int64_t max_count =
+        is_gathered ? std::min<int64_t>(chunk_rows, x.values.dim(0)) : chunk_rows;
     fp8_stream_->GroupedLinear(StreamInput(x),
                                {.notes = notes,
                                 .rows = sorted_rows,
                                 .divisor = is_gathered ? num_choices : 1,
-                                .max_count = chunk_rows,
+                                .max_count = static_cast<int>(max_count),
+                                .complete_early = notes == complete_notes_,
                                 .num_rows = rows,
                                 .max_chunks = MaxChunks(rows, experts)},
                                StreamWeight(weight), StreamOutput(out), stream_);
+    complete_notes_ = notes;
     return true;
   }
   if (!FitsTile(weight, out)) return false;

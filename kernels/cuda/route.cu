@@ -340,6 +340,7 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
   CHECK_LE(config.num_experts_per_tok, cuda::kMostChoices);
   CHECK_LE(config.num_shared_experts, cuda::kMostChoices);
   CHECK_LE(config.n_group, cuda::kMostGroups);
+  complete_notes_ = nullptr;
   const ExpertGroups& groups = routes.groups;
   const int64_t tokens = x.dim(0), experts = gate.dim(0), rows = groups.rows.dim(0);
   const int64_t local_experts = groups.offsets.dim(0) - 1;

@@ -134,6 +134,7 @@ class Fp8StreamSm90Test : public testing::Test {
                                           .rows = choices > 0 ? device_rows.data() : nullptr,
                                           .divisor = std::max(1, choices),
                                           .max_count = max_count,
+                                          .complete_early = random_() % 2 == 0,
                                           .num_rows = rows,
                                           .max_chunks = static_cast<int64_t>(chunks.size())};
     Run(&groups, type);
@@ -250,7 +251,9 @@ TEST_F(Fp8StreamSm90Test, EveryNumberOfTokensUpToSeveralChunks) {
 TEST_F(Fp8StreamSm90Test, OneTileOfOneBlock) { Dense({1, 64, 128}, 3, OutputType::kF32); }
 
 TEST_F(Fp8StreamSm90Test, RaggedCountsPerExpert) {
-  for (int k : {128, 256, 1408}) {
+  for (int k : {128, 256, 640, 1408}) {
+    Grouped({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, 2, OutputType::kBf16, 8);
+    Grouped({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, 0, OutputType::kF32, 8);
     Grouped({12, 384, k}, {1, 0, 7, 16, 17, 0, 0, 33, 8, 2, 1, 64}, 4, OutputType::kBf16);
     Grouped({12, 384, k}, {0, 3, 7, 16, 17, 0, 0, 70, 8, 2, 1, 0}, 0, OutputType::kF32);
   }
