@@ -2,12 +2,11 @@
 // Ops::Linear and Ops::GroupedLinear mean it, dense or by expert.
 //
 // With up to 16 tokens a weight is worth reading and little else, so the kernel is a stream of
-// weights: all SMs take equal, contiguous shares of all matrices' [128 rows, 128 columns] blocks,
-// and a share may end in the middle of a row of blocks. What several shares computed of the same
-// outputs is added up in the order of the shares: the same bits on every run. Weights are the wide
-// side of the matrix products and tokens the narrow one, so that no lane of the tensor cores works
-// on padding of more than seven tokens. Weights that nobody computes are copied before the kernels
-// before this one end.
+// weights: all SMs take equal, contiguous shares of all matrices' blocks of 128 columns, and a
+// share may end in the middle of a row of blocks. What several shares computed of the same outputs
+// is added up in the order of the shares: the same bits on every run. Weights are the wide side of
+// the matrix products and tokens the narrow one, eight or 16. Where it is known which weights are
+// needed, they are copied before the kernels before this one end.
 //
 // Source of the arithmetic: DeepSeek-V3 report §3.3.2.
 #pragma once
