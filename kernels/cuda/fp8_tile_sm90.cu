@@ -18,7 +18,7 @@ __device__ uint32_t PackBf16(float a, float b) {
 }
 
 // 64 weight rows of a tile, as BF16, to out[tile.token …][row …].
-template <int kN>
+template <typename S, int kN>
 __device__ void StoreHalf(const float (&total)[kFloats<kN>], const Arguments& arguments,
                           const Tile& tile, int row, const Place& place, unsigned char* staging) {
   const uint32_t base = SharedAddress(staging);
@@ -39,10 +39,15 @@ __device__ void StoreHalf(const float (&total)[kFloats<kN>], const Arguments& ar
 #pragma unroll
     for (int t = place.thread / 8; t < kPassTokens; t += 16) {
       if (pass + t < tile.count) {
-        *reinterpret_cast<uint4*>(arguments.out + (tile.token + pass + t) * arguments.out_stride +
-                                  row + piece * 8) =
-            *reinterpret_cast<const uint4*>(staging + t * sm90::kSwizzledRowBytes +
-                                            (piece ^ (t & 7)) * 16);
+        auto* target = reinterpret_cast<uint4*>(
+            arguments.out + (tile.token + pass + t) * arguments.out_stride + row + piece * 8);
+        const uint4 values = *reinterpret_cast<const uint4*>(staging + t * sm90::kSwizzledRowBytes +
+                                                             (piece ^ (t & 7)) * 16);
+        if constexpr (S::kWork == Work::kSorted) {  // far more than the L2 holds
+          __stcs(target, values);
+        } else {
+          *target = values;
+        }
       }
     }
     SyncThreads(1 + place.group, 128);
@@ -78,20 +83,20 @@ __device__ void StoreTokens(const float (&total)[kFloats<kN>], const CUtensorMap
   }
 }
 
-template <typename S, int kN>
+template <typename S, int kN, int kHalves>
 __device__ void ComputeTile(const Arguments& arguments, const CUtensorMap* out_map,
                             const Tile& tile, const Place& place, Ring<S::kStages>& ring,
                             SharedMemory<S>& shared) {
-  float total[S::kRowBlocks][kFloats<kN>];
-  MultiplyTile<S, kN>({0, arguments.k_blocks}, place, ring, shared, total);
+  float total[kHalves][kFloats<kN>];
+  MultiplyTile<S, kN, kHalves>({0, arguments.k_blocks}, place, ring, shared, total);
   if constexpr (S::kTokensFirst) {
     StoreTokens<kN>(total[0], *out_map, tile, place, shared.out[place.group]);
   } else {
 #pragma unroll
-    for (int b = 0; b < S::kRowBlocks; ++b) {
-      const int row = tile.row + (place.group * S::kRowBlocks + b) * kHalf;
+    for (int b = 0; b < kHalves; ++b) {
+      const int row = tile.row + (place.group * kHalves + b) * kHalf;
       if (row < arguments.outputs) {
-        StoreHalf<kN>(total[b], arguments, tile, row, place, shared.out[place.group]);
+        StoreHalf<S, kN>(total[b], arguments, tile, row, place, shared.out[place.group]);
       }
     }
   }
@@ -117,12 +122,12 @@ __device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
     sm90::PrefetchMap(&x_map);
     for (int i = 0; i < S::kStages; ++i) {
       sm90::BarrierInit(&shared.full[i], 2 + S::kGatherThreads);
-      sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kCluster);
+      sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kPair);
     }
     sm90::BarrierInitFence();
   }
   sm90::LetDependentsLaunch();
-  if constexpr (S::kCluster > 1) {
+  if constexpr (S::kPair > 1) {
     sm90::ClusterSync();
   } else {
     __syncthreads();
@@ -149,15 +154,19 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
   Ring<S::kStages> ring;
   Tile tile;
   if (place.group < 2) {
-    sm90::TakeRegisters<232>();
+    sm90::TakeRegisters<216>();
     sm90::WaitForPredecessors();
     Walk<S> walk(arguments);
     while (walk.Next(tile)) {
       const auto compute = [&]<int kN>() {
-        ComputeTile<S, kN>(arguments, out_map, tile, place, ring, shared);
+        if (S::kRowBlocks == 2 && tile.narrow) {
+          ComputeTile<S, kN, 1>(arguments, out_map, tile, place, ring, shared);
+        } else {
+          ComputeTile<S, kN, S::kRowBlocks>(arguments, out_map, tile, place, ring, shared);
+        }
       };
-      if constexpr (S::kX == Rows::kDense) {
-        tile.strip ? compute.template operator()<kHalf>() : compute.template operator()<kBlock>();
+      if constexpr (S::kWork == Work::kDense) {
+        tile.narrow ? compute.template operator()<kHalf>() : compute.template operator()<kBlock>();
       } else if (tile.count <= 32) {
         compute.template operator()<32>();
       } else if (tile.count <= 64) {
@@ -170,13 +179,13 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
     }
     if (S::kTokensFirst && place.thread == 0) sm90::WaitForStores();
   } else {
-    sm90::GiveRegisters<40>();
+    sm90::GiveRegisters<72>();
     if (place.warp == 0) {
       if (place.lane == 0) {
         const uint64_t policy =
-            S::kX == Rows::kDense ? sm90::EvictNormalPolicy() : sm90::EvictFirstPolicy();
+            S::kWork == Work::kDense ? sm90::EvictNormalPolicy() : sm90::EvictFirstPolicy();
         int ahead = 0;
-        if constexpr (S::kX == Rows::kDense) {
+        if constexpr (S::kWork == Work::kDense) {
           if (Walk<S>(arguments).Next(tile)) {
             ahead = CopyFirstWeights(weight_map, arguments, tile, span, policy, shared);
           }
@@ -191,7 +200,7 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
       sm90::WaitForPredecessors();
       Walk<S> walk(arguments);
       while (walk.Next(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
-    } else if constexpr (S::kX == Rows::kGathered) {
+    } else if constexpr (S::kWork == Work::kGathered) {
       sm90::WaitForPredecessors();
       Walk<S> walk(arguments);
       for (int buffer = 0; walk.Next(tile); buffer ^= 1) {
@@ -199,7 +208,7 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
       }
     }
   }
-  if constexpr (S::kCluster > 1) {  // the other block may still copy into this one's memory
+  if constexpr (S::kPair > 1) {  // the other block may still copy into this one's memory
     __syncwarp();
     sm90::ClusterSync();
   }
@@ -225,6 +234,24 @@ __global__ __launch_bounds__(S::kThreads,
 // Totals of a tile by token, a row of 128 a little longer so that no two lanes share a bank.
 constexpr int kTotalsStride = kBlock + 4;
 
+template <typename S>
+__device__ void WriteTotals(const float (&total)[kFloats<S::kTokens>], const Place& place,
+                            float* totals) {
+  const int first = place.group * kHalf + place.warp * 16 + place.lane / 4;
+  const int second = place.lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kFloats<S::kTokens>; i += 2) {
+    const int at_first = first + i / 2 % 2 * 8, at_second = second + i / 4 * 8;
+    if constexpr (S::kTokensFirst) {
+      *reinterpret_cast<float2*>(&totals[at_first * kTotalsStride + at_second]) =
+          make_float2(total[i], total[i + 1]);
+    } else {
+      totals[at_second * kTotalsStride + at_first] = total[i];
+      totals[(at_second + 1) * kTotalsStride + at_first] = total[i + 1];
+    }
+  }
+}
+
 // The blocks of a cluster share a tile's inputs; then each adds up and stores some of its tokens.
 template <typename S, int kBlocksAtOnce>
 __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
@@ -245,18 +272,13 @@ __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
   auto* totals = reinterpret_cast<float*>(&shared);
   Ring<S::kStages> ring;
   if (place.group < 2) {
-    if constexpr (S::kMovesRegisters) sm90::TakeRegisters<232>();
+    if constexpr (S::kMovesRegisters) sm90::TakeRegisters<216>();
     float total[1][kFloats<S::kTokens>];
-    MultiplyTile<S, S::kTokens>(span, place, ring, shared, total);
+    MultiplyTile<S, S::kTokens, 1>(span, place, ring, shared, total);
     SyncThreads(1, kConsumers);  // nobody needs the stages any more
-    float* target = totals + place.lane % 4 * 2 * kTotalsStride + place.group * kHalf +
-                    place.warp * 16 + place.lane / 4;
-#pragma unroll
-    for (int i = 0; i < kFloats<S::kTokens>; ++i) {
-      target[(i / 4 * 8 + i % 2) * kTotalsStride + i / 2 % 2 * 8] = total[0][i];
-    }
+    WriteTotals<S>(total[0], place, totals);
   } else {
-    if constexpr (S::kMovesRegisters) sm90::GiveRegisters<40>();
+    if constexpr (S::kMovesRegisters) sm90::GiveRegisters<72>();
     if (place.warp == 0 && place.lane == 0) {
       const uint64_t policy = sm90::EvictFirstPolicy();
       const int ahead = CopyFirstWeights(weight_map, arguments, tile, span, policy, shared);
@@ -292,12 +314,12 @@ __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
 
 // --- the host's side
 
-using Dense = Shape<Rows::kDense, 1, 128, 2, 5>;
-using Sorted = Shape<Rows::kSorted, 2, 128, 1, 4>;
-using Gathered = Shape<Rows::kGathered, 2, 128, 1, 4>;
-using Split32 = Shape<Rows::kDense, 1, 32, 1, 4>;
-using Split64 = Shape<Rows::kDense, 1, 64, 1, 4>;
-using Split128 = Shape<Rows::kDense, 1, 128, 1, 6>;
+using Dense = Shape<Work::kDense, 1, 128, 5>;
+using Sorted = Shape<Work::kSorted, 1, 128, 6>;
+using Gathered = Shape<Work::kGathered, 2, 128, 4>;
+using Split32 = Shape<Work::kSplit, 1, 32, 4>;
+using Split64 = Shape<Work::kSplit, 1, 64, 5>;
+using Split128 = Shape<Work::kSplit, 1, 128, 6>;
 
 template <typename S>
 constexpr int kSharedBytes = sizeof(SharedMemory<S>) + sm90::kTileAlignment;
@@ -425,7 +447,7 @@ Fp8TileSm90::Fp8TileSm90(int num_multiprocessors) : num_multiprocessors_(num_mul
   fp8_tile::AllowShared<Sorted>(GroupedKernel<Sorted>);
   fp8_tile::AllowShared<Gathered>(GroupedKernel<Gathered>);
   fp8_tile::CountClusters<Split32>(SplitKernel<Split32, 2>, clusters_[0]);
-  fp8_tile::CountClusters<Split64>(SplitKernel<Split64, 2>, clusters_[1]);
+  fp8_tile::CountClusters<Split64>(SplitKernel<Split64, 1>, clusters_[1]);
   fp8_tile::CountClusters<Split128>(SplitKernel<Split128, 1>, clusters_[2]);
 }
 
@@ -439,7 +461,7 @@ void Fp8TileSm90::Linear(const Input& x, const Weight& weight, const Output& out
   const int tiles = row_tiles * ((x.rows + tokens - 1) / tokens);
   if (tiles >= num_multiprocessors_) {
     const int blocks = std::min(num_multiprocessors_, (tiles + 1) / 2 * 2) / 2 * 2;
-    fp8_tile::Launch<Dense>(DenseKernel<Dense>, blocks, Dense::kCluster, stream,
+    fp8_tile::Launch<Dense>(DenseKernel<Dense>, blocks, Dense::kPair, stream,
                             MapWeight(weight, kHalf), MapInput(x, weight.inputs, Dense::kXBoxRows),
                             fp8_tile::MapOutput(out, x.rows, weight.outputs), arguments);
     return;
@@ -454,7 +476,7 @@ void Fp8TileSm90::Linear(const Input& x, const Weight& weight, const Output& out
   if (variant == 0) {
     launch.template operator()<Split32, 2>();
   } else if (variant == 1) {
-    launch.template operator()<Split64, 2>();
+    launch.template operator()<Split64, 1>();
   } else {
     launch.template operator()<Split128, 1>();
   }

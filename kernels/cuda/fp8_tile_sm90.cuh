@@ -18,24 +18,28 @@ constexpr int kHalf = 64;        // weight rows of one product
 constexpr int kConsumers = 256;  // two warpgroups
 constexpr int kPassTokens = 64;  // that go through shared memory at once on the way out
 
-enum class Rows {
-  kDense,     // token t is row t
+enum class Work {
+  kDense,     // token t is row t; tiles enough for all blocks, which come in pairs
+  kSplit,     // the blocks of a cluster share a tile's inputs
   kSorted,    // chunks of rows of one expert
   kGathered,  // the same, from anywhere in x
 };
 
 // What a kernel is made for: tiles of 128 · kRowBlocks weight rows by at most kTokens tokens.
-template <Rows kRowsOfX, int kRowBlocks_, int kTokens_, int kCluster_, int kStages_>
+template <Work kWork_, int kRowBlocks_, int kTokens_, int kStages_>
 struct Shape {
-  static constexpr Rows kX = kRowsOfX;
+  static constexpr Work kWork = kWork_;
   static constexpr int kRowBlocks = kRowBlocks_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kCluster = kCluster_;  // blocks with the same weight rows share them
   static constexpr int kStages = kStages_;
   static constexpr int kRows = kBlock * kRowBlocks;
-  // Which side of the products is the long one, 64 rows for each warpgroup.
-  static constexpr bool kTokensFirst = kCluster == 2;
-  static constexpr int kGatherThreads = kX == Rows::kGathered ? 64 : 0;
+  // Which side of the products is the long one, 64 rows for each warpgroup. Weights: any number of
+  // tokens will do. Tokens: a thread sees two of them and needs but two factors.
+  static constexpr bool kTokensFirst =
+      kWork == Work::kDense || (kWork == Work::kSplit && kTokens == 128);
+  // Blocks with the same weight rows, each of which brings half of them for both.
+  static constexpr int kPair = kWork == Work::kDense ? 2 : 1;
+  static constexpr int kGatherThreads = kWork == Work::kGathered ? 64 : 0;
   static constexpr bool kMovesRegisters = kTokens == 128;
   // One warp runs the copy engine, one multiplies factors, two gather.
   static constexpr int kProducers = kMovesRegisters || kGatherThreads > 0 ? 128 : 64;
@@ -43,15 +47,18 @@ struct Shape {
   static constexpr int kBoxBytes = kBlock * sm90::kSwizzledRowBytes;
   static constexpr int kWeightBytes = kRowBlocks * kBoxBytes;
   static constexpr int kXBytes = kTokens * sm90::kSwizzledRowBytes;
-  static constexpr int kXBoxRows = kX == Rows::kSorted ? 32 : kTokens;
+  static constexpr int kXBoxRows = kWork == Work::kSorted ? 32 : kTokens;
+  // Of a warpgroup's output.
+  static constexpr int kStagingBytes = kWork == Work::kSplit   ? 16
+                                       : kWork == Work::kDense ? kBoxBytes
+                                                               : kBoxBytes / 2;
 };
 
 template <typename S>
 struct SharedMemory {
   alignas(sm90::kTileAlignment) unsigned char weight[S::kStages][S::kWeightBytes];
   alignas(sm90::kTileAlignment) unsigned char x[S::kStages][S::kXBytes];
-  alignas(sm90::kTileAlignment) unsigned char out[2][(S::kTokensFirst ? 2 : 1) * kPassTokens *
-                                                     sm90::kSwizzledRowBytes];
+  alignas(sm90::kTileAlignment) unsigned char out[2][S::kStagingBytes];
   // Token's times weight block's, as PlaceOfFactor orders them.
   alignas(16) float factors[S::kStages][S::kRowBlocks][S::kTokens];
   uint32_t x_offsets[2][S::kGatherThreads > 0 ? S::kTokens : 1];
@@ -78,38 +85,46 @@ struct Arguments {
 
 struct Tile {
   int expert;
-  int row;     // first weight row, of the expert's
-  int token;   // first row of the output
-  int count;   // of tokens, at most kTokens; may be none
-  bool strip;  // only 64 weight rows are left
+  int row;      // first weight row, of the expert's
+  int token;    // first row of the output
+  int count;    // of tokens, at most kTokens; may be none
+  bool narrow;  // with half as many weight rows
 };
 
-// The tiles of a worker (a cluster), in order; every part of a block walks them on its own.
+// The tiles of a worker (a block, or a pair), in order; every part of a block walks them on its
+// own.
 template <typename S>
 class Walk {
  public:
   __device__ explicit Walk(const Arguments& arguments) : arguments_(arguments) {
-    at_ = blockIdx.x / S::kCluster;
-    if constexpr (S::kX == Rows::kDense) {
-      constexpr int kPairTokens = S::kTokens * S::kCluster;
+    at_ = blockIdx.x / S::kPair;
+    if constexpr (S::kWork == Work::kDense) {
+      constexpr int kPairTokens = S::kTokens * S::kPair;
       columns_ = (arguments.x_rows + kPairTokens - 1) / kPairTokens;
-      full_rows_ = arguments.outputs / S::kRows;
-      const bool strip = arguments.outputs % S::kRows != 0;
-      num_ = full_rows_ * columns_ + (strip ? (columns_ + 1) / 2 : 0);
+      rows_ = arguments.outputs / S::kRows;
+      whole_ = rows_ * columns_;
+      num_ = whole_ + (arguments.outputs % S::kRows != 0 ? (columns_ + 1) / 2 : 0);
     } else {
-      full_rows_ = (arguments.outputs + S::kRows - 1) / S::kRows;
+      rows_ = (arguments.outputs + S::kRows - 1) / S::kRows;
       num_chunks_ = arguments.notes[0];
-      num_ = num_chunks_ * full_rows_;
+      whole_ = num_ = num_chunks_ * rows_;
+      // If the last round would leave more than half of the blocks idle, two share a tile.
+      const int last = num_ % static_cast<int>(gridDim.x);
+      if (S::kRowBlocks == 2 && last * 2 <= static_cast<int>(gridDim.x)) {
+        whole_ -= last;
+        num_ += last;
+      }
       LoadChunk();
     }
   }
 
   __device__ bool Next(Tile& tile) {
     if (at_ >= num_) return false;
-    if constexpr (S::kX == Rows::kDense) {
+    if constexpr (S::kWork == Work::kDense) {
       NextDense(tile);
     } else {
-      tile = {ahead_.x, at_ % full_rows_ * S::kRows, ahead_.y, ahead_.z, false};
+      tile = {ahead_.x, Item() % rows_ * S::kRows, ahead_.y, ahead_.z, at_ >= whole_};
+      if (tile.narrow) tile.row += (at_ - whole_) % 2 * (S::kRows / 2);
       at_ += gridDim.x;
       LoadChunk();
     }
@@ -120,41 +135,39 @@ class Walk {
   // Tokens run fastest, so that the blocks at work share weights, but not past what the L2 holds.
   __device__ void NextDense(Tile& tile) {
     constexpr int kGroup = 8;
-    const int full = full_rows_ * columns_;
-    int row, column;
-    if (at_ < full) {
-      const int group = at_ / (full_rows_ * kGroup);
-      const int in_group = at_ - group * full_rows_ * kGroup;
+    const int workers = gridDim.x / S::kPair;
+    int row = rows_, column;
+    tile.narrow = at_ >= whole_;
+    if (!tile.narrow) {
+      const int group = at_ / (rows_ * kGroup);
+      const int in_group = at_ - group * rows_ * kGroup;
       const int width = min(kGroup, columns_ - group * kGroup);
       row = in_group / width;
       column = group * kGroup + in_group % width;
-      tile.strip = false;
-      at_ += gridDim.x / S::kCluster;
-    } else {  // two strips take as long as one tile
-      row = full_rows_;
-      column = (at_ - full) * 2 + second_;
-      tile.strip = true;
+      at_ += workers;
+    } else {  // two of the last 64 weight rows take as long as another tile
+      column = (at_ - whole_) * 2 + second_;
       second_ ^= 1;
-      if (second_ == 0 || column + 1 >= columns_) {
-        at_ += gridDim.x / S::kCluster;
-      }
+      if (second_ == 0 || column + 1 >= columns_) at_ += workers;
     }
-    const int rank = S::kCluster > 1 ? sm90::ClusterRank() : 0;
+    const int rank = S::kPair > 1 ? sm90::ClusterRank() : 0;
     tile.expert = 0;
     tile.row = row * S::kRows;
-    tile.token = (column * S::kCluster + rank) * S::kTokens;
+    tile.token = (column * S::kPair + rank) * S::kTokens;
     tile.count = max(0, min(S::kTokens, arguments_.x_rows - tile.token));
   }
+  __device__ int Item() const { return at_ < whole_ ? at_ : whole_ + (at_ - whole_) / 2; }
   // The last chunks first: those of the shared expert take longest.
   __device__ void LoadChunk() {
     if (at_ < num_) {
-      const int chunk = num_chunks_ - 1 - at_ / full_rows_;
+      const int chunk = num_chunks_ - 1 - Item() / rows_;
       ahead_ = *reinterpret_cast<const int4*>(arguments_.notes + kFirstChunkNote + 4 * chunk);
     }
   }
 
   const Arguments& arguments_;
-  int at_, num_, full_rows_, columns_ = 0, second_ = 0, num_chunks_ = 0;
+  int at_, num_, whole_;  // items before `whole_` have all weight rows
+  int rows_, columns_ = 0, second_ = 0, num_chunks_ = 0;
   int4 ahead_ = {};
 };
 
@@ -181,13 +194,14 @@ template <typename S>
 __device__ void CopyWeight(const CUtensorMap& map, const Arguments& arguments, const Tile& tile,
                            int k, int stage, uint64_t policy, SharedMemory<S>& shared) {
   const int row = tile.expert * arguments.outputs + tile.row;
-  if constexpr (S::kCluster == 2) {  // either block brings half of it for both
+  if constexpr (S::kPair == 2) {  // either block brings half of it for both
     const int rank = sm90::ClusterRank();
     sm90::CopyBoxToCluster(shared.weight[stage] + rank * (S::kWeightBytes / 2), &map, k * kBlock,
                            row + rank * kHalf, &shared.full[stage], 3, policy);
   } else {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
+      if (b > 0 && tile.narrow) break;
       sm90::CopyBox(shared.weight[stage] + b * S::kBoxBytes, &map, k * kBlock, row + b * kBlock,
                     &shared.full[stage], policy);
     }
@@ -199,16 +213,18 @@ template <typename S>
 __device__ void CopyTile(const CUtensorMap& weight_map, const CUtensorMap& x_map,
                          const Arguments& arguments, const Tile& tile, Span span, int ahead,
                          uint64_t policy, Ring<S::kStages>& ring, SharedMemory<S>& shared) {
-  const int boxes = S::kX == Rows::kSorted ? (tile.count + S::kXBoxRows - 1) / S::kXBoxRows : 1;
-  const int x_bytes = S::kX == Rows::kGathered ? 0 : boxes * S::kXBoxRows * sm90::kSwizzledRowBytes;
+  const int boxes = S::kWork == Work::kSorted ? (tile.count + S::kXBoxRows - 1) / S::kXBoxRows : 1;
+  const int x_bytes =
+      S::kWork == Work::kGathered ? 0 : boxes * S::kXBoxRows * sm90::kSwizzledRowBytes;
+  const int weight_bytes = S::kRowBlocks == 2 && tile.narrow ? S::kBoxBytes : S::kWeightBytes;
   for (int k = span.begin; k < span.end; ++k) {
     uint64_t* full = &shared.full[ring.stage];
     BarrierWait(&shared.empty[ring.stage], ring.phase ^ 1);
-    sm90::BarrierExpectBytes(full, S::kWeightBytes + x_bytes);
+    sm90::BarrierExpectBytes(full, weight_bytes + x_bytes);
     if (k >= span.begin + ahead) {
       CopyWeight(weight_map, arguments, tile, k, ring.stage, policy, shared);
     }
-    if constexpr (S::kX != Rows::kGathered) {
+    if constexpr (S::kWork != Work::kGathered) {
       for (int b = 0; b < boxes; ++b) {
         sm90::CopyBox(shared.x[ring.stage] + b * S::kXBoxRows * sm90::kSwizzledRowBytes, &x_map,
                       k * kBlock, tile.token + b * S::kXBoxRows, full, sm90::EvictLastPolicy());
@@ -226,9 +242,6 @@ __device__ int CopyFirstWeights(const CUtensorMap& map, const Arguments& argumen
   const int num = min(S::kStages, span.end - span.begin);
   for (int i = 0; i < num; ++i) {
     CopyWeight(map, arguments, tile, span.begin + i, i, policy, shared);
-  }
-  for (int k = span.begin + num; S::kCluster == 1 && k < span.end; ++k) {
-    sm90::PrefetchBox(&map, k * kBlock, tile.expert * arguments.outputs + tile.row);
   }
   return num;
 }
@@ -251,14 +264,15 @@ __device__ void MultiplyFactors(const Arguments& arguments, const Tile& tile, Sp
   for (int i = 0; i < kEach; ++i) {
     const int t = lane * kEach + i;
     int row = tile.token + min(t, max(tile.count - 1, 0));
-    if (S::kX == Rows::kGathered) row = arguments.rows[row] / arguments.divisor;
-    if (S::kX == Rows::kDense) row = min(row, arguments.x_rows - 1);
+    if (S::kWork == Work::kGathered) row = arguments.rows[row] / arguments.divisor;
+    if (S::kPair > 1) row = min(row, arguments.x_rows - 1);
     scales[i] = row * arguments.x_scales_stride;
   }
   const int blocks = (arguments.outputs + kBlock - 1) / kBlock;
+  const int block = min(tile.row / kBlock, blocks - 1);
   const float* weight =
-      arguments.factors + (int64_t{tile.expert} * blocks + tile.row / kBlock) * arguments.k_blocks;
-  const int next_block = tile.row / kBlock + 1 < blocks ? arguments.k_blocks : 0;
+      arguments.factors + (int64_t{tile.expert} * blocks + block) * arguments.k_blocks;
+  const int next_block = block + 1 < blocks ? arguments.k_blocks : 0;
   float next[kAhead][kEach], next_weight[kAhead][S::kRowBlocks];
   const auto load = [&](int k) {
 #pragma unroll
@@ -379,13 +393,14 @@ struct Stages {
   const Place& place;
   SharedMemory<S>& shared;
   Ring<S::kStages>& ring;
+  int factor_block;  // of the tile, that the warpgroup's weight rows belong to
 
   __device__ void Wait() {
     BarrierWait(&shared.full[ring.stage], ring.phase);
-    if constexpr (S::kX == Rows::kGathered) sm90::FenceForAsyncProxy();
+    if constexpr (S::kWork == Work::kGathered) sm90::FenceForAsyncProxy();
   }
   __device__ void Free(int stage) {
-    if constexpr (S::kCluster == 2) {
+    if constexpr (S::kPair == 2) {
       sm90::BarrierArriveInCluster(&shared.empty[stage], place.lane & 1, place.lane < 2);
     } else {
       sm90::BarrierArriveIf(&shared.empty[stage], place.lane == 0);
@@ -398,7 +413,7 @@ struct Stages {
     return SharedAddress(shared.x[ring.stage]) + half * (kHalf * sm90::kSwizzledRowBytes);
   }
   __device__ const float* factors(int stage) const {
-    return shared.factors[stage][S::kRowBlocks == 2 ? place.group : 0] + place.lane % 4 * 4;
+    return shared.factors[stage][factor_block] + place.lane % 4 * 4;
   }
 };
 
@@ -493,18 +508,19 @@ __device__ void MultiplyBlock(Span span, Stages<S> stages, float (&total)[2][kFl
   }
 }
 
-template <typename S, int kN>
+// kRowBlocks · 64 weight rows of a warpgroup, 64 of a narrow tile.
+template <typename S, int kN, int kHalves>
 __device__ void MultiplyTile(Span span, const Place& place, Ring<S::kStages>& ring,
-                             SharedMemory<S>& shared, float (&total)[S::kRowBlocks][kFloats<kN>]) {
+                             SharedMemory<S>& shared, float (&total)[kHalves][kFloats<kN>]) {
 #pragma unroll
-  for (int b = 0; b < S::kRowBlocks; ++b) {
+  for (int b = 0; b < kHalves; ++b) {
 #pragma unroll
     for (int i = 0; i < kFloats<kN>; ++i) total[b][i] = 0.0f;
   }
-  const Stages<S> stages = {place, shared, ring};
+  const Stages<S> stages = {place, shared, ring, kHalves == 2 ? place.group : 0};
   if constexpr (S::kTokensFirst) {
     MultiplyTokens<S, kN>(span, stages, total[0]);
-  } else if constexpr (S::kRowBlocks == 2) {
+  } else if constexpr (kHalves == 2) {
     MultiplyBlock<S, kN>(span, stages, total);
   } else {
     MultiplyHalf<S, kN>(span, stages, total[0]);

@@ -170,12 +170,6 @@ __device__ inline void CopyPanels(void* target, const CUtensorMap* map, int row,
       "l"(map), "r"(SharedAddress(barrier)), "r"(0), "r"(row), "l"(policy)
       : "memory");
 }
-// Brings a box into the L2.
-__device__ inline void PrefetchBox(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
-               "r"(column), "r"(row)
-               : "memory");
-}
 // The same box, at the same place of the shared memory of every block of the cluster in `blocks` (a
 // bit each), completing on the barrier that stands in each of them at this one's place.
 __device__ inline void CopyBoxToCluster(void* target, const CUtensorMap* map, int column, int row,
