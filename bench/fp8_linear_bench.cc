@@ -1,9 +1,10 @@
-// How long the FP8 linear layers of one DeepSeek-V3 shard (rank 0 of 8) take on this GPU for a
-// decode step of few tokens, and what share of its memory bandwidth that is. The bandwidth is a
-// device-to-device copy measured in the same run (bytes read + written).
+// How long the FP8 linear layers of one DeepSeek-V3 shard (rank 0 of 8) take on this GPU, and what
+// share of its memory bandwidth (weights alone) that is: the kernel for few tokens (stream) and the
+// one for many (tile). The bandwidth is a device-to-device copy measured in the same run (bytes
+// read + written). fp8_torch_bench.py times cuBLASLt's product on the same dense layers.
 //
-//   fp8_linear_bench [--json]     one row per (layer, batch); random data and routes, weights
-//   rotated past the L2
+//   fp8_linear_bench [--json | LAYER]   one row per (kernel, layer, batch); random data and routes,
+//   weights rotated past the L2
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -19,6 +20,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/expert_chunks.h"
 #include "kernels/cuda/fp8_stream_sm90.h"
+#include "kernels/cuda/fp8_tile_sm90.h"
 
 namespace fathom {
 namespace {
@@ -27,7 +29,7 @@ constexpr int kLaunches = 30;  // of one graph
 constexpr int kRoutings = 5;   // distinct ones among them
 constexpr int kRoutedExperts = 256;
 constexpr int kChoices = 9;  // eight routed experts and the shared one
-constexpr int kMaxBatch = 256;
+constexpr int kMaxBatch = 2048;
 
 struct Layer {
   const char* name;
@@ -139,7 +141,8 @@ class Bench {
  public:
   explicit Bench(const cudaDeviceProp& device)
       : sms_(device.multiProcessorCount),
-        stream_kernel_(Allocate<char>(Fp8StreamSm90::WorkspaceBytes(sms_)), sms_) {
+        stream_kernel_(Allocate<char>(Fp8StreamSm90::WorkspaceBytes(sms_)), sms_),
+        tile_kernel_(sms_) {
     CUDA_CHECK(cudaStreamCreate(&stream_));
     x_ = RandomValues(size_t{kMaxBatch} * kChoices * 7168, random_);
     x_scales_ = RandomScales(size_t{kMaxBatch} * kChoices * 56, random_);
@@ -164,57 +167,90 @@ class Bench {
     float* scales = RandomScales(
         static_cast<size_t>(layer.num_matrices) * ((layer.n + 127) / 128) * (layer.k / 128),
         random_);
-    for (int batch : {1, 2, 4, 8, 16, 32, 64, 128, 256}) {
-      const int max_count = std::min(16, batch);
+    const auto row = [&](const char* kernel, int batch, int max_count, auto launch) {
       std::vector<Routing> routings;
       for (int i = 0; i < kRoutings; ++i) {
         routings.push_back(MakeRouting(batch, max_count, random_));
       }
-      const double us =
-          1e3 / kLaunches * MedianMs(stream_, [&] {
-            for (int i = 0; i < kLaunches; ++i) {
-              const Fp8StreamSm90::Weight weight = {values + i % sets * bytes, scales,
-                                                    layer.num_matrices, layer.n, layer.k};
-              const Fp8StreamSm90::Output out = {out_, Fp8StreamSm90::OutputType::kBf16, layer.n};
-              Fp8StreamSm90::Input x = {x_, x_scales_, batch, layer.k};
-              if (layer.num_matrices == 1) {
-                stream_kernel_.Linear(x, weight, out, stream_);
-                continue;
-              }
-              const Routing& routing = routings[i % kRoutings];
-              if (!layer.gathers) x.rows = routing.num_rows;
-              stream_kernel_.GroupedLinear(x,
-                                           {.notes = routing.notes,
-                                            .rows = layer.gathers ? routing.rows : nullptr,
-                                            .divisor = kChoices,
-                                            .max_count = max_count,
-                                            .complete_early = !layer.gathers,
-                                            .num_rows = routing.num_rows,
-                                            .max_chunks = routing.num_chunks},
-                                           weight, out, stream_);
-            }
-          });
+      const double us = 1e3 / kLaunches * MedianMs(stream_, [&] {
+                          for (int i = 0; i < kLaunches; ++i) {
+                            launch(values + i % sets * bytes, routings[i % kRoutings]);
+                          }
+                        });
       double matrices = 0;
       for (const Routing& routing : routings) {
-        matrices += layer.num_matrices == 1 ? 1 : routing.num_experts;
+        matrices += layer.num_matrices == 1 ? 1.0 / kRoutings
+                                            : static_cast<double>(routing.num_experts) / kRoutings;
         CUDA_CHECK(cudaFree(routing.notes));
         CUDA_CHECK(cudaFree(routing.rows));
       }
-      matrices /= kRoutings;
       const double gbps = matrices * layer.n * layer.k / us / 1e3;
-      std::printf(
-          json ? "{\"layer\":\"%s\",\"batch\":%d,\"matrices\":%.1f,\"us\":%.2f,\"gbps\":%.0f,"
-                 "\"share_of_copy\":%.3f}\n"
-               : "%-8s %6d %9.1f %10.2f %8.0f %8.2f\n",
-          layer.name, batch, matrices, us, gbps, gbps / copy_gbps);
+      const double rows = layer.num_matrices == 1 ? batch : batch * kChoices;
+      std::printf(json ? "{\"kernel\":\"%s\",\"layer\":\"%s\",\"batch\":%d,\"matrices\":%.1f,"
+                         "\"us\":%.2f,\"gbps\":%.0f,\"share_of_copy\":%.3f,\"tflops\":%.1f}\n"
+                       : "%-7s %-8s %6d %9.1f %10.2f %8.0f %8.2f %8.0f\n",
+                  kernel, layer.name, batch, matrices, us, gbps, gbps / copy_gbps,
+                  2e-6 * rows * layer.n * layer.k / us);
+    };
+    for (int batch : {1, 2, 4, 8, 16, 32, 64, 128, 256}) {
+      const int max_count = std::min(16, batch);
+      row("stream", batch, max_count, [&](const uint8_t* weights, const Routing& routing) {
+        Stream(layer, weights, scales, batch, max_count, routing);
+      });
+    }
+    for (int batch : {32, 64, 128, 256, 512, 1024, 2048}) {
+      const int max_count = RowsPerChunk(int64_t{batch} * kChoices, kRoutedExperts + 1);
+      if (layer.num_matrices > 1 && max_count < 32) continue;
+      row("tile", batch, max_count, [&](const uint8_t* weights, const Routing& routing) {
+        Tile(layer, weights, scales, batch, routing);
+      });
     }
     CUDA_CHECK(cudaFree(values));
     CUDA_CHECK(cudaFree(scales));
   }
 
  private:
+  void Stream(const Layer& layer, const uint8_t* values, const float* scales, int batch,
+              int max_count, const Routing& routing) {
+    const Fp8StreamSm90::Weight weight = {values, scales, layer.num_matrices, layer.n, layer.k};
+    const Fp8StreamSm90::Output out = {out_, Fp8StreamSm90::OutputType::kBf16, layer.n};
+    Fp8StreamSm90::Input x = {x_, x_scales_, batch, layer.k};
+    if (layer.num_matrices == 1) {
+      stream_kernel_.Linear(x, weight, out, stream_);
+      return;
+    }
+    if (!layer.gathers) x.rows = routing.num_rows;
+    stream_kernel_.GroupedLinear(x,
+                                 {.notes = routing.notes,
+                                  .rows = layer.gathers ? routing.rows : nullptr,
+                                  .divisor = kChoices,
+                                  .max_count = max_count,
+                                  .complete_early = !layer.gathers,
+                                  .num_rows = routing.num_rows,
+                                  .max_chunks = routing.num_chunks},
+                                 weight, out, stream_);
+  }
+
+  void Tile(const Layer& layer, const uint8_t* values, const float* scales, int batch,
+            const Routing& routing) {
+    const Fp8TileSm90::Weight weight = {reinterpret_cast<const __nv_fp8_e4m3*>(values), scales,
+                                        layer.num_matrices, layer.n, layer.k};
+    const Fp8TileSm90::Output out = {out_, layer.n};
+    Fp8TileSm90::Input x = {reinterpret_cast<const __nv_fp8_e4m3*>(x_), x_scales_, batch, layer.k,
+                            layer.k / 128};
+    if (layer.num_matrices == 1) {
+      tile_kernel_.Linear(x, weight, out, stream_);
+      return;
+    }
+    if (!layer.gathers) x.rows = routing.num_rows;
+    tile_kernel_.GroupedLinear(
+        x, {.notes = routing.notes, .rows = routing.rows, .divisor = layer.gathers ? kChoices : 0},
+        weight, out, stream_);
+  }
+
   int sms_;
   Fp8StreamSm90 stream_kernel_;
+  Fp8TileSm90 tile_kernel_;
   cudaStream_t stream_ = nullptr;
   std::mt19937 random_{20261123};
   uint8_t* x_ = nullptr;
@@ -232,8 +268,8 @@ int Main(bool json, const char* only) {
   Bench bench(device);
   const double copy_gbps = bench.CopyGbps();
   if (!json) {
-    std::printf("%s, copy %.0f GB/s\n%-8s %6s %9s %10s %8s %8s\n", device.name, copy_gbps, "layer",
-                "batch", "matrices", "us", "GB/s", "of copy");
+    std::printf("%s, copy %.0f GB/s\n%-7s %-8s %6s %9s %10s %8s %8s %8s\n", device.name, copy_gbps,
+                "kernel", "layer", "batch", "matrices", "us", "GB/s", "of copy", "TFLOP/s");
   }
   for (const Layer& layer : kLayers) {
     if (only == nullptr || std::strcmp(only, layer.name) == 0) {
