@@ -293,6 +293,7 @@ void Bench::Attention() {
                              .qk_rope_head_dim = kRope,
                              .kv_lora_rank = kLatent,
                              .v_head_dim = kValue,
+                             .n_routed_experts = kRouted,
                              .num_experts = kExperts,
                              .num_choices = 9,
                              .widest_linear = kHidden};

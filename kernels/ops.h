@@ -146,6 +146,7 @@ struct StepLimits {
   int64_t qk_rope_head_dim = 0;  // P
   int64_t kv_lora_rank = 0;      // R
   int64_t v_head_dim = 0;        // V
+  int64_t n_routed_experts = 0;  // of the router
   int64_t num_experts = 0;       // E, the largest of any layer
   int64_t num_choices = 0;       // k, the same
   int64_t widest_linear = 0;     // largest N or K of a linear layer

@@ -155,6 +155,7 @@ StepLimits LimitsOf(const ModelShardOptions& options, const ModelConfig& config,
           .qk_rope_head_dim = config.qk_rope_head_dim,
           .kv_lora_rank = config.kv_lora_rank,
           .v_head_dim = config.v_head_dim,
+          .n_routed_experts = config.n_routed_experts,
           .num_experts = layout.experts().size() + num_shared,
           .num_choices = config.HasMoeLayer() ? config.routing.num_experts_per_tok + num_shared : 0,
           .widest_linear = std::max<int64_t>(

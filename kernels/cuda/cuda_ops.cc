@@ -23,7 +23,7 @@ int64_t AttentionBytes(const StepLimits& limits) {
 // Parts of the router's logits: in so many parts that all multiprocessors have 128 rows.
 int64_t RouteBytes(const StepLimits& limits, int num_multiprocessors) {
   const int64_t rows = std::max<int64_t>(limits.max_tokens, int64_t{num_multiprocessors} * 128);
-  return cuda::AlignUp(rows * limits.num_experts * static_cast<int64_t>(sizeof(float)));
+  return cuda::AlignUp(rows * limits.n_routed_experts * static_cast<int64_t>(sizeof(float)));
 }
 
 // What the hungriest operation needs.
