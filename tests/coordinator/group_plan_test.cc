@@ -28,6 +28,7 @@ class GroupPlanTest : public ::testing::Test {
       description.set_dtype("float32");
       description.set_kv_cache_dtype("float32");
       description.set_quantization("none");
+      description.set_activation_quantization("none");
       description.mutable_plan()->set_kv_block_capacity(100);
       description.mutable_plan()->set_weight_bytes(3);
       description.mutable_plan()->set_budget_bytes(4);
@@ -94,6 +95,9 @@ TEST_F(GroupPlanTest, NamesTheWorkerThatDiffersAndBothValues) {
   descriptions_[1].set_dtype("bfloat16");
   ExpectRefused({"worker 1 (unix:/w1) has --dtype 'bfloat16'", "'float32'"});
   descriptions_[1].set_dtype("float32");
+  descriptions_[1].set_activation_quantization("fp8");
+  ExpectRefused({"worker 1 (unix:/w1) has --activation-quantization 'fp8'", "'none'"});
+  descriptions_[1].set_activation_quantization("none");
   descriptions_[1].set_version("0.9");
   ExpectRefused({"worker 1 (unix:/w1) is of version '0.9', expected the coordinator's '1.0'"});
   descriptions_[1].set_version("1.0");
