@@ -303,8 +303,7 @@ __global__ __launch_bounds__(Form::kThreads,
                                                   const __grid_constant__ Arguments arguments) {
   using Shared = SharedMemory<Form, Out>;
   extern __shared__ unsigned char dynamic_shared[];
-  Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) &
-                                              ~uintptr_t{1023});
+  Shared& shared = sm90::AtFirstTile<Shared>(dynamic_shared);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == Form::kWeightWarp * 32) {
     sm90::PrefetchMap(&weight_map);

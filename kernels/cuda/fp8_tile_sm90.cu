@@ -106,14 +106,6 @@ __device__ void ComputeTile(const Arguments& arguments, const CUtensorMap* out_m
 
 extern __shared__ unsigned char dynamic_shared[];
 
-// By an offset: a pointer made from an integer would no longer be known to be of shared memory.
-template <typename S>
-__device__ SharedMemory<S>& Shared() {
-  const uint32_t past = SharedAddress(dynamic_shared) % sm90::kTileAlignment;
-  return *reinterpret_cast<SharedMemory<S>*>(dynamic_shared +
-                                             (sm90::kTileAlignment - past) % sm90::kTileAlignment);
-}
-
 template <typename S>
 __device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
                         SharedMemory<S>& shared) {
@@ -147,7 +139,7 @@ __device__ Place PlaceOfThread() {
 template <typename S>
 __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map,
                          const CUtensorMap* out_map, const Arguments& arguments) {
-  SharedMemory<S>& shared = Shared<S>();
+  auto& shared = sm90::AtFirstTile<SharedMemory<S>>(dynamic_shared);
   Prepare(weight_map, x_map, shared);
   const Place place = PlaceOfThread();
   const Span span = {0, arguments.k_blocks};
@@ -259,7 +251,7 @@ __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
     const Arguments arguments) {
   static_assert(sizeof(SharedMemory<S>::weight) + sizeof(SharedMemory<S>::x) >=
                 S::kTokens * kTotalsStride * sizeof(float));
-  SharedMemory<S>& shared = Shared<S>();
+  auto& shared = sm90::AtFirstTile<SharedMemory<S>>(dynamic_shared);
   Prepare(weight_map, x_map, shared);
   const Place place = PlaceOfThread();
   const int splits = arguments.splits, rank = blockIdx.x % splits;

@@ -546,8 +546,7 @@ template <int kCluster>
 __global__ __launch_bounds__(kThreads, 1) void DecodeKernel(const __grid_constant__ CUtensorMap map,
                                                             const Arguments arguments) {
   extern __shared__ unsigned char dynamic_shared[];
-  auto& shared = *reinterpret_cast<SharedMemory<kCluster>*>(
-      (reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~uintptr_t{1023});
+  auto& shared = sm90::AtFirstTile<SharedMemory<kCluster>>(dynamic_shared);
   const Place place = {static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x) / 32,
                        static_cast<int>(threadIdx.x) % 32};
   const int rank = kCluster == 1 ? 0 : sm90::ClusterRank();

@@ -333,8 +333,7 @@ __global__ __launch_bounds__(kThreads, 1) void ExpandKernel(
     const __grid_constant__ CUtensorMap w_uv, const __grid_constant__ CUtensorMap keys,
     const __grid_constant__ CUtensorMap values, const Arguments arguments) {
   extern __shared__ unsigned char dynamic_shared[];
-  SharedMemory& shared = *reinterpret_cast<SharedMemory*>(
-      (reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~uintptr_t{1023});
+  SharedMemory& shared = sm90::AtFirstTile<SharedMemory>(dynamic_shared);
   const Maps maps = {latents, w_uk, w_uv, keys, values};
   const Share share = MyShare();
   // Blocks beyond whole columns only turn queries.

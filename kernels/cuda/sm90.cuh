@@ -23,6 +23,15 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// What begins at the first tile of a kernel's dynamic shared memory. Found by an offset: a pointer
+// made from an integer is no longer known to be of shared memory, and every access through it is a
+// generic one, which is slower and takes 64-bit addresses.
+template <typename T>
+__device__ inline T& AtFirstTile(unsigned char* dynamic_shared) {
+  const uint32_t past = SharedAddress(dynamic_shared) % kTileAlignment;
+  return *reinterpret_cast<T*>(dynamic_shared + (kTileAlignment - past) % kTileAlignment);
+}
+
 // --- barriers in shared memory
 
 __device__ inline void BarrierInit(uint64_t* barrier, int arrivals) {
