@@ -70,6 +70,7 @@ void CudaOps::CombineExperts(const Tensor& y, const Routes& routes, bool accumul
                              const Tensor& out) {
   CheckCombineExperts(y, routes, out);
   if (out.num_elements() == 0) return;
+  CHECK(routes.groups.notes.present()) << "Route left no notes";
   const int64_t num_rows = routes.groups.rows.dim(0);
   const int64_t experts = routes.groups.offsets.dim(0) - 1;
   const int* places = routes.groups.notes.data<int32_t>() + PlacesNote(experts, num_rows);

@@ -35,6 +35,27 @@ __global__ void FindRowsKernel(const int* query_start, const int* context_lens, 
   }
 }
 
+MlaPrefillSm90::Layer PrefillLayerOf(const Tensor& q, const MlaWeights& weights,
+                                     const Tensor& positions, const Tensor& cos_sin,
+                                     const AttentionBatch& batch, float scale,
+                                     const LinearInput& out) {
+  MlaPrefillSm90::Layer layer = {.q = static_cast<const __nv_bfloat16*>(q.raw()),
+                                 .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
+                                 .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
+                                 .positions = positions.data<int32_t>(),
+                                 .cos_sin = cos_sin.data<float>(),
+                                 .block_tables = batch.block_tables.data<int32_t>(),
+                                 .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
+                                 .scale = scale};
+  if (out.quantized()) {
+    layer.out_fp8 = out.values.raw();
+    layer.out_scales = out.scales.data<float>();
+  } else {
+    layer.out = static_cast<__nv_bfloat16*>(out.values.raw());
+  }
+  return layer;
+}
+
 int64_t TotalContext(const AttentionBatch& batch) {
   int64_t total = 0;
   for (int64_t s = 0; s < batch.context_lens.dim(0); ++s) {
@@ -220,24 +241,13 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
 
   const int layer = step_.TakeLayer(batch, stream_);
   if (!is_decode) {
-    step_.prefill().Run(
-        step_.prefill_step(),
-        {.data = cache.raw(),
-         .type = is_fp8 ? Prefill::CacheType::kFp8 : Prefill::CacheType::kBf16,
-         .num_blocks = cache.dim(0),
-         .block_size = batch.block_size},
-        {.q = static_cast<const __nv_bfloat16*>(q.raw()),
-         .w_uk = static_cast<const __nv_bfloat16*>(weights.w_uk.raw()),
-         .w_uv = static_cast<const __nv_bfloat16*>(weights.w_uv.raw()),
-         .positions = positions.data<int32_t>(),
-         .cos_sin = cos_sin.data<float>(),
-         .block_tables = batch.block_tables.data<int32_t>(),
-         .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-         .scale = scale,
-         .out = out.quantized() ? nullptr : static_cast<__nv_bfloat16*>(out.values.raw()),
-         .out_fp8 = out.quantized() ? out.values.raw() : nullptr,
-         .out_scales = out.quantized() ? out.scales.data<float>() : nullptr},
-        stream_);
+    step_.prefill().Run(step_.prefill_step(),
+                        {.data = cache.raw(),
+                         .type = is_fp8 ? Prefill::CacheType::kFp8 : Prefill::CacheType::kBf16,
+                         .num_blocks = cache.dim(0),
+                         .block_size = batch.block_size},
+                        cuda::PrefillLayerOf(q, weights, positions, cos_sin, batch, scale, out),
+                        stream_);
   }
   const int64_t rows = is_decode ? sequences : step_.num_rows();
   if (rows == 0) return true;
