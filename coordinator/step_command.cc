@@ -1,7 +1,7 @@
 #include "coordinator/step_command.h"
 
+#include <algorithm>
 #include <string>
-#include <unordered_map>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -19,22 +19,26 @@ absl::Status Wrong(const Step& step, const std::string& what) {
 class BatchIndex {
  public:
   explicit BatchIndex(const Step& step) : step_(step) {
+    int highest_slot = -1;
+    for (const ScheduledSequence& s : step.scheduled) highest_slot = std::max(highest_slot, s.slot);
+    index_of_slot_.resize(highest_slot + 1, kNone);
     for (size_t i = 0; i < step.scheduled.size(); ++i) {
-      index_of_slot_[step.scheduled[i].slot] = i;
+      index_of_slot_[step.scheduled[i].slot] = static_cast<int>(i);
     }
   }
 
   absl::StatusOr<size_t> Of(uint32_t slot) const {
-    const auto found = index_of_slot_.find(static_cast<int>(slot));
-    if (found == index_of_slot_.end()) {
+    if (slot >= index_of_slot_.size() || index_of_slot_[slot] == kNone) {
       return Wrong(step_, absl::StrCat("names slot ", slot, ", which was not scheduled"));
     }
-    return found->second;
+    return index_of_slot_[slot];
   }
 
  private:
+  static constexpr int kNone = -1;
+
   const Step& step_;
-  std::unordered_map<int, size_t> index_of_slot_;
+  std::vector<int> index_of_slot_;  // up to the highest one that was scheduled
 };
 
 absl::Status TakeFaults(const Step& step, const BatchIndex& batch, v1::StepResult& result,
@@ -79,9 +83,10 @@ absl::Status TakeTokens(const Step& step, const BatchIndex& batch, uint32_t voca
   return absl::OkStatus();
 }
 
-absl::Status TakeLogprobs(const BatchIndex& batch,
+absl::Status TakeLogprobs(const Step& step, const BatchIndex& batch,
                           google::protobuf::RepeatedPtrField<v1::SlotLogprobs>& from,
                           std::vector<v1::SlotLogprobs>& to) {
+  if (!from.empty()) to.resize(step.scheduled.size());
   for (v1::SlotLogprobs& logprobs : from) {
     ASSIGN_OR_RETURN(const size_t i, batch.Of(logprobs.slot()));
     to[i].set_slot(logprobs.slot());
@@ -95,8 +100,9 @@ absl::Status CheckLogprobs(const Step& step, const StepAnswer& answer) {
     const ScheduledSequence& scheduled = step.scheduled[i];
     if (answer.outcome.sequences[i].fault) continue;
     const int wanted = scheduled.samples && scheduled.wants_logprobs ? 1 : 0;
-    const int got = answer.logprobs[i].logprobs_size();
-    const int got_of_prompt = answer.prompt_logprobs[i].logprobs_size();
+    const int got = answer.logprobs.empty() ? 0 : answer.logprobs[i].logprobs_size();
+    const int got_of_prompt =
+        answer.prompt_logprobs.empty() ? 0 : answer.prompt_logprobs[i].logprobs_size();
     if (got != wanted || got_of_prompt != scheduled.num_prompt_logprobs) {
       return Wrong(step, absl::StrCat("has ", got, " logprobs and ", got_of_prompt,
                                       " prompt logprobs for slot ", scheduled.slot, ", expected ",
@@ -137,18 +143,16 @@ absl::StatusOr<StepAnswer> DecodeResult(const Step& step, uint32_t vocab_size,
   if (result.step() != step.number) {
     return Wrong(step, absl::StrCat("is of step ", result.step()));
   }
-  const size_t num_sequences = step.scheduled.size();
   StepAnswer answer;
   answer.outcome.number = step.number;
-  answer.outcome.sequences.resize(num_sequences);
-  answer.prompt_logprobs.resize(num_sequences);
-  answer.logprobs.resize(num_sequences);
+  answer.outcome.sequences.resize(step.scheduled.size());
 
   const BatchIndex batch(step);
   RETURN_IF_ERROR(TakeFaults(step, batch, result, answer));
   RETURN_IF_ERROR(TakeTokens(step, batch, vocab_size, result, answer));
-  RETURN_IF_ERROR(TakeLogprobs(batch, *result.mutable_prompt_logprobs(), answer.prompt_logprobs));
-  RETURN_IF_ERROR(TakeLogprobs(batch, *result.mutable_logprobs(), answer.logprobs));
+  RETURN_IF_ERROR(
+      TakeLogprobs(step, batch, *result.mutable_prompt_logprobs(), answer.prompt_logprobs));
+  RETURN_IF_ERROR(TakeLogprobs(step, batch, *result.mutable_logprobs(), answer.logprobs));
   RETURN_IF_ERROR(CheckLogprobs(step, answer));
   return answer;
 }

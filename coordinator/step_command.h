@@ -18,7 +18,8 @@ v1::StepCommand EncodeStep(const Step& step, uint64_t epoch);
 
 struct StepAnswer {
   StepOutcome outcome;
-  // Parallel to Step::scheduled; empty where nothing was asked for.
+  // Parallel to Step::scheduled and empty where nothing was asked for, or, as in nearly every step,
+  // without elements because no sequence has any.
   std::vector<v1::SlotLogprobs> prompt_logprobs;
   std::vector<v1::SlotLogprobs> logprobs;
 };

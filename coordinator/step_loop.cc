@@ -293,12 +293,16 @@ StepLoop::Delivery StepLoop::MakeDelivery(const SequenceUpdate& update, StepAnsw
   CHECK(stream != streams_.end());
   Delivery delivery{.id = update.id, .stream = stream->second, .response = {}, .end = {}};
   v1::GenerateResponse& response = delivery.response;
-  *response.mutable_prompt_logprobs() =
-      std::move(*answer.prompt_logprobs[update.batch_index].mutable_logprobs());
+  if (!answer.prompt_logprobs.empty()) {
+    *response.mutable_prompt_logprobs() =
+        std::move(*answer.prompt_logprobs[update.batch_index].mutable_logprobs());
+  }
   if (!update.token_ids.empty()) {
     response.mutable_token_ids()->Add(update.token_ids.begin(), update.token_ids.end());
-    *response.mutable_logprobs() =
-        std::move(*answer.logprobs[update.batch_index].mutable_logprobs());
+    if (!answer.logprobs.empty()) {
+      *response.mutable_logprobs() =
+          std::move(*answer.logprobs[update.batch_index].mutable_logprobs());
+    }
   }
   if (!update.end.has_value()) return delivery;
 

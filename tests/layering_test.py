@@ -42,7 +42,7 @@ HOMES = {
     r"boost/.*": ["gateway/http/*"],
     r"CLI/.*": ["*/main.cc", "deploy/launcher/command_line.cc"],
     r"prometheus/.*": ["*/metrics.*"],
-    r"simdjson.*": ["worker/model_config.cc", "worker/safetensors.cc", "gateway/*/*json*",
+    r"simdjson.*": ["worker/model_config.cc", "worker/safetensors.cc", "worker/sim_profile.cc", "gateway/*/*json*",
                     "gateway/text/tokenizer.cc", "deploy/launcher/memory_plan.cc"],
 }
 

@@ -30,6 +30,7 @@
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 #include "worker/shard_keeper.h"
+#include "worker/simulated_keeper.h"
 #include "worker/worker_service.h"
 
 namespace fathom {
@@ -45,6 +46,7 @@ struct Flags {
   TlsOptions tls;
   std::string log_level = "info";
   std::string device = "cpu";
+  std::string sim_profile;
   DeviceOptions device_options;
   std::string dtype = "auto";
   std::string kv_cache_dtype = "auto";
@@ -86,7 +88,11 @@ void DeclareModel(CLI::App& app, Flags& flags) {
   app.add_option("--model", flags.keeper.model_directory,
                  "folder with config.json and *.safetensors")
       ->required();
-  app.add_option("--device", flags.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--device", flags.device, "cpu, cuda, or sim: no model, but its times")
+      ->check(CLI::IsMember({"cpu", "cuda", "sim"}));
+  app.add_option("--sim-profile", flags.sim_profile,
+                 "with --device sim: JSON file that says how long steps take; --model needs no "
+                 "more than config.json");
   app.add_option("--gpu", flags.device_options.gpu,
                  "with --device cuda: which GPU, of those in CUDA_VISIBLE_DEVICES or of all")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
@@ -188,16 +194,16 @@ v1::ShardSpec CheckedShard(const Flags& flags) {
 }
 
 // Prints one line of JSON. The strings need no escapes: they are names from fixed lists.
-int Check(const Flags& flags, const ShardKeeper& keeper) {
+int Check(const Flags& flags, const ShardHost& host) {
   const v1::ShardSpec shard = CheckedShard(flags);
-  const absl::StatusOr<WorkerMemoryPlan> plan = keeper.Plan(shard);
+  const absl::StatusOr<WorkerMemoryPlan> plan = host.Plan(shard);
   if (!plan.ok()) return Fail(EX_CONFIG, plan.status());
   const int64_t blocks_per_sequence =
       (plan->max_model_len + int64_t{flags.block_size} - 1) / flags.block_size;
   const int64_t num_kv_blocks =
       std::min<int64_t>(plan->kv_block_capacity, flags.max_num_seqs * blocks_per_sequence);
   v1::DescribeResponse model;
-  keeper.Describe(model);
+  host.Describe(model);
   absl::PrintF(
       "{\"architecture\":\"%s\",\"vocab_size\":%d,\"max_position_embeddings\":%d,"
       "\"world_size\":%d,\"dtype\":\"%s\",\"kv_cache_dtype\":\"%s\",\"quantization\":\"%s\","
@@ -261,17 +267,20 @@ void WaitForStop(const Flags& flags, WorkerService& service) {
   }
 }
 
-int Serve(const Flags& flags, ShardKeeper& keeper) {
-  WorkerService service({.version = FATHOM_VERSION, .tls = flags.tls}, keeper);
+int Serve(const Flags& flags, ShardHost& host) {
+  WorkerService service({.version = FATHOM_VERSION, .tls = flags.tls}, host);
   absl::StatusOr<std::unique_ptr<grpc::Server>> server = Listen(flags, service);
   if (!server.ok()) {
     return Fail(absl::IsInvalidArgument(server.status()) ? EX_USAGE : EXIT_FAILURE,
                 server.status());
   }
+  v1::DescribeResponse model;
+  host.Describe(model);
   spdlog::info("fathom-worker {} listens on {}: {}, dtype {}, kv-cache-dtype {}", FATHOM_VERSION,
-               flags.listen_address, keeper.config().architecture, FlagNameOf(flags.keeper.dtype),
-               FlagNameOf(flags.keeper.kv_cache_dtype));
-  if (flags.keeper.load_format == LoadFormat::kDummy) {
+               flags.listen_address, model.architecture(), model.dtype(), model.kv_cache_dtype());
+  if (flags.device == "sim") {
+    spdlog::warn("--device sim: there is no model, tokens are hashes of the text before them");
+  } else if (flags.keeper.load_format == LoadFormat::kDummy) {
     spdlog::warn("--load-format dummy: the weights are random, and so is what the model says");
   }
   if (flags.device == "cpu" && !flags.keeper.memory.kv_cache_memory_bytes.has_value()) {
@@ -293,6 +302,12 @@ int Serve(const Flags& flags, ShardKeeper& keeper) {
   shutdown.join();
   spdlog::info("stopped");
   return EXIT_SUCCESS;
+}
+
+template <typename Host>
+int CheckOrServe(const Flags& flags, const absl::StatusOr<std::unique_ptr<Host>>& host) {
+  if (!host.ok()) return Fail(EX_CONFIG, host.status());
+  return flags.check ? Check(flags, **host) : Serve(flags, **host);
 }
 
 int Main(int argc, char** argv) {
@@ -317,20 +332,27 @@ int Main(int argc, char** argv) {
     return Fail(EX_USAGE, absl::InvalidArgumentError("--listen is required, except with --check"));
   }
 
+  if ((flags.device == "sim") == flags.sim_profile.empty()) {
+    return Fail(EX_USAGE, absl::InvalidArgumentError(
+                              "--device sim and --sim-profile go together: give both or none"));
+  }
+
   // Before any thread exists, so that all of them leave these signals to the one that waits.
   const sigset_t signals = StopSignals();
   if (!flags.check) pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
 
+  if (flags.device == "sim") {
+    return CheckOrServe(flags,
+                        SimulatedKeeper::Open({.model_directory = flags.keeper.model_directory,
+                                               .profile_file = flags.sim_profile}));
+  }
   absl::StatusOr<std::unique_ptr<Device>> device = flags.device == "cuda"
                                                        ? OpenCudaDevice(flags.device_options)
                                                        : OpenCpuDevice(flags.device_options);
   if (!device.ok()) return Fail(EX_USAGE, device.status());
   MeasureMemory(**device, flags.keeper);
-  absl::StatusOr<std::unique_ptr<ShardKeeper>> keeper =
-      ShardKeeper::Open(flags.keeper, *std::move(device));
-  if (!keeper.ok()) return Fail(EX_CONFIG, keeper.status());
-  return flags.check ? Check(flags, **keeper) : Serve(flags, **keeper);
+  return CheckOrServe(flags, ShardKeeper::Open(flags.keeper, *std::move(device)));
 }
 
 }  // namespace

@@ -1,42 +1,16 @@
 #include "worker/shard_keeper.h"
 
-#include <array>
 #include <memory>
 #include <utility>
 
-#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "proto/worker.pb.h"
+#include "worker/device_sampler.h"
+#include "worker/step_runner.h"
 
 namespace fathom {
-namespace {
-
-constexpr std::array<uint32_t, 5> kBlockSizes = {1, 16, 32, 64, 128};
-
-absl::Status CheckRange(const char* field, uint32_t value, uint32_t low, uint32_t high) {
-  if (value >= low && value <= high) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat(field, " is ", value, ", expected ", low, " to ", high));
-}
-
-// The limits are far above any real use; they keep products within 64 bits and memory in reason.
-absl::Status CheckSpec(const v1::ShardSpec& spec) {
-  constexpr uint32_t kMillion = 1 << 20;
-  RETURN_IF_ERROR(CheckRange("world_size", spec.world_size(), 1, 1024));
-  RETURN_IF_ERROR(CheckRange("rank", spec.rank(), 0, spec.world_size() - 1));
-  RETURN_IF_ERROR(CheckRange("max_tokens_per_step", spec.max_tokens_per_step(), 1, kMillion));
-  RETURN_IF_ERROR(CheckRange("max_sequences", spec.max_sequences(), 1, kMillion));
-  RETURN_IF_ERROR(CheckRange("max_logit_rows", spec.max_logit_rows(), 1, 2 * kMillion));
-  RETURN_IF_ERROR(CheckRange("max_model_len", spec.max_model_len(), 0, INT32_MAX));
-  RETURN_IF_ERROR(CheckRange("workers_on_this_host", spec.workers_on_this_host(), 1, 1024));
-  if (absl::c_linear_search(kBlockSizes, spec.block_size())) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("block_size is ", spec.block_size(), ", expected 1, 16, 32, 64 or 128"));
-}
-
-}  // namespace
 
 absl::StatusOr<std::unique_ptr<ShardKeeper>> ShardKeeper::Open(const ShardKeeperOptions& options,
                                                                std::unique_ptr<Device> device) {
@@ -109,7 +83,7 @@ ModelShardOptions ShardKeeper::ShardOptions(const v1::ShardSpec& spec) const {
 }
 
 absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) const {
-  RETURN_IF_ERROR(CheckSpec(spec));
+  RETURN_IF_ERROR(CheckShardSpec(spec));
   ASSIGN_OR_RETURN(const ShardLayout layout, Layout(spec));
   ASSIGN_OR_RETURN(const ModelShard::Footprint footprint,
                    ModelShard::Plan(ShardOptions(spec), config_, layout, *source_, *device_));
@@ -128,20 +102,9 @@ absl::StatusOr<WorkerMemoryPlan> ShardKeeper::Plan(const v1::ShardSpec& spec) co
                            .max_position_embeddings = config_.max_position_embeddings});
 }
 
-SlotTableOptions ShardKeeper::SlotLimits(const v1::ShardSpec& spec, int num_kv_blocks) const {
-  return {.vocab_size = config_.vocab_size,
-          .max_sequences = static_cast<int>(spec.max_sequences()),
-          .max_model_len = spec.max_model_len() > 0 ? static_cast<int>(spec.max_model_len())
-                                                    : config_.max_position_embeddings,
-          .max_tokens_per_step = static_cast<int>(spec.max_tokens_per_step()),
-          .max_logit_rows = static_cast<int>(spec.max_logit_rows()),
-          .block_size = static_cast<int>(spec.block_size()),
-          .num_kv_blocks = num_kv_blocks};
-}
-
 absl::StatusOr<ModelShard*> ShardKeeper::Load(const v1::ShardSpec& spec,
                                               const LoadProgress& progress) {
-  RETURN_IF_ERROR(CheckSpec(spec));
+  RETURN_IF_ERROR(CheckShardSpec(spec));
   const ModelShardOptions options = ShardOptions(spec);
   const LoadedShard wanted = {.rank = static_cast<int>(spec.rank()),
                               .world_size = static_cast<int>(spec.world_size()),
@@ -168,6 +131,20 @@ absl::StatusOr<std::unique_ptr<KvCache>> ShardKeeper::CreateKvCache(int block_si
   return KvCache::Create(
       {.dtype = options_.kv_cache_dtype, .block_size = block_size, .num_blocks = num_kv_blocks},
       config_, *device_);
+}
+
+absl::StatusOr<std::shared_ptr<StepMaker>> ShardKeeper::Join(const ShardJoin& join) {
+  const v1::ShardSpec& spec = join.shard;
+  ASSIGN_OR_RETURN(ModelShard * model, Load(spec, join.on_loading));
+  join.on_loaded();
+  ASSIGN_OR_RETURN(std::unique_ptr<KvCache> kv_cache,
+                   CreateKvCache(static_cast<int>(spec.block_size()), join.num_kv_blocks));
+  const SlotTableOptions slots = SlotLimitsOf(spec, config_, join.num_kv_blocks);
+  ASSIGN_OR_RETURN(std::unique_ptr<DeviceSampler> device_sampler,
+                   DeviceSampler::Create(*device_, slots.max_sequences));
+  ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, join.connect(*device_));
+  return std::make_shared<StepRunner>(join.epoch, slots, *model, std::move(kv_cache),
+                                      std::move(communicator), std::move(device_sampler));
 }
 
 std::string FlagNameOf(DType dtype) {

@@ -14,15 +14,10 @@
 #include "worker/model_config.h"
 #include "worker/model_shard.h"
 #include "worker/safetensors.h"
-#include "worker/slot_table.h"
+#include "worker/shard_host.h"
 #include "worker/weight_source.h"
 
 namespace fathom {
-
-namespace v1 {
-class DescribeResponse;
-class ShardSpec;
-}  // namespace v1
 
 // Whether linear layers with F8_E4M3 weights read F8_E4M3 activations.
 enum class ActivationQuantization {
@@ -63,7 +58,7 @@ struct LoadedShard {
   bool operator==(const LoadedShard&) const = default;
 };
 
-class ShardKeeper {
+class ShardKeeper final : public ShardHost {
  public:
   // Reads config.json and the checkpoint's headers. Errors as of ReadModelConfig,
   // Checkpoint::Open and ModelShard::CheckAgreement; InvalidArgument for F8_E4M3 activations
@@ -73,19 +68,16 @@ class ShardKeeper {
 
   // Thread-safe from here on.
   const ModelConfig& config() const { return config_; }
-  // Fills in everything but `version` and the plan.
-  void Describe(v1::DescribeResponse& response) const;
-  // InvalidArgument names the field of `spec` that is out of range; else as PlanWorkerMemory and
-  // ModelShard::Plan.
-  absl::StatusOr<WorkerMemoryPlan> Plan(const v1::ShardSpec& spec) const;
-  // The limits on commands for this shard. REQUIRES: Plan(spec) is OK.
-  SlotTableOptions SlotLimits(const v1::ShardSpec& spec, int num_kv_blocks) const;
+  void Describe(v1::DescribeResponse& response) const override;
+  // Errors of ModelShard::Plan besides those of every ShardHost.
+  absl::StatusOr<WorkerMemoryPlan> Plan(const v1::ShardSpec& spec) const override;
 
   // Not thread-safe: one Join at a time.
   // The shard, loaded now unless it is there already. It stays until another one is loaded.
   absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, const LoadProgress& progress);
   absl::StatusOr<std::unique_ptr<KvCache>> CreateKvCache(int block_size, int num_kv_blocks);
-  Device& device() { return *device_; }
+  // Loads, allocates, waits for the others, connects.
+  absl::StatusOr<std::shared_ptr<StepMaker>> Join(const ShardJoin& join) override;
 
  private:
   ShardKeeper(const ShardKeeperOptions& options, ModelConfig config, std::unique_ptr<Device> device)

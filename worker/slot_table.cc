@@ -225,6 +225,11 @@ const SamplingParams& SlotTable::sampling(int slot) const {
   return slots_[slot]->sampling;
 }
 
+absl::Span<const int32_t> SlotTable::token_ids(int slot) const {
+  CHECK(slots_[slot].has_value()) << "slot " << slot;
+  return slots_[slot]->token_ids;
+}
+
 SamplingContext SlotTable::ContextOf(int slot) const {
   CHECK(slots_[slot].has_value()) << "slot " << slot;
   const Sequence& sequence = *slots_[slot];

@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "worker/sampler.h"
 #include "worker/sampling_params.h"
 #include "worker/step_batch.h"
@@ -64,6 +65,8 @@ class SlotTable {
 
   // REQUIRES: the slot is taken (it came from Apply).
   const SamplingParams& sampling(int slot) const;
+  // Prompt and output. Valid until the table changes.
+  absl::Span<const int32_t> token_ids(int slot) const;
   // Valid until the table changes.
   SamplingContext ContextOf(int slot) const;
   // REQUIRES: all tokens of the slot are computed, and token_id < vocab_size.

@@ -49,7 +49,7 @@ StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard
       sampler_(slots.vocab_size) {}
 
 absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
-  RETURN_IF_ERROR(CheckOrder(command));
+  RETURN_IF_ERROR(CheckStepOrder(command, epoch_, last_step_));
   last_step_ = command.step();
   v1::StepResult result;
   result.set_epoch(epoch_);
@@ -65,16 +65,6 @@ absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
   }
   result.set_compute_us(absl::ToInt64Microseconds(absl::Now() - start));
   return result;
-}
-
-absl::Status StepRunner::CheckOrder(const v1::StepCommand& command) const {
-  if (command.epoch() != epoch_) {
-    return absl::FailedPreconditionError(absl::StrCat("the command is of epoch ", command.epoch(),
-                                                      ", this worker is in epoch ", epoch_));
-  }
-  if (command.step() == last_step_ + 1) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("step ", command.step(), " came after step ", last_step_));
 }
 
 absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult& result) {

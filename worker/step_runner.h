@@ -15,42 +15,29 @@
 #include "worker/kv_cache.h"
 #include "worker/model_shard.h"
 #include "worker/sampler.h"
+#include "worker/shard_host.h"
 #include "worker/slot_table.h"
 
 namespace fathom {
 
-namespace v1 {
-class StepCommand;
-class StepResult;
-class TokenLogprobs;
-}  // namespace v1
-
-class StepRunner {
+class StepRunner final : public StepMaker {
  public:
   // `shard` must outlive this. `device_sampler`: for as many rows as there are slots.
   StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
              std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator,
              std::unique_ptr<DeviceSampler> device_sampler);
 
-  uint64_t epoch() const { return epoch_; }
+  uint64_t epoch() const override { return epoch_; }
   int rank() const { return communicator_->rank(); }
 
-  // Makes one step. After an error the runner is of no further use:
-  //   FailedPrecondition  the command is of another epoch
-  //   InvalidArgument     the command is wrong
-  //   Aborted             a collective failed, because of Abort() or another rank; says which rank
-  // Not thread-safe.
-  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command);
-
-  // Makes the step that is running, and all later ones, end soon. From any thread.
-  void Abort() { communicator_->Abort(); }
+  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command) override;
+  void Abort() override { communicator_->Abort(); }
 
  private:
   // Token id of each sampled row, or kFault.
   using Choices = std::vector<int32_t>;
   static constexpr int32_t kFault = -1;
 
-  absl::Status CheckOrder(const v1::StepCommand& command) const;
   absl::Status MakeStep(const v1::StepCommand& command, v1::StepResult& result);
   void ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits, v1::StepResult& result);
   // Tokens of the rows that are plain (Sampler::IsPlain), -1 if faulty; kFault for the others.

@@ -17,7 +17,7 @@ constexpr absl::Duration kUnreadTime = absl::Milliseconds(100);
 
 }  // namespace
 
-StepStream::StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepRunner> runner,
+StepStream::StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepMaker> runner,
                        std::function<void(StepStream*)> on_ended)
     : context_(context), on_ended_(std::move(on_ended)), runner_(std::move(runner)) {
   StartRead(&incoming_);
@@ -57,7 +57,7 @@ void StepStream::OnDone() {
 }
 
 void StepStream::MakeSteps() {
-  std::shared_ptr<StepRunner> runner;
+  std::shared_ptr<StepMaker> runner;
   {
     absl::MutexLock lock(&mutex_);
     runner = runner_;

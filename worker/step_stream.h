@@ -15,7 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "grpcpp/support/server_callback.h"
 #include "proto/worker.pb.h"
-#include "worker/step_runner.h"
+#include "worker/shard_host.h"
 
 namespace fathom {
 
@@ -24,7 +24,7 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
   // `on_ended` is called once, from the stream's thread, when no step runs any more and the runner
   // is released; the stream must not be touched after that.
   // `context` is the call's.
-  StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepRunner> runner,
+  StepStream(grpc::CallbackServerContext* context, std::shared_ptr<StepMaker> runner,
              std::function<void(StepStream*)> on_ended);
 
   // Ends the stream with `reason`, soon, and the running step with it. From any thread; does not
@@ -51,7 +51,7 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
   v1::StepResult outgoing_;   // of the write under way
 
   absl::Mutex mutex_;
-  std::shared_ptr<StepRunner> runner_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<StepMaker> runner_ ABSL_GUARDED_BY(mutex_);
   std::deque<std::unique_ptr<v1::StepCommand>> queue_ ABSL_GUARDED_BY(mutex_);
   bool is_reading_ ABSL_GUARDED_BY(mutex_) = true;
   bool no_more_commands_ ABSL_GUARDED_BY(mutex_) = false;

@@ -81,6 +81,7 @@ class WorkerService::Joining {
   const v1::JoinRequest& request() const { return request_; }
   const v1::ShardSpec& shard() const { return request_.shard(); }
   uint64_t epoch() const { return request_.epoch(); }
+  absl::Duration timeout() const { return absl::Milliseconds(request_.timeout_ms()); }
 
   // From any thread.
   void Cancel() {
@@ -128,8 +129,8 @@ class WorkerService::Joining {
   Communicator* communicator_ ABSL_GUARDED_BY(mutex_) = nullptr;
 };
 
-WorkerService::WorkerService(const WorkerServiceOptions& options, ShardKeeper& keeper)
-    : options_(options), keeper_(keeper) {}
+WorkerService::WorkerService(const WorkerServiceOptions& options, ShardHost& host)
+    : options_(options), host_(host) {}
 
 WorkerService::~WorkerService() {
   absl::MutexLock lock(&mutex_);
@@ -138,13 +139,13 @@ WorkerService::~WorkerService() {
 
 grpc::Status WorkerService::Describe(grpc::ServerContext*, const v1::DescribeRequest* request,
                                      v1::DescribeResponse* response) {
-  const absl::StatusOr<WorkerMemoryPlan> plan = keeper_.Plan(request->shard());
+  const absl::StatusOr<WorkerMemoryPlan> plan = host_.Plan(request->shard());
   if (!plan.ok()) {
     spdlog::error("cannot be this shard: {}", std::string(plan.status().message()));
     return ToGrpc(plan.status());
   }
   response->set_version(options_.version);
-  keeper_.Describe(*response);
+  host_.Describe(*response);
   v1::MemoryPlan& memory = *response->mutable_plan();
   memory.set_budget_bytes(plan->budget_bytes);
   memory.set_weight_bytes(plan->weight_bytes);
@@ -164,7 +165,7 @@ grpc::Status WorkerService::Join(grpc::ServerContext* context, const v1::JoinReq
   status = AwaitTurn(joining);
   const bool has_turn = status.ok();
   if (has_turn) {
-    absl::StatusOr<std::shared_ptr<StepRunner>> runner = MakeRunner(joining);
+    absl::StatusOr<std::shared_ptr<StepMaker>> runner = MakeRunner(joining);
     status = runner.ok() ? FinishJoin(joining, *std::move(runner)) : runner.status();
   }
   {
@@ -209,10 +210,10 @@ absl::Status WorkerService::AwaitTurn(Joining& joining) {
   }
 }
 
-absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& joining) {
+absl::StatusOr<std::shared_ptr<StepMaker>> WorkerService::MakeRunner(Joining& joining) {
   const v1::ShardSpec& shard = joining.shard();
   RETURN_IF_ERROR(joining.CheckWanted());
-  ASSIGN_OR_RETURN(const WorkerMemoryPlan plan, keeper_.Plan(shard));
+  ASSIGN_OR_RETURN(const WorkerMemoryPlan plan, host_.Plan(shard));
   const uint32_t num_kv_blocks = joining.request().num_kv_blocks();
   if (num_kv_blocks < 1 || num_kv_blocks > static_cast<uint32_t>(plan.kv_block_capacity)) {
     return absl::InvalidArgumentError(absl::StrCat("num_kv_blocks is ", num_kv_blocks,
@@ -225,55 +226,55 @@ absl::StatusOr<std::shared_ptr<StepRunner>> WorkerService::MakeRunner(Joining& j
       Mebibytes(plan.activation_bytes), Mebibytes(plan.kv_block_bytes * num_kv_blocks),
       num_kv_blocks, shard.block_size(), Mebibytes(plan.budget_bytes));
   LoadLog log;
-  ASSIGN_OR_RETURN(
-      ModelShard * model, keeper_.Load(shard, [&](int64_t bytes_done, int64_t bytes_total) {
-        joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS, bytes_done, bytes_total);
-        log.Report(bytes_done, bytes_total);
-      }));
-  log.Finish();
-  joining.Report(v1::JoinProgress::PHASE_ALLOCATING_KV);
-  ASSIGN_OR_RETURN(
-      std::unique_ptr<KvCache> kv_cache,
-      keeper_.CreateKvCache(static_cast<int>(shard.block_size()), static_cast<int>(num_kv_blocks)));
-  const SlotTableOptions slots = keeper_.SlotLimits(shard, static_cast<int>(num_kv_blocks));
-  ASSIGN_OR_RETURN(std::unique_ptr<DeviceSampler> device_sampler,
-                   DeviceSampler::Create(keeper_.device(), slots.max_sequences));
-  ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, Connect(joining));
-  return std::make_shared<StepRunner>(joining.epoch(), slots, *model, std::move(kv_cache),
-                                      std::move(communicator), std::move(device_sampler));
+  return host_.Join({.epoch = joining.epoch(),
+                     .shard = shard,
+                     .num_kv_blocks = static_cast<int>(num_kv_blocks),
+                     .on_loading =
+                         [&](int64_t bytes_done, int64_t bytes_total) {
+                           joining.Report(v1::JoinProgress::PHASE_LOADING_WEIGHTS, bytes_done,
+                                          bytes_total);
+                           log.Report(bytes_done, bytes_total);
+                         },
+                     .on_loaded =
+                         [&] {
+                           log.Finish();
+                           joining.Report(v1::JoinProgress::PHASE_ALLOCATING_KV);
+                         },
+                     .connect = [&](Device& device) { return Connect(joining, device); },
+                     .await_others = [&] { return AwaitOthers(joining); }});
 }
 
-absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& joining) {
-  const v1::ShardSpec& shard = joining.shard();
-  if (shard.world_size() == 1) return MakeLonelyCommunicator();
-  const std::string& rank0_address = joining.request().rank0_address();
-  const absl::Duration timeout = absl::Milliseconds(joining.request().timeout_ms());
-  joining.Report(v1::JoinProgress::PHASE_CONNECTING);
-
-  std::unique_ptr<Blackboard> blackboard;
-  if (shard.rank() == 0) {
-    blackboard = std::make_unique<LocalBlackboard>(blackboard_, joining.epoch());
-  } else {
-    ASSIGN_OR_RETURN(blackboard, ConnectToBlackboard(rank0_address, options_.tls, joining.epoch(),
-                                                     absl::Now() + timeout));
+absl::StatusOr<std::unique_ptr<Blackboard>> WorkerService::OpenBlackboard(const Joining& joining) {
+  if (joining.shard().rank() == 0) {
+    return std::make_unique<LocalBlackboard>(blackboard_, joining.epoch());
   }
-  ASSIGN_OR_RETURN(std::unique_ptr<GroupCommunicator> communicator, MakeCommunicator(joining));
+  return ConnectToBlackboard(joining.request().rank0_address(), options_.tls, joining.epoch(),
+                             absl::Now() + joining.timeout());
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> WorkerService::Connect(Joining& joining,
+                                                                     Device& device) {
+  if (joining.shard().world_size() == 1) return MakeLonelyCommunicator();
+  joining.Report(v1::JoinProgress::PHASE_CONNECTING);
+  ASSIGN_OR_RETURN(const std::unique_ptr<Blackboard> blackboard, OpenBlackboard(joining));
+  ASSIGN_OR_RETURN(std::unique_ptr<GroupCommunicator> communicator,
+                   MakeCommunicator(joining, device));
   RETURN_IF_ERROR(AwaitAllLoaded(joining, *blackboard));
   joining.SetCommunicator(communicator.get());
-  const absl::Status status = communicator->Connect(*blackboard, absl::Now() + timeout);
+  const absl::Status status = communicator->Connect(*blackboard, absl::Now() + joining.timeout());
   joining.SetCommunicator(nullptr);
   RETURN_IF_ERROR(status);
   const v1::JoinRequest::Collectives kind = joining.request().collectives();
   const bool is_of_host =
       kind == v1::JoinRequest::COLLECTIVES_SHM || kind == v1::JoinRequest::COLLECTIVES_GLOO;
-  if (is_of_host && !keeper_.device().shares_host_memory()) {
-    return MakeStagedCommunicator(keeper_.device(), std::move(communicator));
+  if (is_of_host && !device.shares_host_memory()) {
+    return MakeStagedCommunicator(device, std::move(communicator));
   }
   return communicator;
 }
 
 absl::StatusOr<std::unique_ptr<GroupCommunicator>> WorkerService::MakeCommunicator(
-    const Joining& joining) {
+    const Joining& joining, Device& device) {
   const v1::ShardSpec& shard = joining.shard();
   const auto rank = static_cast<int>(shard.rank());
   const auto world_size = static_cast<int>(shard.world_size());
@@ -294,7 +295,7 @@ absl::StatusOr<std::unique_ptr<GroupCommunicator>> WorkerService::MakeCommunicat
       return gloo();
     case v1::JoinRequest::COLLECTIVES_PEER:
       return MakePeerCommunicator({.rank = rank, .world_size = world_size, .timeout = timeout},
-                                  keeper_.device(), shm());
+                                  device, shm());
     case v1::JoinRequest::COLLECTIVES_NCCL: {
       std::unique_ptr<GroupCommunicator> host;
       if (shard.workers_on_this_host() == shard.world_size()) {
@@ -303,11 +304,18 @@ absl::StatusOr<std::unique_ptr<GroupCommunicator>> WorkerService::MakeCommunicat
         ASSIGN_OR_RETURN(host, gloo());
       }
       return MakeNcclCommunicator({.rank = rank, .world_size = world_size, .timeout = timeout},
-                                  keeper_.device(), std::move(host));
+                                  device, std::move(host));
     }
     default:
       return absl::InvalidArgumentError("collectives are none of shm, gloo, peer and nccl");
   }
+}
+
+absl::Status WorkerService::AwaitOthers(Joining& joining) {
+  if (joining.shard().world_size() == 1) return absl::OkStatus();
+  joining.Report(v1::JoinProgress::PHASE_CONNECTING);
+  ASSIGN_OR_RETURN(const std::unique_ptr<Blackboard> blackboard, OpenBlackboard(joining));
+  return AwaitAllLoaded(joining, *blackboard);
 }
 
 absl::Status WorkerService::AwaitAllLoaded(Joining& joining, Blackboard& blackboard) {
@@ -330,7 +338,7 @@ absl::Status WorkerService::AwaitAllLoaded(Joining& joining, Blackboard& blackbo
   return blackboard.Publish("all loaded", "yes");
 }
 
-absl::Status WorkerService::FinishJoin(Joining& joining, std::shared_ptr<StepRunner> runner) {
+absl::Status WorkerService::FinishJoin(Joining& joining, std::shared_ptr<StepMaker> runner) {
   RETURN_IF_ERROR(joining.CheckWanted());
   absl::MutexLock lock(&mutex_);
   if (joining_ != &joining || closed_) {

@@ -19,8 +19,7 @@
 #include "proto/endpoint.h"
 #include "proto/worker.grpc.pb.h"
 #include "worker/blackboard.h"
-#include "worker/shard_keeper.h"
-#include "worker/step_runner.h"
+#include "worker/shard_host.h"
 
 namespace fathom {
 
@@ -37,8 +36,8 @@ struct WorkerServiceOptions {
 
 class WorkerService final : public v1::Worker::WithCallbackMethod_Run<v1::Worker::Service> {
  public:
-  // `keeper` must outlive the service.
-  WorkerService(const WorkerServiceOptions& options, ShardKeeper& keeper);
+  // `host` must outlive the service.
+  WorkerService(const WorkerServiceOptions& options, ShardHost& host);
   ~WorkerService() override;  // REQUIRES: the server is shut down
 
   grpc::Status Describe(grpc::ServerContext* context, const v1::DescribeRequest* request,
@@ -67,29 +66,33 @@ class WorkerService final : public v1::Worker::WithCallbackMethod_Run<v1::Worker
   absl::Status BeginJoin(Joining& joining);
   // Waits for an earlier Join, which may still be loading. OK: it is this one's turn to load.
   absl::Status AwaitTurn(Joining& joining);
-  absl::StatusOr<std::shared_ptr<StepRunner>> MakeRunner(Joining& joining);
-  absl::StatusOr<std::unique_ptr<Communicator>> Connect(Joining& joining);
-  // The kind that was asked for, not connected yet.
-  absl::StatusOr<std::unique_ptr<GroupCommunicator>> MakeCommunicator(const Joining& joining);
+  absl::StatusOr<std::shared_ptr<StepMaker>> MakeRunner(Joining& joining);
+  // Rank 0's, as this rank reaches it.
+  absl::StatusOr<std::unique_ptr<Blackboard>> OpenBlackboard(const Joining& joining);
   // Loading takes as long as it takes, and longer on one rank than on another: only when all have
   // loaded does the time for connecting begin.
   static absl::Status AwaitAllLoaded(Joining& joining, Blackboard& blackboard);
-  absl::Status FinishJoin(Joining& joining, std::shared_ptr<StepRunner> runner);
+  absl::Status AwaitOthers(Joining& joining);
+  absl::StatusOr<std::unique_ptr<Communicator>> Connect(Joining& joining, Device& device);
+  // The kind that was asked for, not connected yet.
+  absl::StatusOr<std::unique_ptr<GroupCommunicator>> MakeCommunicator(const Joining& joining,
+                                                                      Device& device);
+  absl::Status FinishJoin(Joining& joining, std::shared_ptr<StepMaker> runner);
   // Ends the current epoch's stream and waits until its last step is over.
   void LeaveEpoch(const absl::Status& reason) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void OnStreamEnded(StepStream* stream);
 
   const WorkerServiceOptions options_;
-  ShardKeeper& keeper_;
+  ShardHost& host_;
   BlackboardKeeper blackboard_;
 
   absl::Mutex mutex_;
   uint64_t last_epoch_ ABSL_GUARDED_BY(mutex_) = 0;
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
-  Joining* joining_ ABSL_GUARDED_BY(mutex_) = nullptr;          // the latest, while it is wanted
-  bool is_loading_ ABSL_GUARDED_BY(mutex_) = false;             // some Join's turn
-  std::shared_ptr<StepRunner> runner_ ABSL_GUARDED_BY(mutex_);  // of last_epoch_, once joined
-  StepStream* stream_ ABSL_GUARDED_BY(mutex_) = nullptr;        // of runner_, while it is open
+  Joining* joining_ ABSL_GUARDED_BY(mutex_) = nullptr;         // the latest, while it is wanted
+  bool is_loading_ ABSL_GUARDED_BY(mutex_) = false;            // some Join's turn
+  std::shared_ptr<StepMaker> runner_ ABSL_GUARDED_BY(mutex_);  // of last_epoch_, once joined
+  StepStream* stream_ ABSL_GUARDED_BY(mutex_) = nullptr;       // of runner_, while it is open
 };
 
 }  // namespace fathom

@@ -145,9 +145,12 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
                  "Names the API answers to, the first is reported [MODEL_DIR]")
       ->expected(1, -1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--device", options.device, "Where workers compute: cpu, cuda")
+  app.add_option("--device", options.device,
+                 "Where workers compute: cpu, cuda; or sim: they only take their time")
       ->capture_default_str()
-      ->check(OneOf({"cpu", "cuda"}));
+      ->check(OneOf({"cpu", "cuda", "sim"}));
+  app.add_option("--sim-profile", options.sim_profile,
+                 "With --device sim: JSON file that says how long steps take");
   const std::string no_float16 =
       "the numbers of these models leave the range of float16; use bfloat16 or float32";
   app.add_option("--dtype", options.dtype,
@@ -378,6 +381,10 @@ absl::Status CheckTogether(const ServeOptions& options) {
     return absl::InvalidArgumentError(
         absl::StrCat(wants_gpus ? "--collectives " + options.collectives : "--gpus",
                      " is for --device cuda, not ", options.device));
+  }
+  if ((options.device == "sim") == options.sim_profile.empty()) {
+    return absl::InvalidArgumentError(
+        "--device sim and --sim-profile go together: give both or none");
   }
   const int tls_files = !options.tls_certificate.empty() + !options.tls_private_key.empty() +
                         !options.tls_authority.empty();

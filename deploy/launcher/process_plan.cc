@@ -56,6 +56,7 @@ Arguments WorkerArguments(const ServeOptions& options, const std::string& progra
   Arguments arguments(program_dir + "/fathom-worker");
   arguments.Add("--model", options.model_dir)
       .Add("--device", options.device)
+      .AddUnless<std::string>("", "--sim-profile", options.sim_profile)
       .Add("--dtype", options.dtype)
       .Add("--quantization", options.quantization)
       .Add("--activation-quantization", options.activation_quantization)

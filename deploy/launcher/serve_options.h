@@ -22,6 +22,7 @@ struct ServeOptions {
 
   // How the model is cut and computed.
   std::string device = "cpu";
+  std::string sim_profile;  // with device sim: the file that says how long steps take
   int tensor_parallel_size = 1;
   bool enable_expert_parallel = false;
   std::string dtype = "auto";                    // of activations: auto, float32, bfloat16

@@ -133,6 +133,23 @@ TEST_F(StepCommandTest, PutsEachPartOfTheResultWhereItBelongs) {
   EXPECT_THAT(answer->prompt_logprobs[1].logprobs(), SizeIs(2));
 }
 
+TEST_F(StepCommandTest, HasNoLogprobsWhereNoSequenceHasAny) {
+  step_.scheduled[0].wants_logprobs = false;
+  step_.scheduled[1].num_prompt_logprobs = 0;
+  v1::StepResult result = RightResult();
+  result.clear_logprobs();
+  result.clear_prompt_logprobs();
+  const auto answer = DecodeResult(step_, kVocabSize, std::move(result));
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_THAT(answer->logprobs, IsEmpty());
+  EXPECT_THAT(answer->prompt_logprobs, IsEmpty());
+}
+
+TEST_F(StepCommandTest, RefusesSlotsFarBeyondThoseScheduled) {
+  ExpectRefused([](v1::StepResult& r) { r.set_sampled_slots(0, 0xffffffff); },
+                "names slot 4294967295, which was not scheduled");
+}
+
 TEST_F(StepCommandTest, AFaultTakesTheFaultySequencesPartOnly) {
   v1::StepResult result = RightResult();
   result.mutable_sampled_slots()->Truncate(1);

@@ -127,7 +127,7 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
   EXPECT_THAT(Refusal({"--load-format", "pt"}), HasSubstr("from safetensors only"));
   EXPECT_THAT(Refusal({"--activation-quantization", "int8"}), HasSubstr("not one of auto, none"));
   EXPECT_THAT(Refusal({"--block-size", "8"}), HasSubstr("not one of 1, 16, 32, 64, 128"));
-  EXPECT_THAT(Refusal({"--device", "tpu"}), HasSubstr("not one of cpu, cuda"));
+  EXPECT_THAT(Refusal({"--device", "tpu"}), HasSubstr("not one of cpu, cuda, sim"));
   EXPECT_THAT(Refusal({"--quantization", "awq"}), HasSubstr("not one of none, fp8"));
   EXPECT_THAT(Refusal({"--tensor-parallel-size", "0"}), HasSubstr("expected 1 to 1024"));
   EXPECT_THAT(Refusal({"--device", "cuda", "--gpus", "0,x"}), HasSubstr("'x' is no GPU"));
@@ -135,6 +135,9 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
               HasSubstr("--gpus names 1 GPUs: expected one for each of the 2 workers"));
   EXPECT_THAT(Refusal({"--gpus", "0"}), HasSubstr("--gpus is for --device cuda, not cpu"));
   EXPECT_THAT(Refusal({"--collectives", "nccl"}), HasSubstr("is for --device cuda, not cpu"));
+  EXPECT_THAT(Refusal({"--device", "sim"}), HasSubstr("go together: give both or none"));
+  EXPECT_THAT(Refusal({"--sim-profile", "x"}), HasSubstr("go together: give both or none"));
+  EXPECT_EQ(Served({"--device", "sim", "--sim-profile", "x"}).sim_profile, "x");
   EXPECT_THAT(Refusal({"--port", "65536"}), HasSubstr("expected 0 to 65535"));
   EXPECT_THAT(Refusal({"--port", "abc"}), HasSubstr("'abc' is no whole number: expected 0 to"));
   EXPECT_THAT(Refusal({"--gpu-memory-utilization", "1.5"}), HasSubstr("expected 0 < F <= 1"));

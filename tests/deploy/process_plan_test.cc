@@ -56,6 +56,17 @@ TEST(ProcessPlanTest, TheProcessesFindEachOther) {
   EXPECT_EQ(ValuesOf(plan[2].arguments, "--listen"), ValuesOf(plan[3].arguments, "--coordinator"));
 }
 
+TEST(ProcessPlanTest, EveryWorkerAndItsCheckGetTheProfile) {
+  ServeOptions options = Workers(2);
+  EXPECT_THAT(PlanProcesses(options, kPlaces)[0].arguments, Not(Contains("--sim-profile")));
+  options.device = "sim";
+  options.sim_profile = "h200.json";
+  const std::vector<ProcessSpec> plan = PlanProcesses(options, kPlaces);
+  EXPECT_THAT(ValuesOf(plan[1].arguments, "--sim-profile"), ElementsAre("h200.json"));
+  EXPECT_THAT(ValuesOf(PlanWorkerCheck(options, "/opt").arguments, "--sim-profile"),
+              ElementsAre("h200.json"));
+}
+
 TEST(ProcessPlanTest, LetsGrpcClientsInOnlyWhenAsked) {
   const auto listening = [](const ServeOptions& options) {
     return ValuesOf(PlanProcesses(options, kPlaces)[1].arguments, "--listen");

@@ -1,0 +1,59 @@
+// Steps without a model: each takes the time that a profile gives it, and its tokens are hashes of
+// what stands before them (sim_token).
+//
+// Commands are checked and mirrored as by StepRunner. Ranks exchange nothing: all compute the same
+// tokens, and rank 0 reports them. Sampling parameters are checked and change nothing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "worker/shard_host.h"
+#include "worker/sim_profile.h"
+#include "worker/sim_token.h"
+#include "worker/slot_table.h"
+
+namespace fathom {
+
+struct SimulatedRunnerOptions {
+  uint64_t epoch = 0;
+  int rank = 0;
+  SlotTableOptions slots = {};
+  SimProfile profile = {};
+  std::vector<int> eos_token_ids = {};  // ascending; not all tokens
+};
+
+class SimulatedRunner final : public StepMaker {
+ public:
+  explicit SimulatedRunner(SimulatedRunnerOptions options);
+
+  uint64_t epoch() const override { return options_.epoch; }
+
+  // Returns when the step's time is over, counted from the call: some tens of microseconds late on
+  // a machine that is not overloaded.
+  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command) override;
+  void Abort() override;
+
+ private:
+  // Of a slot, up to the last position that was asked about.
+  SimPrefix& PrefixOf(int slot, int end);
+  int32_t NextToken(const SimPrefix& prefix) const;
+  void ReportPromptLogprobs(const StepPlan& plan, v1::StepResult& result);
+  void Choose(const StepPlan& plan, v1::StepResult& result);
+  absl::Status SleepUntil(absl::Time deadline);
+
+  const SimulatedRunnerOptions options_;
+  SlotTable slots_;
+  std::vector<SimPrefix> prefixes_;  // by slot
+  uint64_t last_step_ = 0;
+
+  absl::Mutex mutex_;
+  bool is_aborted_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace fathom
