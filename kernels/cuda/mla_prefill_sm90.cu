@@ -11,6 +11,7 @@
 #include "kernels/cuda/mla_prefill_plan.h"
 #include "kernels/cuda/sm90_bf16.cuh"
 #include "kernels/cuda/sm90_launch.h"
+#include "kernels/ops.h"
 
 namespace fathom {
 namespace mla_prefill {
@@ -325,7 +326,7 @@ __device__ void StoreFp8(const Arguments& arguments, const QueryTile& tile, int 
       largest = fmaxf(largest, fabsf(values[i]));
     }
     largest = QuadMax(largest);
-    const float scale = largest > 0.0f ? largest / 448.0f : 1.0f;
+    const float scale = fmaxf(largest, kSmallestQuantizedMagnitude) / 448.0f;
     // Division as by the hardware's own, but for its branches.
     const float inverse = fminf(1.0f / scale, 3e38f);
     const auto divide = [&](float value) {

@@ -295,7 +295,7 @@ class MlaPrefillSm90Test : public testing::Test {
       for (int d = 0; d < kHeadDim; ++d) {
         largest = std::max(largest, std::abs(__bfloat162float(values[d])));
       }
-      const float factor = largest > 0 ? largest / 448.0f : 1.0f;
+      const float factor = std::max(largest, kSmallestQuantizedMagnitude) / 448.0f;
       wrong += out_scales_[row] != factor;
       for (int d = 0; d < kHeadDim; ++d) {
         const __nv_fp8_e4m3 expected(__bfloat162float(values[d]) / factor);
