@@ -31,6 +31,9 @@ struct SimulatedRunnerOptions {
 class SimulatedRunner final : public StepMaker {
  public:
   explicit SimulatedRunner(SimulatedRunnerOptions options);
+  // Logs how late steps ended: on a machine without a core to spare the times are not the
+  // profile's.
+  ~SimulatedRunner() override;
 
   uint64_t epoch() const override { return options_.epoch; }
 
@@ -51,6 +54,9 @@ class SimulatedRunner final : public StepMaker {
   SlotTable slots_;
   std::vector<SimPrefix> prefixes_;  // by slot
   uint64_t last_step_ = 0;
+  int64_t num_timed_steps_ = 0;
+  absl::Duration lateness_ = absl::ZeroDuration();  // of all steps together
+  absl::Duration most_lateness_ = absl::ZeroDuration();
 
   absl::Mutex mutex_;
   bool is_aborted_ ABSL_GUARDED_BY(mutex_) = false;
