@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/ops.h"
 
 namespace fathom {
 namespace {
