@@ -80,17 +80,18 @@ std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeO
       options.gpus.empty() ? "" : absl::StrCat(", GPUs ", absl::StrJoin(options.gpus, " "));
   lines.push_back(absl::StrCat("Workers: ", options.tensor_parallel_size, " on ", options.device,
                                gpus, options.enable_expert_parallel ? ", expert parallel" : ""));
-  if (options.device == "sim") {
-    lines.push_back("Simulated: no weights, no KV cache; steps take the time that " +
-                    options.sim_profile + " says, tokens are hashes of what stands before them");
-  }
   if (options.quantization == "fp8" && IsFp8Checkpoint(options.model_dir)) {
     lines.push_back("--quantization fp8 changes nothing: the checkpoint is FP8 already");
   }
-  lines.push_back(absl::StrCat("Memory of each worker: ", HumanBytes(plan.weight_bytes),
-                               " weights + ", HumanBytes(plan.activation_bytes), " activations + ",
-                               HumanBytes(kv_bytes), " KV cache (", plan.kv_cache_dtype, "), of ",
-                               HumanBytes(plan.budget_bytes)));
+  if (options.device == "sim") {
+    lines.push_back("Simulated: no weights, no KV cache; steps take the time that " +
+                    options.sim_profile + " says, tokens are hashes of what stands before them");
+  } else {
+    lines.push_back(absl::StrCat("Memory of each worker: ", HumanBytes(plan.weight_bytes),
+                                 " weights + ", HumanBytes(plan.activation_bytes),
+                                 " activations + ", HumanBytes(kv_bytes), " KV cache (",
+                                 plan.kv_cache_dtype, "), of ", HumanBytes(plan.budget_bytes)));
+  }
   lines.push_back(DescribeBlockSize(options));
   lines.push_back(absl::StrCat("KV cache size: ", WithThousands(num_tokens), " tokens"));
   lines.push_back(absl::StrFormat("Maximum concurrency for %s tokens per request: %.2fx",

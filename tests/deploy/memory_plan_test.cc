@@ -45,6 +45,16 @@ TEST(MemoryPlanTest, IsReadFromTheWorkersLineAndToldInKnownWords) {
   EXPECT_THAT(lines, Contains(HasSubstr("Block size: 16 tokens per KV block (the default")));
 }
 
+TEST(MemoryPlanTest, ASimulationHasNoMemoryToTellOf) {
+  ServeOptions options;
+  options.device = "sim";
+  options.sim_profile = "h200.json";
+  const auto lines = DescribeMemoryPlan(*ParseMemoryPlan(kPlan), options);
+  EXPECT_THAT(lines, Contains(HasSubstr("steps take the time that h200.json says")));
+  EXPECT_THAT(lines, Not(Contains(HasSubstr("Memory of each worker"))));
+  EXPECT_THAT(lines, Contains("KV cache size: 1,149,440 tokens"));
+}
+
 TEST(MemoryPlanTest, SaysWhyABlockSizeIsInForce) {
   const MemoryPlan plan = *ParseMemoryPlan(kPlan);
   ServeOptions options;
