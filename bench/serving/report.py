@@ -69,7 +69,7 @@ class Chart:
         if self.band:
             ys += self.band[:2]
         x_axis = Axis(min(xs), max(xs), self.log_x, LEFT, WIDTH - RIGHT)
-        y_axis = Axis(min(ys) if self.log_y else 0, max(ys), self.log_y, HEIGHT - BOTTOM, TOP)
+        y_axis = Axis(min(ys) if self.log_y else 0, 1.05 * max(ys), self.log_y, HEIGHT - BOTTOM, TOP)
         parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
                  f'aria-label="{html.escape(self.title)}">',
                  text(LEFT, 18, self.title, "title")]
@@ -89,7 +89,7 @@ class Chart:
             top, bottom = y_axis.at(high), y_axis.at(low)
             parts.append(f'<rect x="{LEFT}" y="{top:.1f}" width="{WIDTH - RIGHT - LEFT}" '
                          f'height="{bottom - top:.1f}" fill="{PUBLISHED_COLOUR}" opacity=".22"/>')
-            parts.append(text(WIDTH - RIGHT - 4, top - 4, name, anchor="end"))
+            parts.append(text(WIDTH - RIGHT - 4, bottom - 4, name, anchor="end"))
         for series in self.series:
             parts += self._drawn(series, x_axis, y_axis)
         return "\n".join([*parts, "</svg>"])
@@ -106,7 +106,9 @@ class Chart:
             yield (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{series.colour}">'
                    f"<title>{says}</title></circle>")
             if point in self.labels:
-                yield text(x + 6, y - 6, self.labels[point])
+                is_right = x > WIDTH - RIGHT - 40
+                yield text(x + (-6 if is_right else 6), y - 6, self.labels[point],
+                           anchor="end" if is_right else "start")
 
 
 class Axis:
@@ -221,11 +223,12 @@ COLUMNS = (("clients", "max_concurrency", 0), ("failed", "failed", 0),
 
 def table_rows(results):
     """[titles, row, …] as text: a row per run, then the published rate for as many clients."""
-    rows = [[title for title, _, _ in COLUMNS] + ["B200 tok/s"]]
+    rows = [[title for title, _, _ in COLUMNS] + ["ITL p99/p50", "B200 tok/s"]]
     for result in results:
         peer = PUBLISHED_TOKENS_PER_S.get(result["max_concurrency"])
+        median, p99 = result["median_itl_ms"], result["p99_itl_ms"]
         rows.append([f"{result[key]:,.{decimals}f}" for _, key, decimals in COLUMNS] +
-                    [f"{peer:,}" if peer else ""])
+                    [f"{p99 / median:.2f}" if median else "", f"{peer:,}" if peer else ""])
     return rows
 
 

@@ -161,7 +161,7 @@ def respond(*pieces):
         output = Output(prompt_len=1)
         stream = EventStream(output, keeps_text=True)
         for piece in pieces:
-            stream.data_received(piece)
+            stream.take_in(piece)
         stream.connection_lost(None)
         await stream.done
         return output
