@@ -1,38 +1,156 @@
 #include "coordinator/block_pool.h"
 
+#include <algorithm>
+#include <bit>
+
 #include "base/check.h"
 
 namespace fathom {
 
-BlockPool::BlockPool(int num_blocks) : num_blocks_(num_blocks), is_taken_(num_blocks, false) {
+BlockPool::BlockPool(int num_blocks, int block_size)
+    : num_blocks_(num_blocks), block_size_(block_size), num_free_(num_blocks) {
   CHECK_GT(num_blocks, 0);
-  free_.reserve(num_blocks);
-  for (int block = num_blocks - 1; block >= 0; --block) free_.push_back(block);
+  CHECK_GT(block_size, 0);
+  blocks_.resize(num_blocks + 1);
+  blocks_[num_blocks].older = blocks_[num_blocks].newer = num_blocks;
+  token_ids_.resize(size_t{static_cast<unsigned>(num_blocks)} * block_size);
+  buckets_.assign(std::bit_ceil(static_cast<unsigned>(num_blocks)), kNone);
+  unnamed_.reserve(num_blocks);
+  for (int block = num_blocks - 1; block >= 0; --block) unnamed_.push_back(block);
+}
+
+int32_t BlockPool::TakeOne() {
+  if (!unnamed_.empty()) {
+    const int32_t block = unnamed_.back();
+    unnamed_.pop_back();
+    return block;
+  }
+  const int32_t least_recently_used = blocks_[num_blocks_].newer;
+  CHECK_NE(least_recently_used, num_blocks_);
+  Unlink(least_recently_used);
+  Remove(least_recently_used);
+  return least_recently_used;
 }
 
 void BlockPool::Take(int count, std::vector<int32_t>& block_table) {
   CHECK_GE(count, 0);
   CHECK_LE(count, num_free());
   for (int i = 0; i < count; ++i) {
-    const int32_t block = free_.back();
-    free_.pop_back();
-    CHECK(!is_taken_[block]) << "block " << block << " was free and taken at once";
-    is_taken_[block] = true;
+    const int32_t block = TakeOne();
+    CHECK_EQ(blocks_[block].num_users, 0) << "block " << block << " was free and taken at once";
+    blocks_[block].num_users = 1;
     block_table.push_back(block);
   }
+  num_free_ -= count;
 }
 
 void BlockPool::Release(std::vector<int32_t>& block_table) {
   // Backwards, so that the next sequence gets them in the order this one had.
-  for (auto block = block_table.rbegin(); block != block_table.rend(); ++block) {
-    CHECK_GE(*block, 0);
-    CHECK_LT(*block, num_blocks_);
-    CHECK(is_taken_[*block]) << "block " << *block << " is freed twice";
-    is_taken_[*block] = false;
-    free_.push_back(*block);
+  for (auto it = block_table.rbegin(); it != block_table.rend(); ++it) {
+    CHECK_GE(*it, 0);
+    CHECK_LT(*it, num_blocks_);
+    Block& block = blocks_[*it];
+    CHECK_GT(block.num_users, 0) << "block " << *it << " is freed twice";
+    if (--block.num_users > 0) continue;
+    ++num_free_;
+    if (block.prefix != kEmptyPrefix) {
+      Append(*it);
+    } else {
+      unnamed_.push_back(*it);
+    }
   }
-  CHECK_LE(num_free(), num_blocks_);
   block_table.clear();
+}
+
+std::optional<BlockPool::Found> BlockPool::Find(const BlockContent& content) const {
+  int32_t block = buckets_[content.hash.low & (buckets_.size() - 1)];
+  while (block != kNone && !Holds(block, content)) block = blocks_[block].next_in_bucket;
+  if (block == kNone) return std::nullopt;
+  return Found{.block = block, .prefix = blocks_[block].prefix};
+}
+
+bool BlockPool::Holds(int32_t block, const BlockContent& content) const {
+  const Block& known = blocks_[block];
+  return known.hash == content.hash && known.previous == content.previous &&
+         std::equal(content.token_ids.begin(), content.token_ids.end(),
+                    token_ids_.begin() + int64_t{block} * block_size_);
+}
+
+void BlockPool::Share(absl::Span<const int32_t> blocks, std::vector<int32_t>& block_table) {
+  for (const int32_t id : blocks) {
+    Block& block = blocks_[id];
+    CHECK_NE(block.prefix, kEmptyPrefix) << "block " << id << " is not published";
+    if (block.num_users++ == 0) {
+      Unlink(id);
+      --num_free_;
+    }
+    block_table.push_back(id);
+  }
+}
+
+PrefixId BlockPool::Publish(int32_t block, const BlockContent& content) {
+  CHECK_EQ(content.token_ids.size(), static_cast<size_t>(block_size_));
+  CHECK_GT(blocks_[block].num_users, 0);
+  CHECK_EQ(blocks_[block].prefix, kEmptyPrefix) << "block " << block << " is published already";
+  const std::optional<Found> twin = Find(content);
+  if (!twin.has_value()) {
+    Enter(block, ++last_prefix_, content);
+    return last_prefix_;
+  }
+  if (blocks_[twin->block].num_users == 0) {
+    // One copy is enough, and this one is in use: its user's next blocks stay within reach.
+    Unlink(twin->block);
+    Remove(twin->block);
+    unnamed_.push_back(twin->block);
+    Enter(block, twin->prefix, content);
+  }
+  return twin->prefix;
+}
+
+void BlockPool::Unpublish(absl::Span<const int32_t> blocks) {
+  for (const int32_t block : blocks) {
+    if (blocks_[block].prefix == kEmptyPrefix) continue;
+    Remove(block);
+    if (blocks_[block].num_users > 0) continue;
+    Unlink(block);
+    unnamed_.push_back(block);
+  }
+}
+
+void BlockPool::Enter(int32_t block, PrefixId prefix, const BlockContent& content) {
+  Block& entered = blocks_[block];
+  int32_t& bucket = BucketOf(content.hash);
+  entered.prefix = prefix;
+  entered.previous = content.previous;
+  entered.hash = content.hash;
+  entered.next_in_bucket = bucket;
+  bucket = block;
+  std::copy(content.token_ids.begin(), content.token_ids.end(),
+            token_ids_.begin() + int64_t{block} * block_size_);
+}
+
+void BlockPool::Remove(int32_t block) {
+  int32_t* link = &BucketOf(blocks_[block].hash);
+  while (*link != block) {
+    CHECK_NE(*link, kNone) << "block " << block << " is not in its bucket";
+    link = &blocks_[*link].next_in_bucket;
+  }
+  *link = blocks_[block].next_in_bucket;
+  blocks_[block].prefix = kEmptyPrefix;
+}
+
+void BlockPool::Append(int32_t block) {
+  Block& end = blocks_[num_blocks_];
+  blocks_[block].older = end.older;
+  blocks_[block].newer = num_blocks_;
+  blocks_[end.older].newer = block;
+  end.older = block;
+}
+
+void BlockPool::Unlink(int32_t block) {
+  const Block& unlinked = blocks_[block];
+  blocks_[unlinked.older].newer = unlinked.newer;
+  blocks_[unlinked.newer].older = unlinked.older;
 }
 
 }  // namespace fathom

@@ -60,6 +60,8 @@ void Declare(CLI::App& app, Flags& flags) {
       ->check(CLI::NonNegativeNumber);
   app.add_option("--block-size", group.block_size, "tokens per KV block")
       ->check(CLI::IsMember({1, 16, 32, 64, 128}));
+  app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching",
+               flags.loop.enable_prefix_caching, "requests that begin alike share KV blocks [on]");
   app.add_option("--max-num-seqs", group.max_sequences, "sequences per step")
       ->check(CLI::Range(1, 65536));
   app.add_option("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")

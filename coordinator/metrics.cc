@@ -54,6 +54,11 @@ struct Metrics::Families {
       Counter("vllm:prompt_tokens_total", "Number of prefill tokens processed.");
   prometheus::Counter& generation_tokens =
       Counter("vllm:generation_tokens_total", "Number of generation tokens processed.");
+  prometheus::Counter& prefix_cache_queries =
+      Counter("vllm:prefix_cache_queries_total",
+              "Prefix cache queries, in terms of number of queried tokens.");
+  prometheus::Counter& prefix_cache_hits = Counter(
+      "vllm:prefix_cache_hits_total", "Prefix cache hits, in terms of number of cached tokens.");
   prometheus::Histogram& iteration_tokens =
       Histogram("vllm:iteration_tokens_total", "Histogram of number of tokens per engine step.",
                 {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384});
@@ -88,6 +93,8 @@ void Metrics::CountStep(const StepFigures& figures) {
   families_->prompt_tokens.Increment(figures.num_prompt_tokens);
   families_->generation_tokens.Increment(figures.num_generated_tokens);
   families_->preemptions.Increment(figures.num_preemptions);
+  families_->prefix_cache_queries.Increment(static_cast<double>(figures.num_prefix_tokens_queried));
+  families_->prefix_cache_hits.Increment(static_cast<double>(figures.num_prefix_tokens_found));
   families_->step_seconds.Observe(figures.seconds);
   families_->compute_seconds.Increment(figures.compute_seconds);
 }

@@ -20,6 +20,7 @@ struct Request {
   int max_tokens = 0;  // 0: only the prompt is read
   int min_tokens = 0;  // no stop token counts before that many have been generated
   bool wants_prompt_logprobs = false;
+  std::string cache_salt;  // requests share KV with those of the same salt only; may be empty
 
   // Tokens that end the request, each sorted. End-of-sequence comes first where both hold an id.
   std::vector<uint32_t> eos_token_ids;   // the model's; empty when the client ignores them

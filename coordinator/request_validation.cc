@@ -174,6 +174,10 @@ absl::StatusOr<std::shared_ptr<const Request>> ValidateRequest(const v1::Generat
     return Invalid("request_id must have at most ", kMaxRequestIdBytes, " bytes, got ",
                    request.request_id().size());
   }
+  if (request.cache_salt().size() > kMaxCacheSaltBytes) {
+    return Invalid("cache_salt must have at most ", kMaxCacheSaltBytes, " bytes, got ",
+                   request.cache_salt().size());
+  }
   if (request.prompt_token_ids().empty()) {
     return Invalid("prompt_token_ids must have at least 1 token, got 0");
   }
@@ -191,6 +195,7 @@ absl::StatusOr<std::shared_ptr<const Request>> ValidateRequest(const v1::Generat
                                      request.prompt_token_ids().end());
   validated->max_tokens = max_tokens;
   validated->min_tokens = static_cast<int>(request.sampling().min_tokens());
+  validated->cache_salt = request.cache_salt();
   validated->wants_prompt_logprobs = request.sampling().has_num_prompt_logprobs();
   if (!request.ignore_eos()) validated->eos_token_ids = Sorted(limits.model.eos_token_ids());
   validated->stop_token_ids = Sorted(request.sampling().stop_token_ids());

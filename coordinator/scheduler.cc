@@ -8,6 +8,9 @@
 namespace fathom {
 namespace {
 
+// Of a sequence that waits for room; a long prompt has thousands of blocks to look up.
+constexpr int kStepsBetweenLookups = 8;
+
 bool ById(const Sequence* a, const Sequence* b) { return a->id < b->id; }
 
 template <typename Container>
@@ -48,16 +51,25 @@ int TokensToCompute(const Sequence& sequence, int token_budget, int row_budget) 
   return std::max(0, end - excess - sequence.num_computed);
 }
 
+// How many tokens need not be computed if their KV is there: those whose outcome nobody waits for.
+int MostTokensToSkip(const Sequence& sequence) {
+  const Request& request = *sequence.request;
+  const bool owes_prompt_logprobs =
+      request.wants_prompt_logprobs &&
+      sequence.num_prompt_logprobs_done < request.num_prompt_tokens() - 1;
+  return owes_prompt_logprobs ? sequence.num_prompt_logprobs_done : sequence.num_tokens() - 1;
+}
+
 }  // namespace
 
-Scheduler::Scheduler(Options options) : options_(options) {
+Scheduler::Scheduler(Options options) : options_(options), hasher_(options.hash) {
   CHECK_GT(options_.max_tokens_per_step, 0);
   CHECK_GT(options_.max_sequences, 0);
   CHECK_GT(options_.max_prompt_logprob_rows_per_step, 0);
-  CHECK_GT(options_.block_size, 0);
+  CHECK(options_.block_size > 0 && options_.block_size <= BlockHasher::kMaxBlockTokens);
   CHECK_GT(options_.num_kv_domains, 0);
   for (int i = 0; i < options_.num_kv_domains; ++i) {
-    block_pools_.emplace_back(options_.num_kv_blocks);
+    block_pools_.emplace_back(options_.num_kv_blocks, options_.block_size);
   }
   for (int slot = options_.max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
 }
@@ -113,34 +125,95 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
   std::vector<int> room = RoomOfDomains();
   while (!waiting_.empty() && !free_slots_.empty() && budget.tokens > 0) {
     Sequence& sequence = *waiting_.front();
-    const auto roomiest = std::max_element(room.begin(), room.end());
-    if (*roomiest < BlocksFor(sequence.num_tokens())) return;
+    const int most_room = *std::max_element(room.begin(), room.end());
+    if (sequence.id == blocked_id_ && most_room <= blocked_room_ &&
+        last_step_ < blocked_until_step_) {
+      return;
+    }
+    const std::optional<Home> home = ChooseHome(sequence, room);
+    if (!home.has_value()) {
+      blocked_id_ = sequence.id;
+      blocked_room_ = most_room;
+      blocked_until_step_ = last_step_ + kStepsBetweenLookups;
+      return;
+    }
+    sequence.num_computed = static_cast<int>(home->blocks.size()) * options_.block_size;
     const int num_tokens = TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows);
-    if (num_tokens == 0) return;
+    if (num_tokens == 0) {
+      sequence.num_computed = 0;
+      return;
+    }
     waiting_.pop_front();
-    Admit(sequence, static_cast<int>(roomiest - room.begin()), step);
+    Admit(sequence, *home, step);
     Place(sequence, num_tokens, step, budget);
-    *roomiest -= static_cast<int>(sequence.block_table.size()) + BlocksAboutToBeWanted(sequence);
+    room[home->kv_domain] -= home->num_wanted - BlocksFor(sequence.num_tokens()) +
+                             static_cast<int>(sequence.block_table.size()) +
+                             BlocksAboutToBeWanted(sequence);
   }
 }
 
-void Scheduler::Admit(Sequence& sequence, int kv_domain, Step& step) {
+// The longest run of blocks in that domain that hold the beginning of the sequence.
+Scheduler::Home Scheduler::FindIn(int kv_domain, Sequence& sequence) const {
+  Home home{.kv_domain = kv_domain,
+            .num_wanted = BlocksFor(sequence.num_tokens()),
+            .blocks = {},
+            .prefix = kEmptyPrefix};
+  if (!options_.share_prefixes) return home;
+  const BlockPool& pool = block_pools_[kv_domain];
+  const int most_blocks = MostTokensToSkip(sequence) / options_.block_size;
+  for (int i = 0; i < most_blocks; ++i) {
+    const std::optional<BlockPool::Found> found = pool.Find(ContentOf(i, home.prefix, sequence));
+    if (!found.has_value()) break;
+    home.blocks.push_back(found->block);
+    home.prefix = found->prefix;
+    if (!pool.is_free(found->block)) --home.num_wanted;
+  }
+  return home;
+}
+
+// Of the domains with enough room the one with the most room, where every block that is found
+// counts as one more. None when no domain has enough.
+std::optional<Scheduler::Home> Scheduler::ChooseHome(Sequence& sequence,
+                                                     const std::vector<int>& room) const {
+  std::optional<Home> best;
+  int best_score = 0;
+  for (int kv_domain = 0; kv_domain < options_.num_kv_domains; ++kv_domain) {
+    Home home = FindIn(kv_domain, sequence);
+    const int score = room[kv_domain] + static_cast<int>(home.blocks.size());
+    if (home.num_wanted > room[kv_domain] || (best.has_value() && score <= best_score)) continue;
+    best = std::move(home);
+    best_score = score;
+  }
+  return best;
+}
+
+void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
   CHECK_EQ(sequence.slot, -1);
   sequence.slot = free_slots_.back();
   free_slots_.pop_back();
-  sequence.kv_domain = kv_domain;
-  ++sequence.num_admissions;
+  sequence.kv_domain = home.kv_domain;
+  block_pools_[home.kv_domain].Share(home.blocks, sequence.block_table);
+  sequence.num_blocks_published = static_cast<int>(home.blocks.size());
+  sequence.prefix = home.prefix;
+  if (++sequence.num_admissions == 1) {
+    sequence.num_cached_tokens = sequence.num_computed;
+    if (options_.share_prefixes && !sequence.request->wants_prompt_logprobs) {
+      prefix_figures_.num_queried += sequence.num_tokens();
+      prefix_figures_.num_found += sequence.num_computed;
+    }
+  }
   InsertById(running_, &sequence);
   step.admitted.push_back({.sequence = &sequence, .num_computed = sequence.num_computed});
 }
 
 void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget) {
-  const int num_new_blocks =
-      BlocksFor(sequence.num_computed + num_tokens) - static_cast<int>(sequence.block_table.size());
-  CHECK_GE(num_new_blocks, 0);
-  block_pools_[sequence.kv_domain].Take(num_new_blocks, sequence.block_table);
+  const int num_blocks = BlocksFor(sequence.num_computed + num_tokens);
+  block_pools_[sequence.kv_domain].Take(num_blocks - static_cast<int>(sequence.block_table.size()),
+                                        sequence.block_table);
+  const int num_new_blocks = num_blocks - sequence.num_blocks_sent;
   step.new_block_ids.insert(step.new_block_ids.end(), sequence.block_table.end() - num_new_blocks,
                             sequence.block_table.end());
+  sequence.num_blocks_sent = num_blocks;
 
   const int num_rows = PromptLogprobRows(sequence, num_tokens);
   step.scheduled.push_back({.id = sequence.id,
@@ -154,6 +227,7 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
   sequence.num_computed += num_tokens;
+  PublishFullBlocks(sequence);
   budget.tokens -= num_tokens;
   budget.prompt_logprob_rows -= num_rows;
   CHECK_GE(budget.tokens, 0);
@@ -192,6 +266,35 @@ void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
   released_slots_.push_back(sequence.slot);
   sequence.slot = -1;
   sequence.kv_domain = -1;
+  sequence.num_blocks_sent = 0;
+  sequence.num_blocks_published = 0;
+  sequence.prefix = kEmptyPrefix;
+}
+
+// What the block with that index in the sequence's table holds when it is full; all its tokens are
+// known. Valid until tokens are appended.
+BlockContent Scheduler::ContentOf(int block_index, PrefixId previous, Sequence& sequence) const {
+  const auto tokens_of = [&](int index) {
+    return absl::MakeConstSpan(sequence.tokens)
+        .subspan(size_t{static_cast<unsigned>(index)} * options_.block_size, options_.block_size);
+  };
+  std::vector<BlockHash>& hashes = sequence.block_hashes;
+  while (static_cast<int>(hashes.size()) <= block_index) {
+    const BlockHash& last =
+        hashes.empty() ? hasher_.Root(sequence.request->cache_salt) : hashes.back();
+    hashes.push_back(hasher_.Next(last, tokens_of(static_cast<int>(hashes.size()))));
+  }
+  return {.hash = hashes[block_index], .previous = previous, .token_ids = tokens_of(block_index)};
+}
+
+void Scheduler::PublishFullBlocks(Sequence& sequence) {
+  if (!options_.share_prefixes) return;
+  BlockPool& pool = block_pools_[sequence.kv_domain];
+  const int num_full_blocks = sequence.num_computed / options_.block_size;
+  for (int& i = sequence.num_blocks_published; i < num_full_blocks; ++i) {
+    sequence.prefix =
+        pool.Publish(sequence.block_table[i], ContentOf(i, sequence.prefix, sequence));
+  }
 }
 
 void Scheduler::Forget(SequenceId id) {
@@ -237,6 +340,7 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   SequenceUpdate update;
   update.id = sequence.id;
   update.num_prompt_tokens = request.num_prompt_tokens();
+  update.num_cached_tokens = sequence.num_cached_tokens;
   update.num_generated_tokens = sequence.num_generated();
 
   const int computed = scheduled.first_token + scheduled.num_tokens;
@@ -248,6 +352,8 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   if (outcome.fault.has_value()) {
     update.end = EndReason::kFault;
     update.fault = *outcome.fault;
+    // Whatever is wrong with its numbers, nobody else is to inherit it.
+    block_pools_[sequence.kv_domain].Unpublish(sequence.block_table);
     return update;
   }
   CHECK_EQ(outcome.sampled_token_id.has_value(), scheduled.samples);

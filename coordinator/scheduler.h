@@ -10,7 +10,14 @@
 // it; preemption of the youngest by recomputation, and no admission in a step that preempted.
 // Different: a sequence is admitted only when all its tokens would fit beside what the running
 // ones are about to need (not just its first chunk), so that a prompt is not thrown out half
-// computed; rows of prompt logprobs have a budget of their own; there is no prefix sharing yet.
+// computed; rows of prompt logprobs have a budget of their own.
+//
+// Sequences that begin alike share KV blocks. A block is published in the step that fills it, at
+// once: workers store what a layer keeps of all tokens of a step before they read any of it, so
+// even a sequence admitted in the same step may use it. On admission a sequence takes over the
+// longest run of blocks that are published for its tokens, but always computes its last token, and
+// those whose prompt logprobs it still owes. What a sequence with a fault has touched is not found
+// any more.
 //
 // Pure state: no clock, no threads, no wire, no metrics. Steps may be scheduled while earlier ones
 // are in flight, as long as they are sent and committed in order: a sequence whose next token is
@@ -41,11 +48,12 @@ struct SequenceUpdate {
   SequenceId id = 0;
   int batch_index = 0;                    // in the step
   std::vector<uint32_t> token_ids;        // newly generated
-  int num_prompt_tokens_done = 0;         // prompt tokens computed for the first time
+  int num_prompt_tokens_done = 0;         // prompt tokens computed or found for the first time
   std::optional<EndReason> end;           // the sequence is gone
   std::optional<uint32_t> stop_token_id;  // the client's, when that ended it
   std::string fault;                      // with kFault
   int num_prompt_tokens = 0;
+  int num_cached_tokens = 0;     // of them, found when it was first admitted
   int num_generated_tokens = 0;  // so far
 };
 
@@ -55,9 +63,11 @@ class Scheduler {
     int max_tokens_per_step = 2048;
     int max_sequences = 256;  // slots are numbered [0, max_sequences)
     int max_prompt_logprob_rows_per_step = 256;
-    int block_size = 16;    // tokens per KV block
+    int block_size = 16;    // tokens per KV block, at most BlockHasher::kMaxBlockTokens
     int num_kv_blocks = 0;  // of each domain
     int num_kv_domains = 1;
+    bool share_prefixes = false;
+    BlockHasher::Options hash = {};
   };
 
   explicit Scheduler(Options options);
@@ -82,6 +92,14 @@ class Scheduler {
   int num_free_blocks() const;
   int64_t num_preemptions() const { return num_preemptions_; }
 
+  // Of sequences when they were first admitted, but for those that want prompt logprobs: tokens,
+  // and how many of them were found.
+  struct PrefixFigures {
+    int64_t num_queried = 0;
+    int64_t num_found = 0;
+  };
+  const PrefixFigures& prefix_figures() const { return prefix_figures_; }
+
  private:
   // What is left of a step's allowances.
   struct Budget {
@@ -92,6 +110,13 @@ class Scheduler {
     uint64_t number;
     std::vector<ScheduledSequence> scheduled;
   };
+  // Where a waiting sequence is to go, and what is there for it.
+  struct Home {
+    int kv_domain = -1;
+    int num_wanted = 0;           // free blocks that all its tokens take
+    std::vector<int32_t> blocks;  // found, from the first on
+    PrefixId prefix = kEmptyPrefix;
+  };
 
   int BlocksFor(int num_tokens) const;
   // Blocks a running sequence is going to want: for all its tokens, and one to grow into.
@@ -100,7 +125,9 @@ class Scheduler {
 
   void ScheduleRunning(Step& step, Budget& budget);
   void AdmitWaiting(Step& step, Budget& budget);
-  void Admit(Sequence& sequence, int kv_domain, Step& step);
+  Home FindIn(int kv_domain, Sequence& sequence) const;
+  std::optional<Home> ChooseHome(Sequence& sequence, const std::vector<int>& room) const;
+  void Admit(Sequence& sequence, const Home& home, Step& step);
   void Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget);
   bool MakeRoomFor(Sequence& sequence, int num_tokens);
   void Preempt(Sequence& sequence);
@@ -108,7 +135,11 @@ class Scheduler {
   void Forget(SequenceId id);
   SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome);
 
+  BlockContent ContentOf(int block_index, PrefixId previous, Sequence& sequence) const;
+  void PublishFullBlocks(Sequence& sequence);
+
   const Options options_;
+  const BlockHasher hasher_;
   std::vector<BlockPool> block_pools_;  // by domain
   std::vector<int> free_slots_;         // a stack
   std::vector<int> released_slots_;     // the workers do not know yet
@@ -121,6 +152,13 @@ class Scheduler {
   SequenceId last_id_ = 0;
   uint64_t last_step_ = 0;
   int64_t num_preemptions_ = 0;
+  PrefixFigures prefix_figures_;
+
+  // The first in the queue did not fit while the roomiest domain had so much room. It is looked up
+  // again when there is more, or after some steps, which may have published what it begins with.
+  SequenceId blocked_id_ = 0;
+  int blocked_room_ = 0;
+  uint64_t blocked_until_step_ = 0;
 };
 
 }  // namespace fathom

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "coordinator/block_hash.h"
+#include "coordinator/block_pool.h"
 #include "coordinator/request.h"
 
 namespace fathom {
@@ -26,13 +28,19 @@ struct Sequence {
   // Tokens whose KV is in the blocks once the steps in flight have finished.
   int num_computed = 0;
   int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
-  int num_prompt_tokens_done = 0;    // computed at least once: preemption does not reset it
+  int num_prompt_tokens_done = 0;    // computed or found at least once: survives preemption
+  int num_cached_tokens = 0;         // of the prompt, found when it was first admitted
+  // Of the full blocks of `tokens`, as far as somebody had to know; survives preemption.
+  std::vector<BlockHash> block_hashes;
 
   // Set while the sequence runs.
   int slot = -1;
   int kv_domain = -1;  // whose blocks block_table names
   std::vector<int32_t> block_table;
-  int num_admissions = 0;  // tells results of an earlier stay in a slot apart
+  int num_blocks_sent = 0;         // of block_table: the workers know them
+  int num_blocks_published = 0;    // of block_table, found ones included
+  PrefixId prefix = kEmptyPrefix;  // that these hold
+  int num_admissions = 0;          // tells results of an earlier stay in a slot apart
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_generated() const { return num_tokens() - request->num_prompt_tokens(); }

@@ -164,13 +164,15 @@ void StepLoop::BeginServing(const WorkerGroup& group) {
   vocab_size_ = plan.model.vocab_size();
   has_made_steps_ = false;
   num_preemptions_counted_ = 0;
+  prefix_figures_counted_ = {};
   scheduler_ = std::make_unique<Scheduler>(Scheduler::Options{
       .max_tokens_per_step = options_.group.max_tokens_per_step,
       .max_sequences = options_.group.max_sequences,
       .max_prompt_logprob_rows_per_step = options_.max_prompt_logprob_rows_per_step,
       .block_size = plan.block_size,
       .num_kv_blocks = plan.num_kv_blocks,
-      .num_kv_domains = 1});
+      .num_kv_domains = 1,
+      .share_prefixes = options_.enable_prefix_caching});
   board_.SetGroup(group.epoch(), {.model = plan.model, .kv_cache_tokens = plan.kv_cache_tokens()},
                   plan.block_size, plan.num_kv_blocks);
   metrics_.SetGroup(group.epoch(), plan.block_size, plan.num_kv_blocks);
@@ -304,6 +306,9 @@ StepLoop::Delivery StepLoop::MakeDelivery(const SequenceUpdate& update, StepAnsw
           std::move(*answer.logprobs[update.batch_index].mutable_logprobs());
     }
   }
+  if (!update.token_ids.empty() && update.num_generated_tokens == 1) {
+    response.mutable_usage()->set_cached_tokens(update.num_cached_tokens);
+  }
   if (!update.end.has_value()) return delivery;
 
   streams_.erase(stream);
@@ -315,6 +320,7 @@ StepLoop::Delivery StepLoop::MakeDelivery(const SequenceUpdate& update, StepAnsw
   if (update.stop_token_id.has_value()) response.set_stop_token_id(*update.stop_token_id);
   response.mutable_usage()->set_prompt_tokens(update.num_prompt_tokens);
   response.mutable_usage()->set_completion_tokens(update.num_generated_tokens);
+  response.mutable_usage()->set_cached_tokens(update.num_cached_tokens);
   delivery.end = absl::OkStatus();
   return delivery;
 }
@@ -340,6 +346,10 @@ void StepLoop::CountStep(const StepInFlight& made, const std::vector<SequenceUpd
   const int64_t num_preemptions = scheduler_->num_preemptions();
   figures.num_preemptions = static_cast<int>(num_preemptions - num_preemptions_counted_);
   num_preemptions_counted_ = num_preemptions;
+  const Scheduler::PrefixFigures prefixes = scheduler_->prefix_figures();
+  figures.num_prefix_tokens_queried = prefixes.num_queried - prefix_figures_counted_.num_queried;
+  figures.num_prefix_tokens_found = prefixes.num_found - prefix_figures_counted_.num_found;
+  prefix_figures_counted_ = prefixes;
   figures.num_tokens = made.step.num_tokens;
   figures.seconds = absl::ToDoubleSeconds(MonotonicNow() - made.sent_at);
   figures.compute_seconds = compute_seconds;

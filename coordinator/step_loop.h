@@ -45,6 +45,7 @@ class StepLoop {
     WorkerGroup::Options group;
     int max_prompt_logprob_rows_per_step = 256;
     int max_queued_requests = 1024;  // that wait; beyond it requests are refused
+    bool enable_prefix_caching = true;
     absl::Duration min_backoff = absl::Milliseconds(50);  // between attempts to form a group
     absl::Duration max_backoff = absl::Seconds(5);
     absl::Duration log_interval = absl::Seconds(10);
@@ -150,6 +151,7 @@ class StepLoop {
   std::deque<StepInFlight> in_flight_;
   std::vector<Delivery> deliveries_;  // of the last commit
   int64_t num_preemptions_counted_ = 0;
+  Scheduler::PrefixFigures prefix_figures_counted_;
   ThroughputLog throughput_log_;
 };
 

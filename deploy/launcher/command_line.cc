@@ -65,7 +65,6 @@ struct RefusedFlag {
 
 constexpr RefusedFlag kRefusedFlags[] = {
     {"--no-enable-chunked-prefill", "prompts are always cut to the token budget"},
-    {"--enable-prefix-caching", "requests do not share KV blocks in this version"},
     {"--enable-auto-tool-choice", "tool calls come with a later version"},
     {"--tool-call-parser", "tool calls come with a later version"},
     {"--reasoning-parser", "reasoning output comes with a later version"},
@@ -85,7 +84,6 @@ struct NeedlessFlag {
 constexpr NeedlessFlag kNeedlessFlags[] = {
     {"--trust-remote-code", "", "the architecture is built in, no model's code is run"},
     {"--enable-chunked-prefill", "", "prompts are always cut to the token budget"},
-    {"--no-enable-prefix-caching", "", "requests do not share KV blocks"},
     {"--enforce-eager", "", "there are no graphs to capture on this device"},
     {"--disable-log-requests", "",
      "prompts and parameters are never logged; one line per request is, see --log-level"},
@@ -245,6 +243,8 @@ void AddMemoryFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--block-size", options.block_size, "Tokens per KV block: 1, 16, 32, 64, 128")
       ->default_str(absl::StrCat(BlockSizeOf(options)))
       ->check(OneOf({"1", "16", "32", "64", "128"}));
+  app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching", options.enable_prefix_caching,
+               "Requests that begin alike share KV blocks [on]");
 }
 
 void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {

@@ -106,6 +106,7 @@ ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
       .Add("--served-model-name", ServedModelName(options))
       .Add("--max-model-len", options.max_model_len)
       .Add("--block-size", BlockSizeOf(options))
+      .AddIf(!options.enable_prefix_caching, "--no-enable-prefix-caching")
       .Add("--max-num-seqs", options.max_num_seqs)
       .Add("--max-num-batched-tokens", options.max_num_batched_tokens)
       .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")

@@ -40,6 +40,7 @@ struct ServeOptions {
   double gpu_memory_utilization = 0.9;  // share of the device's memory; on a CPU of the host's
   int block_size = 0;                   // tokens per KV block; 0: the default, kDefaultBlockSize
   int64_t max_model_len = 0;            // tokens; 0: the model's limit, or what fits
+  bool enable_prefix_caching = true;    // requests that begin alike share KV blocks
 
   // How much is done at once.
   int64_t max_num_seqs = 256;

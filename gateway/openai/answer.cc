@@ -34,6 +34,7 @@ class Progress {
   ChoiceDelta Take(Generation& generation, size_t index, v1::GenerateResponse response) {
     State& state = choices_[index];
     const bool last = response.finish_reason() != v1::FINISH_REASON_UNSPECIFIED;
+    if (response.has_usage()) state.cached_tokens = response.usage().cached_tokens();
     ChoiceDelta delta = state.choice.Take(std::move(response));
     if (!delta.token_ids.empty()) ObserveTokens(state);
     if (!state.choice.finished()) return delta;
@@ -49,15 +50,19 @@ class Progress {
   bool finished(size_t index) const { return choices_[index].choice.finished(); }
 
   TokenUsage UsageOf(size_t index) const {
-    return {choices_[index].prompt_tokens, choices_[index].choice.num_tokens()};
+    const State& state = choices_[index];
+    return {state.prompt_tokens, state.choice.num_tokens(), state.cached_tokens};
   }
 
-  // A prompt counts once, however many choices it has.
+  // A prompt counts once, however many choices it has; what the second finds is the first's.
   TokenUsage Total() const {
     TokenUsage total;
     const size_t choices_per_prompt = choices_.size() / num_prompts_;
     for (size_t i = 0; i < choices_.size(); ++i) {
-      if (i % choices_per_prompt == 0) total.prompt_tokens += choices_[i].prompt_tokens;
+      if (i % choices_per_prompt == 0) {
+        total.prompt_tokens += choices_[i].prompt_tokens;
+        total.cached_tokens += choices_[i].cached_tokens;
+      }
       total.completion_tokens += choices_[i].choice.num_tokens();
     }
     return total;
@@ -68,6 +73,7 @@ class Progress {
     Choice choice;
     int64_t prompt_tokens;
     int64_t max_tokens;
+    int64_t cached_tokens = 0;
     Clock::time_point first_token{};
     Clock::time_point last_token{};
   };
@@ -159,7 +165,10 @@ Task<> AnswerStream(Generation& generation, Progress& progress, size_t num_choic
 
     std::optional<TokenUsage> usage;
     if (!writer.started()) {
-      if (continuous) usage = TokenUsage{progress.UsageOf(index).prompt_tokens, 0};
+      if (continuous) {
+        usage = progress.UsageOf(index);
+        usage->completion_tokens = 0;
+      }
       const std::vector<std::string> first_events = format.FirstEvents(usage);
       for (const std::string& first : first_events) co_await writer.SendEvent(first);
     }

@@ -24,6 +24,7 @@ namespace fathom {
 struct TokenUsage {
   int64_t prompt_tokens = 0;
   int64_t completion_tokens = 0;
+  int64_t cached_tokens = 0;  // of the prompt: found, not computed
 };
 
 // The words of an API.

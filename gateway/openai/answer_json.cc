@@ -53,7 +53,8 @@ void WriteUsage(const TokenUsage& usage, JsonWriter& json) {
 void WriteUsageWithDetails(const TokenUsage& usage, JsonWriter& json) {
   json.BeginObject();
   WriteUsageFields(usage, json);
-  json.Key("prompt_tokens_details").Null().EndObject();
+  json.Key("prompt_tokens_details").BeginObject();
+  json.Key("cached_tokens").Int(usage.cached_tokens).EndObject().EndObject();
 }
 
 }  // namespace fathom

@@ -19,10 +19,10 @@ void WriteStopReason(const ChoiceDelta& delta, JsonWriter& json);
 // A list, or null when there is none.
 void WriteTokenIds(const std::vector<uint32_t>* token_ids, JsonWriter& json);
 
-// {"prompt_tokens","total_tokens","completion_tokens"}, as in chunks.
+// {"prompt_tokens","total_tokens","completion_tokens"}, as in chunks on the way.
 void WriteUsage(const TokenUsage& usage, JsonWriter& json);
 
-// The same with "prompt_tokens_details":null, as in whole responses.
+// The same with "prompt_tokens_details":{"cached_tokens"}, as in whole responses and last chunks.
 void WriteUsageWithDetails(const TokenUsage& usage, JsonWriter& json);
 
 }  // namespace fathom

@@ -133,7 +133,7 @@ std::string ChatFormat::UsageEvent(const TokenUsage& usage) {
   json.BeginObject();
   WriteHeader(kChunk, json);
   json.Key("choices").BeginArray().EndArray().Key("usage");
-  WriteUsage(usage, json);
+  WriteUsageWithDetails(usage, json);
   json.EndObject();
   return json.Take();
 }

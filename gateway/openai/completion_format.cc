@@ -114,7 +114,7 @@ std::string CompletionFormat::UsageEvent(const TokenUsage& usage) {
   json.BeginObject();
   WriteHeader(json);
   json.Key("choices").BeginArray().EndArray().Key("usage");
-  WriteUsage(usage, json);
+  WriteUsageWithDetails(usage, json);
   json.EndObject();
   return json.Take();
 }

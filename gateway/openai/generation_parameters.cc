@@ -343,6 +343,7 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
     return InvalidParameter("cache_salt",
                             "Parameter 'cache_salt' must be a non-empty string if provided.");
   }
+  if (cache_salt) parameters.cache_salt = *std::move(cache_salt);
   return parameters;
 }
 

@@ -24,6 +24,7 @@ struct GenerationParameters {
   v1::SamplingParams sampling;  // all but the numbers of logprobs
   int n = 1;
   bool ignore_eos = false;
+  std::string cache_salt;  // KV is shared among requests of the same salt; empty: those without
 
   std::vector<std::string> stop;
   StopString stop_string = StopString::kLeaveOut;  // include_stop_str_in_output

@@ -1,8 +1,10 @@
-// Random requests, cancels, faults and stops against a model of the worker's books.
+// Random requests, cancels, faults and stops against a model of the worker's books and memory.
 //
-// After every step: no block belongs to two sequences, no slot either, blocks are conserved, the
-// budgets are kept, chunks follow each other without gap or overlap, the running are older than
-// the waiting. At the end: every request has ended the way it should, and all is free again.
+// After every step: every position of a sequence that counts as computed holds the KV of that very
+// prefix, blocks are conserved and belong to one sequence unless they are shared, no slot has two
+// owners, the budgets are kept, chunks follow each other without gap or overlap, the running are
+// older than the waiting. At the end: every request has ended the way it should, and all is free
+// again. Many requests begin alike; in some runs hashes are a few bits, so that they clash.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -11,6 +13,7 @@
 #include <memory>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "coordinator/scheduler.h"
@@ -29,9 +32,16 @@ uint32_t TokenAt(SequenceId id, size_t position) {
   return static_cast<uint32_t>(x % kVocabSize);
 }
 
+// What the KV of a position depends on: its token and all before it.
+uint64_t KvAfter(uint64_t before, uint32_t token) {
+  uint64_t x = (before ^ token) * 0xbf58476d1ce4e5b9u + 0x9e3779b97f4a7c15u;
+  return x ^ (x >> 31);
+}
+
 // The worker's view of one slot.
 struct Mirror {
   SequenceId id;
+  int kv_domain;
   std::vector<uint32_t> tokens;
   int num_computed;
   std::vector<int32_t> blocks;
@@ -40,7 +50,13 @@ struct Mirror {
 class SchedulerFuzz {
  public:
   explicit SchedulerFuzz(uint64_t seed)
-      : random_(seed), options_(RandomOptions()), scheduler_(options_) {}
+      : random_(seed),
+        options_(RandomOptions()),
+        scheduler_(options_),
+        kv_(size_t{1} * options_.num_kv_domains * options_.num_kv_blocks * options_.block_size) {}
+
+  const Scheduler::PrefixFigures& prefix_figures() const { return scheduler_.prefix_figures(); }
+  int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
 
   void Run() {
     const int num_operations = Between(200, 600);
@@ -88,6 +104,8 @@ class SchedulerFuzz {
     options.block_size = 1 << Between(0, 4);
     options.num_kv_domains = Between(0, 3) == 0 ? Between(2, 3) : 1;
     options.num_kv_blocks = Between(1, std::max(2, 150 / options.block_size));
+    options.share_prefixes = Between(0, 3) > 0;
+    if (Between(0, 2) == 0) options.hash.num_bits = Between(0, 4);
     max_steps_in_flight_ = Between(0, 2) == 0 ? 2 : 1;
     return options;
   }
@@ -98,9 +116,14 @@ class SchedulerFuzz {
     const int total = Between(1, Between(1, capacity));
     request.max_tokens = Between(0, total - 1);
     const SequenceId id = ++last_id_;
-    for (int i = 0; i < total - request.max_tokens; ++i) {
-      request.prompt_token_ids.push_back(TokenAt(id, i));
+    // One of three families, or its own; then what is its own.
+    const int num_prompt_tokens = total - request.max_tokens;
+    const int num_shared_tokens = Between(0, num_prompt_tokens);
+    const SequenceId family = 1000000 + Between(0, 2);
+    for (int i = 0; i < num_prompt_tokens; ++i) {
+      request.prompt_token_ids.push_back(TokenAt(i < num_shared_tokens ? family : id, i));
     }
+    if (Between(0, 7) == 0) request.cache_salt = "salt";
     request.min_tokens = Between(0, request.max_tokens);
     request.wants_prompt_logprobs = Between(0, 3) == 0;
     if (Between(0, 1) == 0) request.eos_token_ids = {kEos};
@@ -164,6 +187,7 @@ class SchedulerFuzz {
     for (const AdmittedSequence& a : step.admitted) {
       const bool is_new = mirrors_
                               .emplace(a.sequence->slot, Mirror{.id = a.sequence->id,
+                                                                .kv_domain = a.sequence->kv_domain,
                                                                 .tokens = a.sequence->tokens,
                                                                 .num_computed = a.num_computed,
                                                                 .blocks = {}})
@@ -182,6 +206,7 @@ class SchedulerFuzz {
       mirror.num_computed += s.num_tokens;
       EXPECT_LE(mirror.num_computed, static_cast<int>(mirror.tokens.size()));
       EXPECT_GE(static_cast<int>(mirror.blocks.size()) * options_.block_size, mirror.num_computed);
+      Compute(mirror, s.first_token);
       EXPECT_EQ(s.samples, mirror.num_computed == static_cast<int>(mirror.tokens.size()));
       SequenceOutcome& answer = outcome.sequences.emplace_back();
       if (Between(0, 499) == 0) {
@@ -192,17 +217,33 @@ class SchedulerFuzz {
       }
     }
     EXPECT_EQ(next_block, step.new_block_ids.size());
-    if (options_.num_kv_domains == 1) CheckBlocks();
+    CheckBlocks();
     return outcome;
   }
 
+  // Reads the KV of the positions before `first`, and stores that of those from there on.
+  void Compute(const Mirror& mirror, int first) {
+    uint64_t expected = 0;
+    for (int i = 0; i < mirror.num_computed; ++i) {
+      const int32_t block = mirror.blocks.at(i / options_.block_size);
+      ASSERT_TRUE(block >= 0 && block < options_.num_kv_blocks) << block;
+      const size_t place = size_t{1} * mirror.kv_domain * options_.num_kv_blocks + block;
+      uint64_t& kv = kv_.at(place * options_.block_size + i % options_.block_size);
+      expected = KvAfter(expected, mirror.tokens.at(i));
+      if (i < first) {
+        ASSERT_EQ(kv, expected) << mirror.id << " reads what is not its own at position " << i;
+      } else {
+        kv = expected;
+      }
+    }
+  }
+
   void CheckBlocks() {
-    std::set<int32_t> taken;
+    std::set<std::pair<int, int32_t>> taken;
     for (const auto& [slot, mirror] : mirrors_) {
       for (const int32_t block : mirror.blocks) {
-        EXPECT_GE(block, 0);
-        EXPECT_LT(block, options_.num_kv_blocks);
-        EXPECT_TRUE(taken.insert(block).second) << "block " << block << " has two owners";
+        const bool is_new = taken.emplace(mirror.kv_domain, block).second;
+        EXPECT_TRUE(is_new || options_.share_prefixes) << "block " << block << " has two owners";
       }
     }
     // Finished sequences are released with the next step only, so workers may hold more.
@@ -259,19 +300,28 @@ class SchedulerFuzz {
   std::map<SequenceId, Live> live_;
   std::map<int, Mirror> mirrors_;
   std::deque<InFlight> in_flight_;
+  std::vector<uint64_t> kv_;  // by domain, block and offset
   SequenceId last_id_ = 0;
 };
 
 TEST(SchedulerFuzzTest, KeepsItsBooksUnderRandomRequestsCancelsAndFaults) {
   const uint64_t base_seed = std::random_device()();
+  int64_t num_found = 0;
+  int64_t num_queried = 0;
+  int64_t num_preemptions = 0;
   for (uint64_t seed = base_seed; seed < base_seed + 200; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
     SchedulerFuzz fuzz(seed);
     fuzz.Run();
+    num_found += fuzz.prefix_figures().num_found;
+    num_queried += fuzz.prefix_figures().num_queried;
+    num_preemptions += fuzz.num_preemptions();
     if (HasFailure()) FAIL() << "with seed " << seed;
   }
   RecordProperty("base_seed", std::to_string(base_seed));
-  std::cout << "seeds " << base_seed << " to " << base_seed + 199 << "\n";
+  EXPECT_GT(num_found, 0);
+  std::cout << "seeds " << base_seed << " to " << base_seed + 199 << ": " << num_found << " of "
+            << num_queried << " tokens found, " << num_preemptions << " preemptions\n";
 }
 
 }  // namespace

@@ -285,6 +285,37 @@ TEST_F(ServingTest, AnswersTheStandardHealthCheck) {
   EXPECT_THAT(Health("another"), Not(AllOf(HasSubstr("SERVING"))));
 }
 
+TEST_F(ServingTest, SharesPrefixesAndSaysHowMuchWasFound) {
+  StartAndWait();
+  v1::GenerateRequest request = Asking(41, 12);
+  ExpectServed(request);
+  uint32_t cached_at_first = 0;
+  const Answer again = Generate(request, [&](const v1::GenerateResponse& message) {
+    if (cached_at_first == 0) cached_at_first = message.usage().cached_tokens();
+    return true;
+  });
+  EXPECT_EQ(again.token_ids, ExpectedTokens(request));
+  EXPECT_EQ(cached_at_first, 40u) << "ten blocks of four";
+  EXPECT_EQ(again.last.usage().cached_tokens(), 40u);
+
+  // Another end, another seed, another salt: the tokens are those of a request that shares nothing.
+  request.add_prompt_token_ids(100);
+  request.mutable_sampling()->set_seed(77);
+  ExpectServed(request);
+  request.set_cache_salt("mine");
+  EXPECT_EQ(Generate(request).last.usage().cached_tokens(), 0u);
+  EXPECT_EQ(Generate(request).last.usage().cached_tokens(), 40u);
+  WaitUntilAllIsFree();
+  ExpectNoViolations();
+
+  grpc::ClientContext context;
+  v1::MetricsText metrics;
+  ASSERT_TRUE(stub_->GetMetrics(&context, {}, &metrics).ok());
+  const std::string labels = "{engine=\"0\",model_name=\"a-model\"} ";
+  EXPECT_THAT(metrics.text(), HasSubstr("vllm:prefix_cache_queries_total" + labels + "208"));
+  EXPECT_THAT(metrics.text(), HasSubstr("vllm:prefix_cache_hits_total" + labels + "120"));
+}
+
 TEST_F(ServingTest, CountsInMetricsThatDashboardsKnow) {
   StartAndWait();
   ExpectServed(Asking(10, 5));

@@ -151,15 +151,20 @@ TEST(CommandLineTest, RefusesValuesWithTheReasonAndWhatIsExpected) {
 TEST(CommandLineTest, RefusesWhatOnlyVllmCanDoWithTheReason) {
   EXPECT_THAT(Refusal({"--api-key", "secret"}), HasSubstr("--api-key is refused: keys"));
   EXPECT_THAT(Refusal({"--api_key=hush", "--api-key", "hush", "hush"}), Not(HasSubstr("hush")));
-  EXPECT_THAT(Refusal({"--enable-prefix-caching"}), HasSubstr("do not share KV blocks"));
   EXPECT_THAT(Refusal({"--pipeline-parallel-size", "2"}), HasSubstr("--tensor-parallel-size"));
 }
 
 TEST(CommandLineTest, AcceptsWhatChangesNothingAndSaysSo) {
   const CommandLine line =
-      Parsed({"serve", "model", "--pipeline-parallel-size", "1", "--no-enable-prefix-caching"});
-  EXPECT_THAT(line.notes, ElementsAre(HasSubstr("--no-enable-prefix-caching changes nothing"),
+      Parsed({"serve", "model", "--pipeline-parallel-size", "1", "--enable-chunked-prefill"});
+  EXPECT_THAT(line.notes, ElementsAre(HasSubstr("--enable-chunked-prefill changes nothing"),
                                       HasSubstr("--pipeline-parallel-size 1 changes nothing")));
+}
+
+TEST(CommandLineTest, SharesPrefixesUnlessToldOtherwise) {
+  EXPECT_TRUE(Served({}).enable_prefix_caching);
+  EXPECT_TRUE(Served({"--enable-prefix-caching"}).enable_prefix_caching);
+  EXPECT_FALSE(Served({"--no-enable-prefix-caching"}).enable_prefix_caching);
 }
 
 TEST(CommandLineTest, SuggestsTheFlagThatWasMeant) {

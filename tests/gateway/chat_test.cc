@@ -39,8 +39,9 @@ TEST_F(ChatTest, AnswersAsDocumented) {
           R"("refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],)"
           R"("reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,)"
           R"("token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{)"));
-  EXPECT_THAT(response.body, HasSubstr(R"("prompt_tokens_details":null},"prompt_logprobs":null,)"
-                                       R"("prompt_token_ids":null,"kv_transfer_params":null})"));
+  EXPECT_THAT(response.body,
+              HasSubstr(R"("prompt_tokens_details":{"cached_tokens":0}},"prompt_logprobs":null,)"
+                        R"("prompt_token_ids":null,"kv_transfer_params":null})"));
 }
 
 TEST_F(ChatTest, EncodesTheMessagesAsTheModelWasTrained) {

@@ -28,7 +28,7 @@ TEST_F(CompletionsTest, AnswersTokenIdsWithTextAsDocumented) {
             R"("usage":{"prompt_tokens":3,"total_tokens":)" +
                 std::to_string(3 + num_tokens) + R"(,"completion_tokens":)" +
                 std::to_string(num_tokens) +
-                R"(,"prompt_tokens_details":null},"kv_transfer_params":null})");
+                R"(,"prompt_tokens_details":{"cached_tokens":0}},"kv_transfer_params":null})");
 }
 
 TEST_F(CompletionsTest, StreamsOneEventPerTokenThenUsageThenDone) {
@@ -47,10 +47,26 @@ TEST_F(CompletionsTest, StreamsOneEventPerTokenThenUsageThenDone) {
           R"([{"index":0,"text":"b","logprobs":null,"finish_reason":"length","stop_reason":null,)"
           R"("prompt_token_ids":null,"token_ids":null}],"usage":null})",
           R"({"id":"cmpl-test","object":"text_completion","created":0,"model":"tiny","choices":)"
-          R"([],"usage":{"prompt_tokens":1,"total_tokens":3,"completion_tokens":2}})",
+          R"([],"usage":{"prompt_tokens":1,"total_tokens":3,"completion_tokens":2,)"
+          R"("prompt_tokens_details":{"cached_tokens":0}}})",
           "[DONE]"));
   // Clients decode each piece they receive by itself: no event may be cut.
   for (const std::string& chunk : response.chunks) EXPECT_TRUE(chunk.ends_with("\n\n")) << chunk;
+}
+
+TEST_F(CompletionsTest, SaysHowManyTokensWereFoundEvenWhenAStopStringEndsIt) {
+  coordinator_.SetScript([this](const v1::GenerateRequest& request, FakeStream& stream) {
+    v1::GenerateResponse first;
+    first.add_token_ids(Ids("a")[0]);
+    first.mutable_usage()->set_cached_tokens(request.request_id().ends_with("-0") ? 2 : 99);
+    stream.Send(first);
+    stream.WaitUntilCancelled();
+    return grpc::Status::OK;
+  });
+  const HttpResponse response =
+      PostCompletion(R"({"prompt":[5,6,7],"n":2,"stop":"a","cache_salt":"mine"})");
+  EXPECT_THAT(response.body, HasSubstr(R"("prompt_tokens_details":{"cached_tokens":2}})"));
+  EXPECT_EQ(coordinator_.requests().at(0).cache_salt(), "mine");
 }
 
 TEST_F(CompletionsTest, SaysTheUsageInEveryChunkWhenAsked) {
@@ -59,8 +75,9 @@ TEST_F(CompletionsTest, SaysTheUsageInEveryChunkWhenAsked) {
       R"({"prompt":[5],"stream":true,"stream_options":{"continuous_usage_stats":true}})");
   const std::vector<std::string> events = EventsOf(response);
   ASSERT_EQ(events.size(), 4u);
-  EXPECT_THAT(events[0], HasSubstr(R"("usage":{"prompt_tokens":1,"total_tokens":2,)"
-                                   R"("completion_tokens":1,"prompt_tokens_details":null})"));
+  EXPECT_THAT(events[0],
+              HasSubstr(R"("usage":{"prompt_tokens":1,"total_tokens":2,)"
+                        R"("completion_tokens":1,"prompt_tokens_details":{"cached_tokens":0}})"));
   EXPECT_THAT(events[2], HasSubstr(R"("choices":[],"usage":{"prompt_tokens":1,)"));
 }
 
