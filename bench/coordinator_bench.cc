@@ -1,14 +1,15 @@
 // What a step costs in the coordinator: the real Scheduler, BlockPool and step_command, no network.
 //
 //   coordinator_bench [--sequences 1,8,…] [--block-sizes 1,16,64] [--steps 1000] [--turnover]
-//   [--json]
+//   [--no-enable-prefix-caching] [--json]
 //
 // A step is: schedule (Scheduler::Schedule), encode (EncodeStep and its bytes for the workers),
 // commit (the bytes of rank 0's result taken apart, DecodeResult, Scheduler::Commit). What the
 // workers do in between is not timed. All sequences decode and have 2,304 tokens halfway through
 // the steps that count; their lengths differ by up to 64 tokens, so that they do not all want a
 // block in the same step. With --turnover a sequence ends after 512 tokens, and another one with a
-// prompt of 2,048 takes its place: then 2,304 is the mean, and admissions count too.
+// prompt of 2,048 takes its place: then 2,304 is the mean, and admissions count too. Blocks are
+// published for others as they fill, but no two requests begin alike.
 //
 // Prints percentiles in microseconds, the bytes of a command, and which share of a step of 20 ms
 // (1,024 streams at 50 tokens per second) the median is. With --json one object per row instead.
@@ -49,6 +50,7 @@ struct Flags {
   std::vector<int> block_sizes = {1, 16, 64};
   int steps = 1000;
   bool turnover = false;
+  bool enable_prefix_caching = true;
   bool json = false;
 };
 
@@ -117,7 +119,8 @@ Scheduler::Options Coordinator::SchedulerOptions(const Flags& flags, int num_seq
   return {.max_tokens_per_step = num_sequences * longest,
           .max_sequences = num_sequences,
           .block_size = block_size,
-          .num_kv_blocks = num_sequences * ((longest + block_size - 1) / block_size + 1)};
+          .num_kv_blocks = num_sequences * ((longest + block_size - 1) / block_size + 1),
+          .share_prefixes = flags.enable_prefix_caching};
 }
 
 Coordinator::Coordinator(const Flags& flags, int num_sequences, int block_size)
@@ -230,6 +233,8 @@ int Main(int argc, char** argv) {
       ->check(CLI::Range(1, 1024));
   app.add_option("--steps", flags.steps, "that count, of each row")->check(CLI::Range(1, 4000));
   app.add_flag("--turnover", flags.turnover, "sequences end and others take their places");
+  app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching", flags.enable_prefix_caching,
+               "publish full blocks for others [on]");
   app.add_flag("--json", flags.json, "one JSON object per row");
   CLI11_PARSE(app, argc, argv);
 
