@@ -63,7 +63,7 @@ void BlockPool::Release(std::vector<int32_t>& block_table) {
 }
 
 std::optional<BlockPool::Found> BlockPool::Find(const BlockContent& content) const {
-  int32_t block = buckets_[content.hash.low & (buckets_.size() - 1)];
+  int32_t block = BucketOf(content.hash);
   while (block != kNone && !Holds(block, content)) block = blocks_[block].next_in_bucket;
   if (block == kNone) return std::nullopt;
   return Found{.block = block, .prefix = blocks_[block].prefix};

@@ -64,6 +64,14 @@ class BlockPool {
   // The block that holds this content, used or free.
   std::optional<Found> Find(const BlockContent& content) const;
 
+  // Hints that this name is about to be looked up or published, in two steps: memory needs a while
+  // for each.
+  void PrefetchBucket(const BlockHash& hash) const { __builtin_prefetch(&BucketOf(hash)); }
+  void PrefetchFirstOfBucket(const BlockHash& hash) const {
+    const int32_t block = BucketOf(hash);
+    if (block != kNone) __builtin_prefetch(&blocks_[block]);
+  }
+
   // Adds a use to blocks that Find named and appends them to `block_table`. Nothing may have been
   // taken in between.
   void Share(absl::Span<const int32_t> blocks, std::vector<int32_t>& block_table);
@@ -90,6 +98,9 @@ class BlockPool {
     int32_t newer = kNone;
   };
 
+  const int32_t& BucketOf(const BlockHash& hash) const {
+    return buckets_[hash.low & (buckets_.size() - 1)];
+  }
   int32_t& BucketOf(const BlockHash& hash) { return buckets_[hash.low & (buckets_.size() - 1)]; }
   bool Holds(int32_t block, const BlockContent& content) const;
   // Into and out of the table by which published blocks are found.

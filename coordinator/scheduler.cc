@@ -108,6 +108,7 @@ Step Scheduler::Schedule() {
 }
 
 void Scheduler::ScheduleRunning(Step& step, Budget& budget) {
+  std::vector<Sequence*> placed;
   // Preemption takes from the end of running_, so positions up to i stay what they are.
   for (size_t i = 0; i < running_.size() && budget.tokens > 0; ++i) {
     Sequence& sequence = *running_[i];
@@ -118,7 +119,9 @@ void Scheduler::ScheduleRunning(Step& step, Budget& budget) {
       continue;
     }
     Place(sequence, num_tokens, step, budget);
+    placed.push_back(&sequence);
   }
+  PublishFullBlocks(placed);
 }
 
 void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
@@ -146,6 +149,8 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
     waiting_.pop_front();
     Admit(sequence, *home, step);
     Place(sequence, num_tokens, step, budget);
+    Sequence* const placed = &sequence;
+    PublishFullBlocks({&placed, 1});
     room[home->kv_domain] -= home->num_wanted - BlocksFor(sequence.num_tokens()) +
                              static_cast<int>(sequence.block_table.size()) +
                              BlocksAboutToBeWanted(sequence);
@@ -227,7 +232,6 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
   sequence.num_computed += num_tokens;
-  PublishFullBlocks(sequence);
   budget.tokens -= num_tokens;
   budget.prompt_logprob_rows -= num_rows;
   CHECK_GE(budget.tokens, 0);
@@ -271,29 +275,66 @@ void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
   sequence.prefix = kEmptyPrefix;
 }
 
-// What the block with that index in the sequence's table holds when it is full; all its tokens are
-// known. Valid until tokens are appended.
-BlockContent Scheduler::ContentOf(int block_index, PrefixId previous, Sequence& sequence) const {
-  const auto tokens_of = [&](int index) {
-    return absl::MakeConstSpan(sequence.tokens)
-        .subspan(size_t{static_cast<unsigned>(index)} * options_.block_size, options_.block_size);
-  };
+// The tokens of a full block. Valid until tokens are appended.
+absl::Span<const uint32_t> Scheduler::TokensOf(int block_index, const Sequence& sequence) const {
+  return absl::MakeConstSpan(sequence.tokens)
+      .subspan(size_t{static_cast<unsigned>(block_index)} * options_.block_size,
+               options_.block_size);
+}
+
+// The name of a full block, made when first asked for.
+const BlockHash& Scheduler::HashOf(int block_index, Sequence& sequence) const {
   std::vector<BlockHash>& hashes = sequence.block_hashes;
   while (static_cast<int>(hashes.size()) <= block_index) {
     const BlockHash& last =
         hashes.empty() ? hasher_.Root(sequence.request->cache_salt) : hashes.back();
-    hashes.push_back(hasher_.Next(last, tokens_of(static_cast<int>(hashes.size()))));
+    hashes.push_back(hasher_.Next(last, TokensOf(static_cast<int>(hashes.size()), sequence)));
   }
-  return {.hash = hashes[block_index], .previous = previous, .token_ids = tokens_of(block_index)};
+  return hashes[block_index];
 }
 
-void Scheduler::PublishFullBlocks(Sequence& sequence) {
+// What the block with that index in the sequence's table holds when it is full; all its tokens are
+// known. Valid until tokens are appended.
+BlockContent Scheduler::ContentOf(int block_index, PrefixId previous, Sequence& sequence) const {
+  return {.hash = HashOf(block_index, sequence),
+          .previous = previous,
+          .token_ids = TokensOf(block_index, sequence)};
+}
+
+void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   if (!options_.share_prefixes) return;
-  BlockPool& pool = block_pools_[sequence.kv_domain];
-  const int num_full_blocks = sequence.num_computed / options_.block_size;
-  for (int& i = sequence.num_blocks_published; i < num_full_blocks; ++i) {
-    sequence.prefix =
-        pool.Publish(sequence.block_table[i], ContentOf(i, sequence.prefix, sequence));
+  struct FullBlock {
+    Sequence* sequence;
+    int index;
+  };
+  std::vector<FullBlock> full_blocks;
+  for (Sequence* const sequence : sequences) {
+    const int num_full_blocks = sequence->num_computed / options_.block_size;
+    for (int i = sequence->num_blocks_published; i < num_full_blocks; ++i) {
+      full_blocks.push_back({.sequence = sequence, .index = i});
+    }
+  }
+  // The pool's table is large and its places are random, so each is fetched a while before it is
+  // needed; with small blocks most of a step would otherwise go into waiting for memory.
+  constexpr size_t kAhead = 8;
+  for (size_t k = 0; k < full_blocks.size() + 2 * kAhead; ++k) {
+    if (k < full_blocks.size()) {
+      Sequence& sequence = *full_blocks[k].sequence;
+      const BlockHash& hash = HashOf(full_blocks[k].index, sequence);
+      block_pools_[sequence.kv_domain].PrefetchBucket(hash);
+    }
+    if (k >= kAhead && k - kAhead < full_blocks.size()) {
+      Sequence& sequence = *full_blocks[k - kAhead].sequence;
+      const BlockHash& hash = HashOf(full_blocks[k - kAhead].index, sequence);
+      block_pools_[sequence.kv_domain].PrefetchFirstOfBucket(hash);
+    }
+    if (k >= 2 * kAhead) {
+      const auto [sequence, i] = full_blocks[k - 2 * kAhead];
+      BlockPool& pool = block_pools_[sequence->kv_domain];
+      sequence->prefix =
+          pool.Publish(sequence->block_table[i], ContentOf(i, sequence->prefix, *sequence));
+      sequence->num_blocks_published = i + 1;
+    }
   }
 }
 

@@ -35,6 +35,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "coordinator/block_pool.h"
 #include "coordinator/sequence.h"
 #include "coordinator/step.h"
@@ -135,8 +136,10 @@ class Scheduler {
   void Forget(SequenceId id);
   SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome);
 
+  absl::Span<const uint32_t> TokensOf(int block_index, const Sequence& sequence) const;
+  const BlockHash& HashOf(int block_index, Sequence& sequence) const;
   BlockContent ContentOf(int block_index, PrefixId previous, Sequence& sequence) const;
-  void PublishFullBlocks(Sequence& sequence);
+  void PublishFullBlocks(absl::Span<Sequence* const> sequences);
 
   const Options options_;
   const BlockHasher hasher_;
