@@ -1,7 +1,7 @@
 """Runs as one HTML page without external assets: a table and curves, drawn as SVG.
 
-Beside them stand the figures that Vultr published for vLLM 0.16 on eight B200 with DeepSeek-V3-0324,
-2,048 tokens in and 512 out ("NVIDIA HGX B200 vLLM Optimization Cookbook", March 2026): only those
+Beside them stand the figures that Vultr published for vLLM 0.16 on eight B200 with
+DeepSeek-V3-0324, 2,048 tokens in and 512 out ("NVIDIA HGX B200 vLLM Optimization Cookbook", March 2026): only those
 that are known here.
 """
 
@@ -23,7 +23,8 @@ PUBLISHED_COLOUR = "#8a8a8a"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfc; --faint: #d9d9d6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3; --paper: #181a1b; --faint: #3a3d3f; } }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e3; --paper: #181a1b;
+                                             --faint: #3a3d3f; } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } figure { margin: 0; }
@@ -69,7 +70,8 @@ class Chart:
         if self.band:
             ys += self.band[:2]
         x_axis = Axis(min(xs), max(xs), self.log_x, LEFT, WIDTH - RIGHT)
-        y_axis = Axis(min(ys) if self.log_y else 0, 1.05 * max(ys), self.log_y, HEIGHT - BOTTOM, TOP)
+        lowest = min(ys) if self.log_y else 0
+        y_axis = Axis(lowest, 1.05 * max(ys), self.log_y, HEIGHT - BOTTOM, TOP)
         parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
                  f'aria-label="{html.escape(self.title)}">',
                  text(LEFT, 18, self.title, "title")]
@@ -247,12 +249,13 @@ def page(results, heading, with_published=True):
                        for row in rows)
         tables.append(f'<h2>{html.escape(label)}</h2><div class="wide"><table><thead><tr>{cells}'
                       f"</tr></thead><tbody>{body}</tbody></table></div>")
-    figures = "".join(f"<figure>{chart.svg()}</figure>" for chart in charts(results, with_published))
+    figures = "".join(f"<figure>{chart.svg()}</figure>"
+                      for chart in charts(results, with_published))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(heading)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>
 <body><h1>{html.escape(heading)}</h1>
-<p class="note">Closed loop, different random prompts for each number of clients; times in milliseconds,
-with the definitions of <code>vllm bench serve</code>.</p><p>{legend}</p>
+<p class="note">Closed loop, different random prompts for each number of clients; times in
+milliseconds, with the definitions of <code>vllm bench serve</code>.</p><p>{legend}</p>
 <div class="charts">{figures}</div>{"".join(tables)}</body></html>
 """

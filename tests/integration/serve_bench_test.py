@@ -1,4 +1,4 @@
-"""bench/serve_bench against a real server: counts add up, keys are vLLM's, the page stands alone."""
+"""bench/serve_bench and a real server: counts add up, keys are vLLM's, the page stands alone."""
 
 import asyncio
 import json
