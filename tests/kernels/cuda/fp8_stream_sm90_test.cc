@@ -14,33 +14,12 @@
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/expert_chunks.h"
+#include "tests/kernels/cuda/sm90_fixture.h"
 
 namespace fathom {
 namespace {
 
 using OutputType = Fp8StreamSm90::OutputType;
-
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& values) : size_(values.size()) {
-    CUDA_CHECK(cudaMalloc(&data_, std::max<size_t>(1, size_) * sizeof(T)));
-    CUDA_CHECK(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() const { return data_; }
-  std::vector<T> ToHost() const {
-    std::vector<T> values(size_);
-    CUDA_CHECK(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 double FromE4m3(uint8_t bits) {
   const int exponent = bits >> 3 & 15, mantissa = bits & 7;
@@ -55,19 +34,8 @@ struct Shape {
   int k = 0;
 };
 
-class Fp8StreamSm90Test : public testing::Test {
+class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
  protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU here";
-    CUDA_CHECK(cudaGetDeviceProperties(&device_, 0));
-    if (!Fp8StreamSm90::Supports(device_)) GTEST_SKIP() << device_.name << " is no Hopper";
-    seed_ = std::random_device{}();
-    RecordProperty("seed", std::to_string(seed_));
-    std::printf("seed %u\n", seed_);
-    random_.seed(seed_);
-  }
-
   // All finite values of magnitude below 4, every one as likely.
   std::vector<uint8_t> Values(size_t size) {
     std::vector<uint8_t> values(size);
@@ -225,9 +193,6 @@ class Fp8StreamSm90Test : public testing::Test {
     }
   }
 
-  cudaDeviceProp device_ = {};
-  unsigned seed_ = 0;
-  std::mt19937 random_;
   Shape shape_;
   int input_rows_ = 0, row_bytes_ = 0, out_stride_ = 0;
   std::vector<uint8_t> x_, weight_;

@@ -13,36 +13,13 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
+#include "tests/kernels/cuda/sm90_fixture.h"
 
 namespace fathom {
 namespace {
 
 using Bf16 = __nv_bfloat16;
 using Fp8 = __nv_fp8_e4m3;
-
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t size) : size_(size) {
-    CUDA_CHECK(cudaMalloc(&data_, size * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    CUDA_CHECK(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() const { return data_; }
-  std::vector<T> ToHost() const {
-    std::vector<T> values(size_);
-    CUDA_CHECK(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 // Values of both signs between 2⁻⁶ and 2, and zeros: all that is exact in E4M3 near 1.
 float RandomFp8(uint32_t bits, Fp8* value) {
@@ -52,19 +29,8 @@ float RandomFp8(uint32_t bits, Fp8* value) {
   return static_cast<float>(*value);
 }
 
-class Fp8TileSm90Test : public testing::Test {
+class Fp8TileSm90Test : public Sm90Test<Fp8TileSm90> {
  protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU here";
-    CUDA_CHECK(cudaGetDeviceProperties(&device_, 0));
-    if (!Fp8TileSm90::Supports(device_)) GTEST_SKIP() << device_.name << " is no Hopper";
-    seed_ = std::random_device{}();
-    RecordProperty("seed", std::to_string(seed_));
-    std::printf("seed %u\n", seed_);
-    random_.seed(seed_);
-  }
-
   void MakeFp8(size_t size, std::vector<Fp8>& values, std::vector<float>& as_floats) {
     values.resize(size);
     as_floats.resize(size);
@@ -220,9 +186,6 @@ class Fp8TileSm90Test : public testing::Test {
     }
   }
 
-  cudaDeviceProp device_ = {};
-  unsigned seed_ = 0;
-  std::mt19937 random_;
   int rows_ = 0, experts_ = 0, outputs_ = 0, inputs_ = 0;
   std::vector<Fp8> x_, weight_;
   std::vector<float> x_floats_, weight_floats_, x_scales_, factors_;

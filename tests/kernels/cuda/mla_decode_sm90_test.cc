@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
+#include "tests/kernels/cuda/sm90_fixture.h"
 
 namespace fathom {
 namespace {
@@ -24,45 +25,10 @@ constexpr int kRank = MlaDecodeSm90::kKvLoraRank;
 constexpr int kRope = MlaDecodeSm90::kRopeHeadDim;
 constexpr int kWidth = kRank + kRope;
 
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t size) : size_(size) {
-    CUDA_CHECK(cudaMalloc(&data_, size * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    CUDA_CHECK(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() const { return data_; }
-  std::vector<T> ToHost() const {
-    std::vector<T> values(size_);
-    CUDA_CHECK(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
-
 using Bf16 = __nv_bfloat16;
 
-class MlaDecodeSm90Test : public testing::Test {
+class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
  protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU here";
-    CUDA_CHECK(cudaGetDeviceProperties(&device_, 0));
-    if (!MlaDecodeSm90::Supports(device_)) GTEST_SKIP() << device_.name << " is no Hopper";
-    seed_ = std::random_device{}();
-    RecordProperty("seed", std::to_string(seed_));
-    std::printf("seed %u\n", seed_);
-    random_.seed(seed_);
-  }
-
   std::vector<Bf16> Normals(size_t size) {
     std::normal_distribution<float> normal;
     std::vector<Bf16> values(size);
@@ -230,9 +196,6 @@ class MlaDecodeSm90Test : public testing::Test {
     return lens;
   }
 
-  cudaDeviceProp device_ = {};
-  unsigned seed_ = 0;
-  std::mt19937 random_;
   int block_size_ = 0, max_blocks_ = 0;
   std::vector<int> tables_;
   std::vector<int> lens_, sequences_, tokens_;  // of each row

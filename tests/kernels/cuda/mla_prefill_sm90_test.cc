@@ -16,6 +16,7 @@
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/ops.h"
+#include "tests/kernels/cuda/sm90_fixture.h"
 
 namespace fathom {
 namespace {
@@ -31,32 +32,6 @@ constexpr int kFp8TokenBytes = kRank + 4 * kRank / 128 + 2 * kRope;
 using Bf16 = __nv_bfloat16;
 using CacheType = MlaPrefillSm90::CacheType;
 
-// Device memory; `bytes` of NaN to begin with.
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t size) : size_(size) {
-    CUDA_CHECK(cudaMalloc(&data_, size * sizeof(T)));
-    CUDA_CHECK(cudaMemset(data_, 0xFF, size * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    CUDA_CHECK(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* data() const { return data_; }
-  std::vector<T> ToHost() const {
-    std::vector<T> values(size_);
-    CUDA_CHECK(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return values;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
-
 struct Sequence {
   int chunk;        // queries of this step
   int earlier = 0;  // tokens in the cache before them
@@ -70,19 +45,8 @@ struct Setting {
   int min_chunk = 1;
 };
 
-class MlaPrefillSm90Test : public testing::Test {
+class MlaPrefillSm90Test : public Sm90Test<MlaPrefillSm90> {
  protected:
-  void SetUp() override {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) GTEST_SKIP() << "no GPU here";
-    CUDA_CHECK(cudaGetDeviceProperties(&device_, 0));
-    if (!MlaPrefillSm90::Supports(device_)) GTEST_SKIP() << device_.name << " is no Hopper";
-    seed_ = std::random_device{}();
-    RecordProperty("seed", std::to_string(seed_));
-    std::printf("seed %u\n", seed_);
-    random_.seed(seed_);
-  }
-
   float Normal() { return normal_(random_); }
   std::vector<Bf16> Normals(size_t size, float deviation = 1.0f) {
     std::vector<Bf16> values(size);
@@ -306,9 +270,6 @@ class MlaPrefillSm90Test : public testing::Test {
     EXPECT_EQ(wrong, 0);
   }
 
-  cudaDeviceProp device_ = {};
-  unsigned seed_ = 0;
-  std::mt19937 random_;
   std::normal_distribution<float> normal_;
   std::vector<Sequence> sequences_;
   std::vector<int> tables_, query_start_, positions_;
