@@ -17,6 +17,7 @@
 #include <random>
 #include <vector>
 
+#include "bench/gpu_timer.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/expert_chunks.h"
 #include "kernels/cuda/fp8_stream_sm90.h"
@@ -44,13 +45,6 @@ constexpr Layer kLayers[] = {{"qkv_a", 1, 2112, 7168, false},
                              {"w13", kRoutedExperts + 1, 512, 7168, true},
                              {"w2", kRoutedExperts + 1, 7168, 256, false}};
 
-template <typename T>
-T* Allocate(size_t count) {
-  T* data = nullptr;
-  CUDA_CHECK(cudaMalloc(&data, count * sizeof(T)));
-  return data;
-}
-
 // Random e4m3 without NaN or random factors near 0.01, a pattern repeated.
 uint8_t* RandomValues(size_t size, std::mt19937& random) {
   std::vector<uint8_t> values(std::min<size_t>(size, (1 << 24) + 4096));
@@ -68,34 +62,6 @@ float* RandomScales(size_t size, std::mt19937& random) {
   auto* data = Allocate<float>(size);
   CUDA_CHECK(cudaMemcpy(data, values.data(), size * 4, cudaMemcpyHostToDevice));
   return data;
-}
-
-// Median milliseconds of a graph of what `record` puts on the stream.
-template <typename Record>
-double MedianMs(cudaStream_t stream, Record record) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  record();
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 13; ++i) {
-    CUDA_CHECK(cudaEventRecord(begin, stream));
-    CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    CUDA_CHECK(cudaEventRecord(end, stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms);
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  CUDA_CHECK(cudaGraphExecDestroy(executable));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  return times[times.size() / 2];
 }
 
 // A step's rows by expert: every token to eight random experts and the shared one.
@@ -153,7 +119,7 @@ class Bench {
     constexpr size_t kBytes = size_t{1400} << 20;
     char* data = Allocate<char>(2 * kBytes);
     CUDA_CHECK(cudaMemset(data, 1, 2 * kBytes));
-    const double ms = MedianMs(stream_, [&] {
+    const double ms = MedianMs(stream_, 3, 10, [&] {
       CUDA_CHECK(cudaMemcpyAsync(data, data + kBytes, kBytes, cudaMemcpyDeviceToDevice, stream_));
     });
     CUDA_CHECK(cudaFree(data));
@@ -172,7 +138,7 @@ class Bench {
       for (int i = 0; i < kRoutings; ++i) {
         routings.push_back(MakeRouting(batch, max_count, random_));
       }
-      const double us = 1e3 / kLaunches * MedianMs(stream_, [&] {
+      const double us = 1e3 / kLaunches * MedianMs(stream_, 3, 10, [&] {
                           for (int i = 0; i < kLaunches; ++i) {
                             launch(values + i % sets * bytes, routings[i % kRoutings]);
                           }

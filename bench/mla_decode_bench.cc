@@ -13,6 +13,7 @@
 #include <random>
 #include <vector>
 
+#include "bench/gpu_timer.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/mla_decode_sm90.h"
 
@@ -33,43 +34,8 @@ constexpr Row kRows[] = {{1, 2304, 16.3},    {8, 2304, 18.2},  {64, 2304, 51.5},
                          {256, 2304, 168.5}, {1, 32768, 44.5}, {1, 131072, 70.5}};
 
 template <typename T>
-T* Allocate(size_t count) {
-  T* data = nullptr;
-  CUDA_CHECK(cudaMalloc(&data, count * sizeof(T)));
-  return data;
-}
-
-template <typename T>
 void Upload(T* target, const std::vector<T>& values) {
   CUDA_CHECK(cudaMemcpy(target, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-}
-
-// Median milliseconds of a graph of what `record` puts on the stream.
-template <typename Record>
-double MedianMs(cudaStream_t stream, Record record) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  record();
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 23; ++i) {
-    CUDA_CHECK(cudaEventRecord(begin, stream));
-    CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    CUDA_CHECK(cudaEventRecord(end, stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 3) times.push_back(ms);
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  CUDA_CHECK(cudaGraphExecDestroy(executable));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  return times[times.size() / 2];
 }
 
 int Main(bool json) {
@@ -94,7 +60,7 @@ int Main(bool json) {
       CUDA_CHECK(cudaMemcpy(caches + at, values.data(), bytes, cudaMemcpyHostToDevice));
     }
   }
-  const double copy_ms = MedianMs(stream, [&] {
+  const double copy_ms = MedianMs(stream, 3, 20, [&] {
     CUDA_CHECK(cudaMemcpyAsync(caches, caches + 2 * cache_bytes, 2 * cache_bytes,
                                cudaMemcpyDeviceToDevice, stream));
   });
@@ -125,7 +91,7 @@ int Main(bool json) {
     std::shuffle(table.begin(), table.end(), random);
     Upload(tables, table);
     Upload(lens, std::vector<int>(row.batch, row.context_len));
-    const double us = 1e3 / kLayers * MedianMs(stream, [&] {
+    const double us = 1e3 / kLayers * MedianMs(stream, 3, 20, [&] {
                         decode.Schedule({.count = row.batch, .context_lens = lens}, stream);
                         for (int layer = 0; layer < kLayers; ++layer) {
                           decode.Run(maps[layer % kCaches],

@@ -12,6 +12,7 @@
 #include <random>
 #include <vector>
 
+#include "bench/gpu_timer.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/mla_prefill_sm90.h"
 
@@ -38,13 +39,6 @@ constexpr Row kRows[] = {{1, 2048, 0},     {1, 2048, 0, MlaPrefillSm90::CacheTyp
                          {1, 512, 0},      {1, 128, 0}};
 
 template <typename T>
-T* Allocate(size_t count) {
-  T* data = nullptr;
-  CUDA_CHECK(cudaMalloc(&data, count * sizeof(T)));
-  return data;
-}
-
-template <typename T>
 T* Upload(const std::vector<T>& values) {
   T* data = Allocate<T>(values.size());
   CUDA_CHECK(cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
@@ -62,34 +56,6 @@ __nv_bfloat16* RandomBf16(size_t count, float deviation, std::mt19937& random) {
                           cudaMemcpyHostToDevice));
   }
   return data;
-}
-
-// Median microseconds of a graph of what `record` puts on the stream.
-template <typename Record>
-double MedianUs(cudaStream_t stream, Record record) {
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  record();
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  std::vector<float> times;
-  for (int i = 0; i < 9; ++i) {
-    CUDA_CHECK(cudaEventRecord(begin, stream));
-    CUDA_CHECK(cudaGraphLaunch(executable, stream));
-    CUDA_CHECK(cudaEventRecord(end, stream));
-    CUDA_CHECK(cudaEventSynchronize(end));
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-    if (i >= 2) times.push_back(ms * 1e3f);
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  CUDA_CHECK(cudaGraphExecDestroy(executable));
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  return times[times.size() / 2];
 }
 
 int Main(bool json) {
@@ -147,7 +113,8 @@ int Main(bool json) {
                                                        stream);
     const bool fp8 = row.cache == MlaPrefillSm90::CacheType::kFp8;
     const auto measure = [&](MlaPrefillSm90::Parts parts) {
-      return MedianUs(stream,
+      return 1e3 *
+             MedianMs(stream, 2, 7,
                       [&] {
                         for (int i = 0; i < kLayers; ++i) {
                           const int which = i % kWeights;
