@@ -69,7 +69,9 @@ struct Metrics::Families {
   prometheus::Gauge& kv_blocks = Gauge("fathom:kv_blocks", "KV blocks of the group.");
   prometheus::Counter& steps = Counter("fathom:steps_total", "Steps made.");
   prometheus::Histogram& step_seconds =
-      Histogram("fathom:step_seconds", "Time from sending a step to the last worker's answer.",
+      Histogram("fathom:step_seconds",
+                "Time until all workers have answered a step, from sending it or, if it was sent "
+                "ahead, from the answer before.",
                 {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30});
   prometheus::Counter& compute_seconds = Counter(
       "fathom:compute_seconds_total", "Time of rank 0 in the forward pass and the sampler.");

@@ -231,6 +231,7 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .first_token = sequence.num_computed,
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
+  if (step.scheduled.back().samples) ++sequence.num_unknown;
   sequence.num_computed += num_tokens;
   budget.tokens -= num_tokens;
   budget.prompt_logprob_rows -= num_rows;
@@ -260,6 +261,7 @@ void Scheduler::Preempt(Sequence& sequence) {
   EraseById(running_, &sequence);
   FreeBlocksAndSlot(sequence);
   sequence.num_computed = 0;  // its tokens stay; only their KV is computed again
+  sequence.num_unknown = 0;   // and those in flight are sampled again
   InsertById(waiting_, &sequence);
   ++num_preemptions_;
 }
@@ -309,7 +311,8 @@ void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   };
   std::vector<FullBlock> full_blocks;
   for (Sequence* const sequence : sequences) {
-    const int num_full_blocks = sequence->num_computed / options_.block_size;
+    const int num_full_blocks =
+        std::min(sequence->num_computed, sequence->num_tokens()) / options_.block_size;
     for (int i = sequence->num_blocks_published; i < num_full_blocks; ++i) {
       full_blocks.push_back({.sequence = sequence, .index = i});
     }
@@ -360,16 +363,22 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
 
   std::vector<SequenceUpdate> updates;
   updates.reserve(step.scheduled.size());
+  std::vector<Sequence*> sound;
+  sound.reserve(step.scheduled.size());
   for (size_t i = 0; i < step.scheduled.size(); ++i) {
     const ScheduledSequence& scheduled = step.scheduled[i];
     const auto found = sequences_.find(scheduled.id);
-    if (found == sequences_.end()) continue;  // cancelled while the step was in flight
+    if (found == sequences_.end()) continue;  // it ended while the step was in flight
     // Preempted since: the workers have forgotten the token too, and will sample the same again.
-    const Sequence& sequence = *found->second;
+    Sequence& sequence = *found->second;
     if (sequence.slot < 0 || sequence.num_admissions != scheduled.admission) continue;
     updates.push_back(Apply(scheduled, outcome.sequences[i]));
     updates.back().batch_index = static_cast<int>(i);
-    if (updates.back().end.has_value()) Forget(scheduled.id);
+    if (updates.back().end != EndReason::kFault) sound.push_back(&sequence);
+  }
+  PublishFullBlocks(sound);
+  for (const SequenceUpdate& update : updates) {
+    if (update.end.has_value()) Forget(update.id);
   }
   return updates;
 }
@@ -389,6 +398,7 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   update.num_prompt_tokens_done = std::max(0, prompt_computed - sequence.num_prompt_tokens_done);
   sequence.num_prompt_tokens_done += update.num_prompt_tokens_done;
   sequence.num_prompt_logprobs_done += scheduled.num_prompt_logprobs;
+  if (scheduled.samples) --sequence.num_unknown;
 
   if (outcome.fault.has_value()) {
     update.end = EndReason::kFault;

@@ -13,16 +13,20 @@
 // computed; rows of prompt logprobs have a budget of their own.
 //
 // Sequences that begin alike share KV blocks. A block is published in the step that fills it, at
-// once: workers store what a layer keeps of all tokens of a step before they read any of it, so
-// even a sequence admitted in the same step may use it. On admission a sequence takes over the
-// longest run of blocks that are published for its tokens, but always computes its last token, and
-// those whose prompt logprobs it still owes. What a sequence with a fault has touched is not found
-// any more.
+// once if its tokens are known: workers store what a layer keeps of all tokens of a step before
+// they read any of it, so even a sequence admitted in the same step may use it. On admission a
+// sequence takes over the longest run of blocks that are published for its tokens, but always
+// computes its last token, and those whose prompt logprobs it still owes. What a sequence with a
+// fault has touched is not found any more.
 //
-// Pure state: no clock, no threads, no wire, no metrics. Steps may be scheduled while earlier ones
-// are in flight, as long as they are sent and committed in order: a sequence whose next token is
-// still unknown just has nothing pending. Blocks freed meanwhile are safe to hand out, because the
-// workers make steps in order.
+// Steps may be scheduled while earlier ones are in flight, as long as they are sent and committed
+// in order. A token that a step in flight samples counts as pending for the next: the workers know
+// it by then. A sequence is never scheduled past max_tokens, which is known in advance; one that a
+// stop token or a fault ends has a row in each step scheduled since, whose outcome is dropped. A
+// block that holds unknown tokens is published when the last of them is known. Blocks freed
+// meanwhile are safe to hand out, because the workers make steps in order.
+//
+// Pure state: no clock, no threads, no wire, no metrics.
 //
 // Not thread-safe; only StepLoop calls it.
 #pragma once

@@ -3,6 +3,7 @@
 // Plain state that Scheduler alone changes; it knows no wire and no time. Not thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -27,6 +28,9 @@ struct Sequence {
   std::vector<uint32_t> tokens;  // prompt, then what was generated; survives preemption
   // Tokens whose KV is in the blocks once the steps in flight have finished.
   int num_computed = 0;
+  // Tokens that steps in flight sample. The workers have them before they make the next step, so
+  // that they can be computed there although nobody here knows them yet.
+  int num_unknown = 0;
   int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
   int num_prompt_tokens_done = 0;    // computed or found at least once: survives preemption
   int num_cached_tokens = 0;         // of the prompt, found when it was first admitted
@@ -44,7 +48,11 @@ struct Sequence {
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_generated() const { return num_tokens() - request->num_prompt_tokens(); }
-  int num_pending() const { return num_tokens() - num_computed; }
+  // To be computed next. None when the steps in flight sample the last token that it may have.
+  int num_pending() const {
+    const bool ends_in_flight = num_generated() + num_unknown >= std::max(1, request->max_tokens);
+    return ends_in_flight ? 0 : num_tokens() + num_unknown - num_computed;
+  }
 };
 
 }  // namespace fathom

@@ -217,10 +217,10 @@ absl::Status StepLoop::Serve(WorkerGroup& group) {
     RETURN_IF_ERROR(group.status());
     Apply(TakeInbox());
     if (IsIdle() && IsDrained()) return absl::OkStatus();
-    SendNextStep(group);
+    const bool may_send_more = SendNextStep(group);
     Deliver();
     ReportLoad();
-    if (in_flight_.size() == kMaxStepsInFlight) RETURN_IF_ERROR(CommitOldestStep(group));
+    if (!may_send_more && !in_flight_.empty()) RETURN_IF_ERROR(CommitOldestStep(group));
   }
 }
 
@@ -263,11 +263,12 @@ void StepLoop::Apply(Inbox inbox) {
   }
 }
 
-void StepLoop::SendNextStep(WorkerGroup& group) {
+bool StepLoop::SendNextStep(WorkerGroup& group) {
   Step step = scheduler_->Schedule();
-  if (step.empty()) return;
+  if (step.empty()) return false;
   group.Send(EncodeStep(step, group.epoch()));
   in_flight_.push_back({.step = std::move(step), .sent_at = MonotonicNow()});
+  return static_cast<int>(in_flight_.size()) < options_.max_steps_in_flight;
 }
 
 absl::Status StepLoop::CommitOldestStep(WorkerGroup& group) {
@@ -351,7 +352,10 @@ void StepLoop::CountStep(const StepInFlight& made, const std::vector<SequenceUpd
   figures.num_prefix_tokens_found = prefixes.num_found - prefix_figures_counted_.num_found;
   prefix_figures_counted_ = prefixes;
   figures.num_tokens = made.step.num_tokens;
-  figures.seconds = absl::ToDoubleSeconds(MonotonicNow() - made.sent_at);
+  // The workers begin a step when they have ended the one before.
+  const absl::Duration now = MonotonicNow();
+  figures.seconds = absl::ToDoubleSeconds(now - std::max(made.sent_at, last_committed_at_));
+  last_committed_at_ = now;
   figures.compute_seconds = compute_seconds;
   metrics_.CountStep(figures);
   board_.CountStep();

@@ -6,9 +6,9 @@
 // group breaks, every request ends with Unavailable, naming the worker and the cause, and the next
 // group forms under the next epoch, for ever, with backoff. (Requests that survive come later.)
 //
-// A step is sent before the tokens of the step before it go out to the clients, so that the workers
-// need not wait for that. One step is in flight at a time; kMaxStepsInFlight is what a second one
-// would change, together with tokens that stay on the device.
+// Two steps are in flight while there is work: the next one is scheduled and sent while the workers
+// compute, so that they never wait for the coordinator; only then the tokens of the step before go
+// out to the clients. A sequence that ends with a stop token wastes its row of one step.
 //
 // Thread-safe, except that Start and Join are called once each, by the owner.
 #pragma once
@@ -46,6 +46,7 @@ class StepLoop {
     int max_prompt_logprob_rows_per_step = 256;
     int max_queued_requests = 1024;  // that wait; beyond it requests are refused
     bool enable_prefix_caching = true;
+    int max_steps_in_flight = 2;  // with 1 the workers wait while a step is scheduled and sent
     absl::Duration min_backoff = absl::Milliseconds(50);  // between attempts to form a group
     absl::Duration max_backoff = absl::Seconds(5);
     absl::Duration log_interval = absl::Seconds(10);
@@ -76,8 +77,6 @@ class StepLoop {
   void Join();
 
  private:
-  static constexpr size_t kMaxStepsInFlight = 1;
-
   struct Submission {
     SequenceId id;
     std::shared_ptr<const Request> request;
@@ -115,7 +114,9 @@ class StepLoop {
   // What has come in. Waits for it when there is nothing else to do.
   Inbox TakeInbox();
   void Apply(Inbox inbox);
-  void SendNextStep(WorkerGroup& group);
+  // Whether another one may follow: there was something to compute, and not as much is in flight
+  // as may be.
+  bool SendNextStep(WorkerGroup& group);
   absl::Status CommitOldestStep(WorkerGroup& group);
   Delivery MakeDelivery(const SequenceUpdate& update, StepAnswer& answer);
   void Deliver();
@@ -149,6 +150,7 @@ class StepLoop {
   std::unique_ptr<Scheduler> scheduler_;  // of the current group
   std::unordered_map<SequenceId, std::shared_ptr<TokenStream>> streams_;
   std::deque<StepInFlight> in_flight_;
+  absl::Duration last_committed_at_;
   std::vector<Delivery> deliveries_;  // of the last commit
   int64_t num_preemptions_counted_ = 0;
   Scheduler::PrefixFigures prefix_figures_counted_;

@@ -139,6 +139,10 @@ absl::Status SlotTable::Schedule(const v1::StepCommand& command, StepPlan& plan)
     sequence->scheduled_in_step = num_steps_;
     RETURN_IF_ERROR(AppendBlocks(slot, *sequence, {next_blocks, command.num_new_blocks(i)}));
     next_blocks += command.num_new_blocks(i);
+    if (sequence->has_fault) {
+      plan.slots_with_faults.push_back(static_cast<int>(slot));
+      continue;
+    }
     RETURN_IF_ERROR(CheckTokens(slot, *sequence, command.num_tokens(i)));
 
     const SequenceSlice slice = {.token_ids = sequence->token_ids,
@@ -247,6 +251,13 @@ void SlotTable::AppendSampledToken(int slot, int32_t token_id) {
   CHECK_EQ(sequence.num_computed, static_cast<int>(sequence.token_ids.size()));
   sequence.token_ids.push_back(token_id);
   if (sequence.sampling.has_penalties()) sequence.counts.AddOutputToken(token_id);
+}
+
+void SlotTable::MarkFault(int slot) {
+  CHECK(slots_[slot].has_value()) << "slot " << slot;
+  Sequence& sequence = *slots_[slot];
+  CHECK_EQ(sequence.num_computed, static_cast<int>(sequence.token_ids.size()));
+  sequence.has_fault = true;
 }
 
 }  // namespace fathom

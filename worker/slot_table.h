@@ -54,6 +54,8 @@ struct StepPlan {
   StepBatch batch;
   std::vector<SampledRow> sampled;     // in batch order
   std::vector<PromptRow> prompt_rows;  // in batch order, ascending positions within a slot
+  // Scheduled before the coordinator knew that they had a fault: nothing of them is computed.
+  std::vector<int> slots_with_faults;
 };
 
 class SlotTable {
@@ -71,6 +73,9 @@ class SlotTable {
   SamplingContext ContextOf(int slot) const;
   // REQUIRES: all tokens of the slot are computed, and token_id < vocab_size.
   void AppendSampledToken(int slot, int32_t token_id);
+  // In place of a token: the slot waits to be released, and what a step wants of it is skipped.
+  // REQUIRES: all tokens of the slot are computed.
+  void MarkFault(int slot);
 
  private:
   struct Sequence {
@@ -81,6 +86,7 @@ class SlotTable {
     int num_prompt_logprobs_done = 0;
     SamplingParams sampling;
     TokenCounts counts;  // only with penalties
+    bool has_fault = false;
     uint64_t scheduled_in_step = 0;
   };
 

@@ -69,6 +69,11 @@ absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
 
 absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult& result) {
   ASSIGN_OR_RETURN(const StepPlan plan, slots_.Apply(command));
+  if (rank() == 0) {
+    for (const int slot : plan.slots_with_faults) {
+      AddFault(slot, absl::InternalError("it had a fault in an earlier step"), result);
+    }
+  }
   if (plan.batch.num_tokens() == 0) return absl::OkStatus();
   ASSIGN_OR_RETURN(const Tensor logits, shard_.Forward(plan.batch, *kv_cache_, *communicator_));
 
@@ -83,7 +88,10 @@ absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult
   RETURN_IF_ERROR(communicator_->BroadcastFromRank0(
       choices.data(), static_cast<int64_t>(choices.size() * sizeof(choices[0]))));
   for (size_t i = 0; i < choices.size(); ++i) {
-    if (choices[i] == kFault) continue;
+    if (choices[i] == kFault) {
+      slots_.MarkFault(plan.sampled[i].slot);
+      continue;
+    }
     if (choices[i] < 0 || choices[i] >= vocab_size_) {
       return absl::InternalError(absl::StrCat("rank 0 sent token ", choices[i]));
     }

@@ -69,11 +69,13 @@ void StepStream::MakeSteps() {
     if (command == nullptr) break;
     absl::StatusOr<v1::StepResult> result = runner->Run(*command);
     status = result.status();
-    if (!status.ok()) break;
-    outgoing_ = *std::move(result);
-    status = WriteResult();
+    const absl::Status written = AwaitWrite();
+    if (status.ok()) status = written;
+    if (status.ok()) StartToWrite(*std::move(result));
   }
   runner->Abort();  // the other ranks notice
+  const absl::Status written = AwaitWrite();
+  if (status.ok()) status = written;
   const uint64_t epoch = runner->epoch();
   {
     absl::MutexLock lock(&mutex_);
@@ -110,12 +112,16 @@ std::unique_ptr<v1::StepCommand> StepStream::NextCommand() {
   return command;
 }
 
-absl::Status StepStream::WriteResult() {
+void StepStream::StartToWrite(v1::StepResult result) {
+  outgoing_ = std::move(result);
   {
     absl::MutexLock lock(&mutex_);
     is_written_ = false;
   }
   StartWrite(&outgoing_);
+}
+
+absl::Status StepStream::AwaitWrite() {
   absl::MutexLock lock(&mutex_);
   const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return is_written_ || !stop_reason_.ok();

@@ -1,5 +1,6 @@
 // One Run stream: reads commands as they come, makes their steps one by one in a thread of its own,
-// and writes the results in the same order.
+// and writes the results in the same order. A step does not wait for the result of the one before
+// it to be written.
 //
 // The stream ends when the client closes or cancels it, with the error of the first step that
 // fails, or when it is told to stop. It destroys itself once gRPC is done with it.
@@ -43,7 +44,9 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
   void MakeSteps();
   // The next command; absent when there will be none.
   std::unique_ptr<v1::StepCommand> NextCommand();
-  absl::Status WriteResult();
+  void StartToWrite(v1::StepResult result);
+  // Until the last write has ended; OK when it could.
+  absl::Status AwaitWrite();
 
   grpc::CallbackServerContext* const context_;
   const std::function<void(StepStream*)> on_ended_;
@@ -56,8 +59,8 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
   bool is_reading_ ABSL_GUARDED_BY(mutex_) = true;
   bool no_more_commands_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status stop_reason_ ABSL_GUARDED_BY(mutex_);  // not OK: stop
-  bool is_written_ ABSL_GUARDED_BY(mutex_) = false;
-  bool write_ok_ ABSL_GUARDED_BY(mutex_) = false;
+  bool is_written_ ABSL_GUARDED_BY(mutex_) = true;    // no write is under way
+  bool write_ok_ ABSL_GUARDED_BY(mutex_) = true;      // of the last one
 
   std::thread thread_;
 };

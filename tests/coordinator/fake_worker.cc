@@ -13,6 +13,16 @@
 
 namespace fathom {
 
+namespace {
+
+void AddFault(uint32_t slot, const std::string& reason, v1::StepResult& result) {
+  v1::SlotFault& fault = *result.add_faults();
+  fault.set_slot(slot);
+  fault.set_reason(reason);
+}
+
+}  // namespace
+
 uint32_t TokenAfter(const std::vector<uint32_t>& prefix, int num_prompt_tokens,
                     const v1::SamplingParams& sampling, uint32_t vocab_size) {
   uint64_t hash = sampling.seed() + 0x9e3779b97f4a7c15u;
@@ -207,6 +217,7 @@ void FakeWorker::Compute(const v1::StepCommand& command, v1::StepResult& result)
         .num_prompt_tokens = static_cast<int>(admission.num_prompt_tokens()),
         .num_computed = static_cast<int>(admission.num_computed()),
         .num_prompt_logprobs_done = static_cast<int>(admission.num_prompt_logprobs_done()),
+        .has_fault = false,
         .blocks = {},
         .sampling = admission.sampling()};
     if (!mirrors_.emplace(admission.slot(), std::move(mirror)).second) {
@@ -242,6 +253,7 @@ void FakeWorker::Compute(const v1::StepCommand& command, v1::StepResult& result)
 
 void FakeWorker::ComputeSequence(uint32_t slot, int num_tokens, Mirror& mirror,
                                  v1::StepResult& result) {
+  if (mirror.has_fault) return AddFault(slot, "it had a fault in an earlier step", result);
   const int end = mirror.num_computed + num_tokens;
   if (num_tokens < 1 || end > static_cast<int>(mirror.tokens.size())) {
     return Violation(absl::StrCat("slot ", slot, " is to compute ", num_tokens, " tokens"));
@@ -269,10 +281,8 @@ void FakeWorker::ComputeSequence(uint32_t slot, int num_tokens, Mirror& mirror,
 
 void FakeWorker::Sample(uint32_t slot, Mirror& mirror, v1::StepResult& result) {
   if (mirror.tokens[0] == kPoisonTokenId) {
-    v1::SlotFault& fault = *result.add_faults();
-    fault.set_slot(slot);
-    fault.set_reason("logits are not finite");
-    return;
+    mirror.has_fault = true;
+    return AddFault(slot, "logits are not finite", result);
   }
   std::vector<uint32_t> prefix;
   for (int i = 0; i < mirror.num_computed; ++i) prefix.push_back(KvAt(mirror, i));

@@ -65,6 +65,7 @@ class FakeWorker final : public v1::Worker::Service {
     int num_prompt_tokens = 0;
     int num_computed = 0;
     int num_prompt_logprobs_done = 0;
+    bool has_fault = false;
     std::vector<uint32_t> blocks;
     v1::SamplingParams sampling;
   };

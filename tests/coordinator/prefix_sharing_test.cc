@@ -130,6 +130,23 @@ TEST_F(PrefixSharingTest, FindsWhatWasGeneratedAsWellAsWhatWasAsked) {
   EXPECT_THAT(Serve(next_turn), ElementsAre("2:6+4"));
 }
 
+TEST_F(PrefixSharingTest, PublishesABlockWhenTheLastOfItsTokensIsKnown) {
+  Start({.block_size = 2, .num_kv_blocks = 16});
+  Add(Asking(3, 3));
+  const Step first = scheduler_->Schedule();
+  const Step second = scheduler_->Schedule();
+  Request next_turn = Asking(3, 1);
+  next_turn.prompt_token_ids.insert(next_turn.prompt_token_ids.end(), {7, 7, 8});
+  Add(next_turn);
+  const Step third = scheduler_->Schedule();
+  EXPECT_THAT(Story(third), ElementsAre("1:4+1", "2:2+4")) << "the 7 is still in flight";
+  Commit(first);
+  Add(next_turn);
+  EXPECT_THAT(Story(scheduler_->Schedule()), ElementsAre("3:4+2"));
+  Commit(second);
+  EXPECT_EQ(Commit(third).at(0).end, EndReason::kLength);
+}
+
 TEST_F(PrefixSharingTest, DoesNotSkipTokensWhosePromptLogprobsAreWanted) {
   Start({.block_size = 4, .num_kv_blocks = 16});
   Serve(Asking(10));

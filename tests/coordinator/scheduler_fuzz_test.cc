@@ -4,13 +4,15 @@
 // prefix, blocks are conserved and belong to one sequence unless they are shared, no slot has two
 // owners, the budgets are kept, chunks follow each other without gap or overlap, the running are
 // older than the waiting. At the end: every request has ended the way it should, and all is free
-// again. Many requests begin alike; in some runs hashes are a few bits, so that they clash.
+// again. Many requests begin alike; in some runs hashes are a few bits, so that they clash. And
+// with several steps in flight every request gets what it gets with one.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <iostream>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <utility>
@@ -44,21 +46,44 @@ struct Mirror {
   int kv_domain;
   std::vector<uint32_t> tokens;
   int num_computed;
+  bool has_fault;
   std::vector<int32_t> blocks;
 };
 
+// What a client got in all.
+struct Outcome {
+  size_t num_tokens;
+  int num_prompt_logprobs;
+  std::optional<EndReason> end;
+  bool operator==(const Outcome&) const = default;
+};
+
+void PrintTo(const Outcome& outcome, std::ostream* os) {
+  *os << outcome.num_tokens << " tokens, " << outcome.num_prompt_logprobs
+      << " prompt logprobs, end " << (outcome.end ? static_cast<int>(*outcome.end) : -1);
+}
+
 class SchedulerFuzz {
  public:
-  explicit SchedulerFuzz(uint64_t seed)
-      : random_(seed),
+  // `max_steps_in_flight` changes when things happen, but none of what is asked for.
+  SchedulerFuzz(uint64_t seed, int max_steps_in_flight)
+      : seed_(seed),
+        random_(seed),
         options_(RandomOptions()),
+        request_random_(random_()),
+        max_steps_in_flight_(max_steps_in_flight),
         scheduler_(options_),
         kv_(size_t{1} * options_.num_kv_domains * options_.num_kv_blocks * options_.block_size) {}
 
   const Scheduler::PrefixFigures& prefix_figures() const { return scheduler_.prefix_figures(); }
   int64_t num_preemptions() const { return scheduler_.num_preemptions(); }
 
-  void Run() {
+  // By id, of those that were not cancelled.
+  const std::map<SequenceId, Outcome>& outcomes() const { return outcomes_; }
+  int num_wasted_rows() const { return num_wasted_rows_; }
+
+  void RunWithCancelsAndFaults() {
+    has_random_faults_ = true;
     const int num_operations = Between(200, 600);
     for (int i = 0; i < num_operations && !::testing::Test::HasFailure(); ++i) {
       const int dice = Between(0, 9);
@@ -69,6 +94,23 @@ class SchedulerFuzz {
       else
         MakeStep();
     }
+    Finish();
+  }
+
+  void Run(int num_requests) {
+    while (num_requests > 0 && !::testing::Test::HasFailure()) {
+      if (Between(0, 2) == 0) {
+        AddRequest();
+        --num_requests;
+      } else {
+        MakeStep();
+      }
+    }
+    Finish();
+  }
+
+ private:
+  void Finish() {
     // Every request ends in a bounded number of steps.
     int64_t num_steps = 0;
     while (!live_.empty() && !::testing::Test::HasFailure()) {
@@ -81,7 +123,6 @@ class SchedulerFuzz {
     EXPECT_EQ(scheduler_.num_free_blocks(), scheduler_.num_blocks());
   }
 
- private:
   struct Live {
     std::shared_ptr<const Request> request;
     size_t num_received = 0;
@@ -94,7 +135,10 @@ class SchedulerFuzz {
     StepOutcome outcome;
   };
 
-  int Between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
+  static int Draw(std::mt19937_64& random, int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(random);
+  }
+  int Between(int low, int high) { return Draw(random_, low, high); }
 
   Scheduler::Options RandomOptions() {
     Scheduler::Options options;
@@ -106,27 +150,27 @@ class SchedulerFuzz {
     options.num_kv_blocks = Between(1, std::max(2, 150 / options.block_size));
     options.share_prefixes = Between(0, 3) > 0;
     if (Between(0, 2) == 0) options.hash.num_bits = Between(0, 4);
-    max_steps_in_flight_ = Between(0, 2) == 0 ? 2 : 1;
     return options;
   }
 
   void AddRequest() {
     const int capacity = options_.num_kv_blocks * options_.block_size;
     Request request;
-    const int total = Between(1, Between(1, capacity));
-    request.max_tokens = Between(0, total - 1);
+    const auto draw = [this](int low, int high) { return Draw(request_random_, low, high); };
+    const int total = draw(1, draw(1, capacity));
+    request.max_tokens = draw(0, total - 1);
     const SequenceId id = ++last_id_;
     // One of three families, or its own; then what is its own.
     const int num_prompt_tokens = total - request.max_tokens;
-    const int num_shared_tokens = Between(0, num_prompt_tokens);
-    const SequenceId family = 1000000 + Between(0, 2);
+    const int num_shared_tokens = draw(0, num_prompt_tokens);
+    const SequenceId family = 1000000 + draw(0, 2);
     for (int i = 0; i < num_prompt_tokens; ++i) {
       request.prompt_token_ids.push_back(TokenAt(i < num_shared_tokens ? family : id, i));
     }
-    if (Between(0, 7) == 0) request.cache_salt = "salt";
-    request.min_tokens = Between(0, request.max_tokens);
-    request.wants_prompt_logprobs = Between(0, 3) == 0;
-    if (Between(0, 1) == 0) request.eos_token_ids = {kEos};
+    if (draw(0, 7) == 0) request.cache_salt = "salt";
+    request.min_tokens = draw(0, request.max_tokens);
+    request.wants_prompt_logprobs = draw(0, 3) == 0;
+    if (draw(0, 1) == 0) request.eos_token_ids = {kEos};
     auto shared = std::make_shared<const Request>(std::move(request));
     live_[id] = {.request = shared};
     scheduler_.Add(id, shared);
@@ -190,6 +234,7 @@ class SchedulerFuzz {
                                                                 .kv_domain = a.sequence->kv_domain,
                                                                 .tokens = a.sequence->tokens,
                                                                 .num_computed = a.num_computed,
+                                                                .has_fault = false,
                                                                 .blocks = {}})
                               .second;
       EXPECT_TRUE(is_new) << "slot " << a.sequence->slot << " was in use";
@@ -199,18 +244,26 @@ class SchedulerFuzz {
     for (const ScheduledSequence& s : step.scheduled) {
       Mirror& mirror = mirrors_.at(s.slot);
       EXPECT_EQ(mirror.id, s.id);
-      EXPECT_EQ(mirror.num_computed, s.first_token) << "a gap or an overlap";
       for (int i = 0; i < s.num_new_blocks; ++i) {
         mirror.blocks.push_back(step.new_block_ids.at(next_block++));
       }
+      if (mirror.has_fault) {
+        outcome.sequences.push_back({.sampled_token_id = {}, .fault = "again"});
+        continue;
+      }
+      EXPECT_EQ(mirror.num_computed, s.first_token) << "a gap or an overlap";
       mirror.num_computed += s.num_tokens;
       EXPECT_LE(mirror.num_computed, static_cast<int>(mirror.tokens.size()));
       EXPECT_GE(static_cast<int>(mirror.blocks.size()) * options_.block_size, mirror.num_computed);
       Compute(mirror, s.first_token);
       EXPECT_EQ(s.samples, mirror.num_computed == static_cast<int>(mirror.tokens.size()));
       SequenceOutcome& answer = outcome.sequences.emplace_back();
-      if (Between(0, 499) == 0) {
+      const bool has_fault = has_random_faults_
+                                 ? Between(0, 499) == 0
+                                 : s.samples && HasFaultAt(s.id, mirror.tokens.size());
+      if (has_fault) {
         answer.fault = "fuzz";
+        mirror.has_fault = s.samples;
       } else if (s.samples) {
         answer.sampled_token_id = TokenAt(s.id, mirror.tokens.size());
         mirror.tokens.push_back(*answer.sampled_token_id);
@@ -219,6 +272,10 @@ class SchedulerFuzz {
     EXPECT_EQ(next_block, step.new_block_ids.size());
     CheckBlocks();
     return outcome;
+  }
+
+  bool HasFaultAt(SequenceId id, size_t position) const {
+    return KvAfter(seed_ + id, static_cast<uint32_t>(position)) % 499 == 0;
   }
 
   // Reads the KV of the positions before `first`, and stores that of those from there on.
@@ -254,6 +311,13 @@ class SchedulerFuzz {
   void CommitOldest() {
     const InFlight oldest = std::move(in_flight_.front());
     in_flight_.pop_front();
+    std::map<SequenceId, int>::iterator ended;
+    for (const ScheduledSequence& s : oldest.step.scheduled) {
+      ended = num_rows_after_end_.find(s.id);
+      if (ended == num_rows_after_end_.end()) continue;
+      ++num_wasted_rows_;
+      EXPECT_LT(++ended->second, max_steps_in_flight_) << s.id << " was scheduled after its end";
+    }
     for (const SequenceUpdate& update : scheduler_.Commit(oldest.outcome)) {
       const ScheduledSequence& s = oldest.step.scheduled.at(update.batch_index);
       ASSERT_EQ(update.id, s.id);
@@ -271,7 +335,12 @@ class SchedulerFuzz {
       }
       EXPECT_EQ(update.num_generated_tokens, static_cast<int>(live.num_received));
       CheckEnd(update, live, saw_eos);
-      if (update.end.has_value()) live_.erase(update.id);
+      if (!update.end.has_value()) continue;
+      outcomes_[update.id] = {.num_tokens = live.num_received,
+                              .num_prompt_logprobs = live.num_prompt_logprobs,
+                              .end = update.end};
+      num_rows_after_end_[update.id] = 0;
+      live_.erase(update.id);
     }
   }
 
@@ -293,15 +362,21 @@ class SchedulerFuzz {
     }
   }
 
+  const uint64_t seed_;
   std::mt19937_64 random_;
-  int max_steps_in_flight_ = 1;
   const Scheduler::Options options_;
+  std::mt19937_64 request_random_;
+  const int max_steps_in_flight_;
+  bool has_random_faults_ = false;  // at any time; else each has its place in a request
   Scheduler scheduler_;
   std::map<SequenceId, Live> live_;
   std::map<int, Mirror> mirrors_;
   std::deque<InFlight> in_flight_;
   std::vector<uint64_t> kv_;  // by domain, block and offset
   SequenceId last_id_ = 0;
+  std::map<SequenceId, Outcome> outcomes_;
+  std::map<SequenceId, int> num_rows_after_end_;
+  int num_wasted_rows_ = 0;
 };
 
 TEST(SchedulerFuzzTest, KeepsItsBooksUnderRandomRequestsCancelsAndFaults) {
@@ -311,8 +386,8 @@ TEST(SchedulerFuzzTest, KeepsItsBooksUnderRandomRequestsCancelsAndFaults) {
   int64_t num_preemptions = 0;
   for (uint64_t seed = base_seed; seed < base_seed + 200; ++seed) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed);
-    SchedulerFuzz fuzz(seed);
-    fuzz.Run();
+    SchedulerFuzz fuzz(seed, static_cast<int>(seed % 3) + 1);
+    fuzz.RunWithCancelsAndFaults();
     num_found += fuzz.prefix_figures().num_found;
     num_queried += fuzz.prefix_figures().num_queried;
     num_preemptions += fuzz.num_preemptions();
@@ -322,6 +397,30 @@ TEST(SchedulerFuzzTest, KeepsItsBooksUnderRandomRequestsCancelsAndFaults) {
   EXPECT_GT(num_found, 0);
   std::cout << "seeds " << base_seed << " to " << base_seed + 199 << ": " << num_found << " of "
             << num_queried << " tokens found, " << num_preemptions << " preemptions\n";
+}
+
+TEST(SchedulerFuzzTest, AnswersTheSameWithOneStepInFlightAndWithMore) {
+  const uint64_t base_seed = std::random_device()();
+  std::cout << "seeds from " << base_seed << "\n";
+  int num_wasted_rows = 0;
+  for (uint64_t seed = base_seed; seed < base_seed + 100; ++seed) {
+    std::map<SequenceId, Outcome> expected;
+    for (const int max_steps_in_flight : {1, 2, 4}) {
+      SCOPED_TRACE(::testing::Message()
+                   << "seed " << seed << ", " << max_steps_in_flight << " in flight");
+      SchedulerFuzz fuzz(seed, max_steps_in_flight);
+      fuzz.Run(40);
+      if (max_steps_in_flight == 1) {
+        expected = fuzz.outcomes();
+        EXPECT_EQ(fuzz.num_wasted_rows(), 0);
+      }
+      EXPECT_EQ(fuzz.outcomes().size(), 40);
+      EXPECT_EQ(fuzz.outcomes(), expected);
+      num_wasted_rows += fuzz.num_wasted_rows();
+    }
+    if (HasFailure()) FAIL() << "with seed " << seed;
+  }
+  EXPECT_GT(num_wasted_rows, 0);
 }
 
 }  // namespace

@@ -396,11 +396,58 @@ TEST_F(SchedulerTest, CanScheduleTheNextChunkWhileOneIsInFlight) {
   EXPECT_THAT(Story(first), ElementsAre("1:4"));
   EXPECT_THAT(Story(second), ElementsAre("1:4"));
   EXPECT_THAT(Story(third), ElementsAre("1:2*"));
-  EXPECT_TRUE(scheduler_->Schedule().empty()) << "its next token is not known yet";
   Commit(first);
   Commit(second);
   EXPECT_THAT(Commit(third)[0].token_ids, ElementsAre(kToken));
   EXPECT_THAT(Story(scheduler_->Schedule()), ElementsAre("1:1*"));
+}
+
+TEST_F(SchedulerTest, ComputesATokenThatAStepInFlightSamples) {
+  Start({.block_size = 4, .num_kv_blocks = 8});
+  Add(4, 9);
+  const Step first = scheduler_->Schedule();
+  const Step second = scheduler_->Schedule();
+  EXPECT_THAT(Story(second), ElementsAre("1:1*"));
+  EXPECT_EQ(second.scheduled[0].first_token, 4);
+  EXPECT_THAT(second.new_block_ids, ElementsAre(1));
+  EXPECT_THAT(Commit(first, 11)[0].token_ids, ElementsAre(11));
+  const Step third = scheduler_->Schedule();
+  EXPECT_EQ(third.scheduled[0].first_token, 5);
+  const std::vector<SequenceUpdate> updates = Commit(second, 12);
+  EXPECT_THAT(updates[0].token_ids, ElementsAre(12));
+  EXPECT_EQ(updates[0].num_generated_tokens, 2);
+}
+
+TEST_F(SchedulerTest, SchedulesNothingPastTheLengthThatIsKnownInAdvance) {
+  Start({.block_size = 4, .num_kv_blocks = 8});
+  Add(3, 2);
+  Add(3, 0);
+  const Step first = scheduler_->Schedule();
+  const Step second = scheduler_->Schedule();
+  EXPECT_THAT(Story(first), ElementsAre("1:3*", "2:3*"));
+  EXPECT_THAT(Story(second), ElementsAre("1:1*")) << "the other one only reads its prompt";
+  EXPECT_TRUE(scheduler_->Schedule().empty());
+  EXPECT_EQ(Commit(first)[1].end, EndReason::kLength);
+  EXPECT_TRUE(scheduler_->Schedule().empty());
+  EXPECT_EQ(Commit(second)[0].end, EndReason::kLength);
+  ExpectAllFree();
+}
+
+TEST_F(SchedulerTest, DropsTheOneRowThatWasScheduledBeforeAStopTokenWasKnown) {
+  Start({.block_size = 4, .num_kv_blocks = 8});
+  Request request = Asking(3, 9);
+  request.stop_token_ids = {5};
+  Add(std::move(request));
+  Add(3, 9);
+  const Step first = scheduler_->Schedule();
+  const Step second = scheduler_->Schedule();
+  EXPECT_THAT(Story(second), ElementsAre("1:1*", "2:1*"));
+  const std::vector<SequenceUpdate> updates = Commit(first, 5);
+  EXPECT_EQ(updates[0].end, EndReason::kStop);
+  const Step third = scheduler_->Schedule();
+  EXPECT_THAT(Story(third), ElementsAre("2:1*"));
+  EXPECT_THAT(third.released_slots, ElementsAre(0));
+  EXPECT_THAT(Commit(second, 6), SizeIs(1));
 }
 
 TEST_F(SchedulerTest, DropsResultsOfASequencePreemptedWhileTheyWereInFlight) {
@@ -414,6 +461,25 @@ TEST_F(SchedulerTest, DropsResultsOfASequencePreemptedWhileTheyWereInFlight) {
   EXPECT_THAT(Story(last_that_fits), ElementsAre("1:1*"));
   EXPECT_EQ(scheduler_->num_preemptions(), 1);
   EXPECT_THAT(Commit(last_that_fits), SizeIs(1));
+}
+
+TEST_F(SchedulerTest, SamplesAgainWhatWasInFlightWhenTheSequenceWasPreempted) {
+  Start({.max_tokens_per_step = 64, .block_size = 1, .num_kv_blocks = 6});
+  Add(2, 4);
+  Add(2, 4);
+  const Step first = scheduler_->Schedule();
+  const Step second = scheduler_->Schedule();
+  const Step third = scheduler_->Schedule();
+  EXPECT_THAT(Story(second), ElementsAre("1:1*", "2:1*"));
+  EXPECT_THAT(Story(third), ElementsAre("1:1*"));
+  EXPECT_EQ(scheduler_->num_preemptions(), 1);
+  EXPECT_THAT(Commit(first, 11), SizeIs(1));
+  EXPECT_THAT(Commit(second, 12), SizeIs(1));
+  EXPECT_THAT(Commit(third, 13), SizeIs(1));
+  while (scheduler_->num_running() == 1) MakeStep();
+  const Step again = scheduler_->Schedule();
+  EXPECT_THAT(Story(again), ElementsAre("2:2*"));
+  EXPECT_THAT(Commit(again, 11)[0].token_ids, ElementsAre(11));
 }
 
 }  // namespace

@@ -154,6 +154,30 @@ TEST_F(SlotTableTest, APreemptedSequenceComesBackWithAllItsTokens) {
   EXPECT_EQ(table.ContextOf(1).counts.output_counts().at(50), 2);
 }
 
+TEST_F(SlotTableTest, ASlotWithAFaultIsSkippedUntilItIsReleased) {
+  v1::StepCommand first;
+  Admit(first, 1, {11, 12, 13, 14});
+  Schedule(first, 1, 4, {7});
+  Apply(first);
+  table.MarkFault(1);
+
+  v1::StepCommand sent_before_it_was_known;
+  Admit(sent_before_it_was_known, 0, {21});
+  Schedule(sent_before_it_was_known, 1, 1, {8});
+  Schedule(sent_before_it_was_known, 0, 1, {3});
+  const StepPlan plan = Apply(sent_before_it_was_known);
+  EXPECT_THAT(plan.slots_with_faults, ElementsAre(1));
+  EXPECT_THAT(plan.batch.token_ids, ElementsAre(21));
+  EXPECT_THAT(plan.batch.places, ElementsAre(12));
+  EXPECT_THAT(SampledSlots(plan), ElementsAre(0));
+
+  v1::StepCommand third;
+  third.add_released_slots(1);
+  Admit(third, 1, {31});
+  Schedule(third, 1, 1, {5});
+  EXPECT_THAT(Apply(third).slots_with_faults, IsEmpty());
+}
+
 TEST_F(SlotTableTest, ComputedTokensAreNotComputedAgain) {
   v1::StepCommand command;
   Admit(command, 1, {1, 2, 3, 4, 5, 6}).set_num_computed(4);

@@ -146,6 +146,18 @@ TEST_F(StepRunnerTest, ARowThatIsNotFiniteEndsItsSequenceAndNoOther) {
     EXPECT_EQ(result->faults(0).reason(), "logits are not finite at position 2");
     EXPECT_EQ(result->logprobs_size(), 0);
 
+    v1::StepCommand sent_ahead;
+    for (const uint32_t slot : {1, 2}) Continue(sent_ahead, slot);
+    const absl::StatusOr<v1::StepResult> second = Run(sent_ahead);
+    ASSERT_TRUE(second.ok()) << second.status();
+    EXPECT_THAT(second->sampled_slots(), ElementsAre(2));
+    EXPECT_THAT(second->sampled_token_ids(), ElementsAre(4));
+    ASSERT_EQ(second->faults_size(), 1);
+    EXPECT_EQ(second->faults(0).slot(), 1u);
+    v1::StepCommand alone;
+    Continue(alone, 1);
+    EXPECT_EQ(Run(alone)->faults_size(), 1);
+
     v1::StepCommand next;
     for (const uint32_t slot : {0, 1, 2}) next.add_released_slots(slot);
     ASSERT_TRUE(Run(next).ok());
