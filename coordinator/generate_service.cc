@@ -1,7 +1,6 @@
 #include "coordinator/generate_service.h"
 
 #include <chrono>
-#include <deque>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -10,7 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "base/status_macros.h"
-#include "coordinator/request_validation.h"
+#include "coordinator/unsent_responses.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/server_builder.h"
@@ -22,28 +21,8 @@ namespace {
 
 constexpr char kHealthName[] = "fathom.v1.Generate";
 
-// A message this full is sent before more is added: clients commonly refuse more than 4 MB.
-constexpr int kMaxEntriesPerMessage = 32768;
-
 // For clients that have ended but not read everything yet, when the server stops.
 constexpr std::chrono::seconds kLastWords(1);
-
-// Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
-uint64_t SplitMix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// Numbers in a message, about.
-int CountEntries(const v1::GenerateResponse& response) {
-  int count = response.token_ids_size();
-  for (const auto* list : {&response.logprobs(), &response.prompt_logprobs()}) {
-    for (const v1::TokenLogprobs& logprobs : *list) count += 3 + 2 * logprobs.top_token_ids_size();
-  }
-  return count;
-}
 
 }  // namespace
 
@@ -51,40 +30,37 @@ int CountEntries(const v1::GenerateResponse& response) {
 class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::GenerateResponse>,
                                       public TokenStream {
  public:
-  explicit Stream(StepLoop& step_loop) : step_loop_(step_loop) {}
+  explicit Stream(Admission& admission) : admission_(admission) {}
 
   // Keeps `self` until OnDone, and submits.
-  absl::Status Submit(std::shared_ptr<Stream> self, std::shared_ptr<const Request> request) {
-    KeepAlive(self);
-    absl::StatusOr<SequenceId> id = step_loop_.Submit(std::move(request), self);
-    RETURN_IF_ERROR(id.status());
+  void Submit(std::shared_ptr<Stream> self, const v1::GenerateRequest& request) {
+    {
+      const std::lock_guard lock(mutex_);
+      self_ = self;
+    }
+    const absl::StatusOr<SequenceId> id = admission_.Submit(request, self);
+    if (!id.ok()) {
+      OnEnd(id.status());
+      return Flush();
+    }
     const std::lock_guard lock(mutex_);
     id_ = *id;
-    return absl::OkStatus();
-  }
-  void KeepAlive(std::shared_ptr<Stream> self) {
-    const std::lock_guard lock(mutex_);
-    self_ = std::move(self);
   }
 
   void OnTokens(v1::GenerateResponse response) override {
     const std::lock_guard lock(mutex_);
     if (end_.has_value()) return;
-    const int num_entries = CountEntries(response);
-    if (unsent_.empty() || entries_of_last_ + num_entries > kMaxEntriesPerMessage) {
-      unsent_.push_back(std::move(response));
-      entries_of_last_ = num_entries;
-    } else {
-      unsent_.back().MergeFrom(response);
-      entries_of_last_ += num_entries;
-    }
-    Pump();
+    unsent_.Add(std::move(response));
   }
 
   void OnEnd(const absl::Status& status) override {
     const std::lock_guard lock(mutex_);
     if (end_.has_value()) return;
     end_ = ToGrpc(status);
+  }
+
+  void Flush() override {
+    const std::lock_guard lock(mutex_);
     Pump();
   }
 
@@ -103,7 +79,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
       GiveUp();
       Pump();
     }
-    if (id != 0) step_loop_.Cancel(id);
+    if (id != 0) admission_.Cancel(id);
   }
 
   void OnDone() override {
@@ -115,7 +91,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
  private:
   // Nobody reads any more. Requires mutex_.
   void GiveUp() {
-    unsent_.clear();
+    unsent_.Clear();
     if (!end_.has_value()) end_ = grpc::Status(grpc::StatusCode::CANCELLED, "cancelled");
   }
 
@@ -123,8 +99,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
   void Pump() {
     if (is_writing_ || is_finished_) return;
     if (!unsent_.empty()) {
-      writing_ = std::move(unsent_.front());
-      unsent_.pop_front();
+      writing_ = unsent_.Take();
       is_writing_ = true;
       StartWrite(&writing_);
     } else if (end_.has_value()) {
@@ -133,50 +108,53 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
     }
   }
 
-  StepLoop& step_loop_;
+  Admission& admission_;
   std::mutex mutex_;
   // Guarded by mutex_.
   std::shared_ptr<Stream> self_;
   SequenceId id_ = 0;  // 0: not queued
   v1::GenerateResponse writing_;
-  std::deque<v1::GenerateResponse> unsent_;
-  int entries_of_last_ = 0;  // of unsent_.back()
+  UnsentResponses unsent_;
   std::optional<grpc::Status> end_;
   bool is_writing_ = false;
   bool is_finished_ = false;
 };
 
-GenerateService::GenerateService(uint64_t seed, StepLoop& step_loop, const StatusBoard& board,
-                                 Metrics& metrics)
-    : seed_(seed), step_loop_(step_loop), board_(board), metrics_(metrics) {}
-
-absl::StatusOr<std::shared_ptr<const Request>> GenerateService::Admit(
-    const v1::GenerateRequest& request) {
-  const std::optional<ModelLimits> limits = board_.model_limits();
-  if (!limits.has_value()) {
-    return absl::UnavailableError(
-        absl::StrCat("the server is starting: ", board_.server_info().state_detail()));
-  }
-  return ValidateRequest(request, *limits, SplitMix64(SplitMix64(seed_) + ++num_requests_));
-}
+GenerateService::GenerateService(Admission& admission, const StatusBoard& board,
+                                 const Metrics& metrics)
+    : admission_(admission), board_(board), metrics_(metrics) {}
 
 grpc::ServerWriteReactor<v1::GenerateResponse>* GenerateService::Generate(
     grpc::CallbackServerContext*, const v1::GenerateRequest* request) {
-  auto stream = std::make_shared<Stream>(step_loop_);
-  absl::StatusOr<std::shared_ptr<const Request>> validated = Admit(*request);
-  absl::Status status = validated.status();
-  if (status.ok()) {
-    status = stream->Submit(stream, *std::move(validated));
-  } else {
-    stream->KeepAlive(stream);
-  }
-  if (!status.ok()) {
-    metrics_.CountRefusedRequest(absl::IsUnavailable(status) ? Metrics::Refusal::kUnavailable
-                                 : absl::IsResourceExhausted(status) ? Metrics::Refusal::kQueueFull
-                                                                     : Metrics::Refusal::kInvalid);
-    stream->OnEnd(status);
-  }
+  auto stream = std::make_shared<Stream>(admission_);
+  stream->Submit(stream, *request);
   return stream.get();
+}
+
+grpc::ServerBidiReactor<v1::GenerateCommand, v1::GenerateEvents>* GenerateService::GenerateMany(
+    grpc::CallbackServerContext*) {
+  const std::shared_ptr<GenerateSession> session = GenerateSession::Open(admission_);
+  bool is_closed;
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(sessions_, [](const auto& other) { return other.expired(); });
+    sessions_.push_back(session);
+    is_closed = is_closed_;
+  }
+  if (is_closed) session->Close();
+  return session.get();
+}
+
+void GenerateService::Close() {
+  std::vector<std::weak_ptr<GenerateSession>> sessions;
+  {
+    const std::lock_guard lock(mutex_);
+    is_closed_ = true;
+    sessions = sessions_;
+  }
+  for (const auto& weak : sessions) {
+    if (const std::shared_ptr<GenerateSession> session = weak.lock()) session->Close();
+  }
 }
 
 grpc::ServerUnaryReactor* GenerateService::GetModelInfo(grpc::CallbackServerContext* context,
@@ -219,7 +197,7 @@ absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Opti
   grpc::EnableDefaultHealthCheckService(true);
   if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
 
-  std::unique_ptr<GenerateServer> server(new GenerateServer());
+  std::unique_ptr<GenerateServer> server(new GenerateServer(service));
   grpc::ServerBuilder builder;
   for (const std::string& address : options.addresses) {
     ASSIGN_OR_RETURN(std::shared_ptr<grpc::ServerCredentials> credentials,
@@ -241,7 +219,9 @@ absl::StatusOr<std::unique_ptr<GenerateServer>> GenerateServer::Start(const Opti
 }
 
 GenerateServer::~GenerateServer() {
-  if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now() + kLastWords);
+  if (server_ == nullptr) return;
+  service_.Close();
+  server_->Shutdown(std::chrono::system_clock::now() + kLastWords);
 }
 
 void GenerateServer::SetServing(bool serving) {

@@ -1,26 +1,21 @@
 // fathom.v1.Generate for clients: requests in, tokens out, and what the server says of itself.
 //
-// Requests are validated here, whoever sent them, and go to StepLoop's inbox. Each has a stream
-// that keeps what its client has not read yet: while a message is on its way, everything newer
-// gathers in the next one, so a slow client costs memory in proportion to its own tokens and holds
-// up nobody. Cancelling the call cancels the request.
-//
-// A request without a seed gets one drawn from --seed and the request's number since the start
-// (SplitMix64 of both), so the same requests in the same order get the same tokens again.
+// A Generate call is one request; while a message of it is on its way, everything newer gathers in
+// the next one. Cancelling the call cancels the request. GenerateMany is in generate_session.
 //
 // Thread-safe.
 #pragma once
 
-#include <atomic>
-#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "coordinator/admission.h"
+#include "coordinator/generate_session.h"
 #include "coordinator/metrics.h"
 #include "coordinator/status_board.h"
-#include "coordinator/step_loop.h"
 #include "grpcpp/server.h"
 #include "proto/endpoint.h"
 #include "proto/generate.grpc.pb.h"
@@ -30,10 +25,15 @@ namespace fathom {
 class GenerateService final : public v1::Generate::CallbackService {
  public:
   // All references outlive this and the server that it is registered with.
-  GenerateService(uint64_t seed, StepLoop& step_loop, const StatusBoard& board, Metrics& metrics);
+  GenerateService(Admission& admission, const StatusBoard& board, const Metrics& metrics);
+
+  // Ends GenerateMany calls as soon as none of their requests runs, and refuses new ones.
+  void Close();
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
       grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
+  grpc::ServerBidiReactor<v1::GenerateCommand, v1::GenerateEvents>* GenerateMany(
+      grpc::CallbackServerContext* context) override;
   grpc::ServerUnaryReactor* GetModelInfo(grpc::CallbackServerContext* context,
                                          const v1::GetModelInfoRequest* request,
                                          v1::ModelInfo* response) override;
@@ -47,13 +47,14 @@ class GenerateService final : public v1::Generate::CallbackService {
  private:
   class Stream;
 
-  absl::StatusOr<std::shared_ptr<const Request>> Admit(const v1::GenerateRequest& request);
-
-  const uint64_t seed_;
-  StepLoop& step_loop_;
+  Admission& admission_;
   const StatusBoard& board_;
-  Metrics& metrics_;
-  std::atomic<uint64_t> num_requests_ = 0;
+  const Metrics& metrics_;
+
+  std::mutex mutex_;
+  // Guarded by mutex_.
+  std::vector<std::weak_ptr<GenerateSession>> sessions_;  // some may have ended
+  bool is_closed_ = false;
 };
 
 // The gRPC server around it, with the standard health service.
@@ -69,7 +70,8 @@ class GenerateServer {
   // else listens there. `service` outlives this. Health starts as NOT_SERVING.
   static absl::StatusOr<std::unique_ptr<GenerateServer>> Start(const Options& options,
                                                                GenerateService& service);
-  ~GenerateServer();  // calls that are still open have a second, then they are cancelled
+  // Closes the service; calls that are still open have a second, then they are cancelled.
+  ~GenerateServer();
 
   // For the health names "" and "fathom.v1.Generate".
   void SetServing(bool serving);
@@ -77,8 +79,9 @@ class GenerateServer {
   int port() const { return port_; }  // as bound, of the last address, when that one is TCP
 
  private:
-  GenerateServer() = default;
+  explicit GenerateServer(GenerateService& service) : service_(service) {}
 
+  GenerateService& service_;
   std::unique_ptr<grpc::Server> server_;
   int port_ = 0;
 };

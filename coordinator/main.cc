@@ -17,6 +17,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/status_macros.h"
+#include "coordinator/admission.h"
 #include "coordinator/generate_service.h"
 #include "coordinator/metrics.h"
 #include "coordinator/status_board.h"
@@ -171,7 +172,8 @@ int Serve(const Flags& flags) {
   initial.set_num_workers(static_cast<uint32_t>(flags.loop.group.addresses.size()));
   StatusBoard board(initial, [&](bool serving) { server_for_health->SetServing(serving); });
   StepLoop loop(flags.loop, board, metrics);
-  GenerateService service(flags.seed, loop, board, metrics);
+  Admission admission(flags.seed, loop, board, metrics);
+  GenerateService service(admission, board, metrics);
   absl::StatusOr<std::unique_ptr<GenerateServer>> server =
       GenerateServer::Start(flags.server, service);
   if (!server.ok()) return ReportFailure(server.status());

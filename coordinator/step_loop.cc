@@ -205,8 +205,11 @@ void StepLoop::EndAllRequests(const absl::Status& cause) {
   }
   const absl::Status end =
       absl::UnavailableError(absl::StrCat("the request was not finished: ", cause.message()));
-  for (auto& [id, stream] : std::exchange(streams_, {})) stream->OnEnd(end);
+  const auto streams = std::exchange(streams_, {});
+  for (const auto& [id, stream] : streams) stream->OnEnd(end);
   for (const Submission& submission : inbox.submissions) submission.stream->OnEnd(end);
+  for (const auto& [id, stream] : streams) stream->Flush();
+  for (const Submission& submission : inbox.submissions) submission.stream->Flush();
   in_flight_.clear();
   scheduler_.reset();
   ReportLoad();
@@ -334,6 +337,8 @@ void StepLoop::Deliver() {
     }
     if (delivery.end.has_value()) delivery.stream->OnEnd(*delivery.end);
   }
+  // Not before all is said: streams of one connection share a message.
+  for (const Delivery& delivery : deliveries_) delivery.stream->Flush();
   deliveries_.clear();
 }
 

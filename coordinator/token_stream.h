@@ -1,7 +1,7 @@
-// Where the tokens of one request go. Implemented by generate_service, called by StepLoop.
+// Where the tokens of one request go. Implemented by what serves clients, called by StepLoop.
 //
-// OnTokens any number of times, then OnEnd once; nothing after that. Never blocks: what a slow
-// client has not read is kept by the implementation. Implementations are thread-safe.
+// OnTokens any number of times, then OnEnd once; nothing after that but Flush. Never blocks: what a
+// slow client has not read is kept by the implementation. Implementations are thread-safe.
 #pragma once
 
 #include "absl/status/status.h"
@@ -18,6 +18,10 @@ class TokenStream {
 
   // The end. When `status` is OK the last OnTokens carried finish_reason and usage.
   virtual void OnEnd(const absl::Status& status) = 0;
+
+  // A step's news of all streams have been told: time to send. Streams that share a connection
+  // share a message.
+  virtual void Flush() = 0;
 };
 
 }  // namespace fathom

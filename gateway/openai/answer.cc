@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "gateway/openai/errors.h"
+#include "gateway/rpc/generation.h"
 
 namespace fathom {
 namespace {
@@ -29,21 +30,15 @@ class Progress {
     }
   }
 
-  // What an event of `generation` adds to its choice. The call is let go when the choice is
-  // finished.
+  // What an event of `generation` adds to its choice.
   ChoiceDelta Take(Generation& generation, size_t index, v1::GenerateResponse response) {
     State& state = choices_[index];
-    const bool last = response.finish_reason() != v1::FINISH_REASON_UNSPECIFIED;
     if (response.has_usage()) state.cached_tokens = response.usage().cached_tokens();
     ChoiceDelta delta = state.choice.Take(std::move(response));
     if (!delta.token_ids.empty()) ObserveTokens(state);
     if (!state.choice.finished()) return delta;
     ObserveEnd(state, delta.finish_reason);
-    if (last) {
-      generation.Release(index);
-    } else {
-      generation.Cancel(index);
-    }
+    generation.Cancel(index);  // a stop string ended it; else it is over already
     return delta;
   }
 

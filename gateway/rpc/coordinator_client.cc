@@ -1,49 +1,22 @@
 #include "gateway/rpc/coordinator_client.h"
 
-#include <condition_variable>
-#include <mutex>
 #include <utility>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "base/status_macros.h"
 #include "gateway/http/wakeup.h"
+#include "gateway/rpc/generate_link.h"
+#include "gateway/rpc/outstanding.h"
 #include "grpcpp/channel.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/support/byte_buffer.h"
-#include "grpcpp/support/client_callback.h"
 #include "proto/generate.grpc.pb.h"
 #include "proto/status.h"
 
 namespace fathom {
 namespace {
-
-// Of one call, received and not yet taken by Generation::Next.
-constexpr int kMaxWaitingResponses = 64;
-
-// Counts what gRPC still holds, so that the client can wait for it before it goes. Thread-safe.
-class Outstanding {
- public:
-  void Add() {
-    std::lock_guard lock(mutex_);
-    ++count_;
-  }
-  void Remove() {
-    std::lock_guard lock(mutex_);
-    if (--count_ == 0) none_.notify_all();
-  }
-  void WaitForNone() {
-    std::unique_lock lock(mutex_);
-    none_.wait(lock, [this] { return count_ == 0; });
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable none_;
-  int count_ ABSL_GUARDED_BY(mutex_) = 0;
-};
 
 // grpc.health.v1.HealthCheckRequest{service}, written by hand: field 1, a short string.
 grpc::ByteBuffer HealthCheckRequestFor(const std::string& service) {
@@ -122,11 +95,14 @@ absl::StatusOr<std::unique_ptr<CoordinatorClient>> CoordinatorClient::Create(
 
 CoordinatorClient::CoordinatorClient(CoordinatorClientOptions options, IoThread& io_thread,
                                      std::unique_ptr<Stubs> stubs)
-    : options_(std::move(options)), io_thread_(io_thread), stubs_(std::move(stubs)) {}
+    : options_(std::move(options)), io_thread_(io_thread), stubs_(std::move(stubs)) {
+  link_ = std::make_unique<GenerateLink>(*stubs_->generate, io_thread_, stubs_->outstanding);
+}
 
-// Whoever owns a Generation owns a reference to the client, so only calls with a deadline, and
-// cancelled ones, can still be under way here.
-CoordinatorClient::~CoordinatorClient() { stubs_->outstanding.WaitForNone(); }
+CoordinatorClient::~CoordinatorClient() {
+  link_ = nullptr;
+  stubs_->outstanding.WaitForNone();
+}
 
 // By a call, because gRPC makes progress with a TCP connection only while a call waits for it. It
 // fails at once when the coordinator is known to be away.
@@ -192,159 +168,6 @@ Task<absl::StatusOr<std::string>> CoordinatorClient::GetMetrics() {
           stubs, io_thread_, options_.health_timeout, std::move(request), start);
   if (!response.ok()) co_return response.status();
   co_return std::move(*response->mutable_text());
-}
-
-// Where the calls of a Generation leave their events. I/O thread only.
-struct Generation::Inbox {
-  explicit Inbox(IoThread& io_thread) : wakeup(io_thread) {}
-  std::deque<Event> events;
-  Wakeup wakeup;
-};
-
-// One Generate call. gRPC's reactions come from its threads; it owns itself until OnDone. Reading
-// pauses while kMaxWaitingResponses wait for the reader.
-class Generation::Call : public grpc::ClientReadReactor<v1::GenerateResponse>,
-                         public std::enable_shared_from_this<Call> {
- public:
-  Call(size_t index, v1::GenerateRequest request, std::shared_ptr<Inbox> inbox, IoThread& io_thread,
-       Outstanding& outstanding)
-      : index_(index),
-        request_(std::move(request)),
-        inbox_(std::move(inbox)),
-        io_thread_(io_thread),
-        outstanding_(outstanding) {}
-
-  void Start(v1::Generate::Stub& stub) {
-    self_ = shared_from_this();
-    outstanding_.Add();
-    stub.async()->Generate(&context_, &request_, this);
-    AddHold();  // for reads that Taken and Release start
-    StartRead(&response_);
-    StartCall();
-  }
-
-  // I/O thread: the reader took one response.
-  void Taken() {
-    {
-      std::lock_guard lock(mutex_);
-      --num_waiting_;
-      if (!paused_ || num_waiting_ > kMaxWaitingResponses / 2) return;
-      paused_ = false;
-    }
-    StartRead(&response_);
-  }
-
-  void Cancel() {
-    context_.TryCancel();
-    Release();
-  }
-
-  // I/O thread: nothing that still arrives is delivered.
-  void Release() {
-    wanted_ = false;
-    {
-      std::lock_guard lock(mutex_);
-      released_ = true;
-      if (!std::exchange(paused_, false)) return;
-    }
-    StartRead(&response_);  // goes on until it finds that the call is over
-  }
-
- private:
-  void OnReadDone(bool ok) override {
-    if (!ok) return RemoveHold();
-    io_thread_.Post([self = shared_from_this(), response = std::move(response_)]() mutable {
-      self->Deliver({self->index_, std::move(response), absl::OkStatus()});
-    });
-    response_.Clear();
-    {
-      std::lock_guard lock(mutex_);
-      ++num_waiting_;
-      if (num_waiting_ >= kMaxWaitingResponses && !released_) {
-        paused_ = true;
-        return;
-      }
-    }
-    StartRead(&response_);
-  }
-
-  void OnDone(const grpc::Status& status) override {
-    Outstanding& outstanding = outstanding_;  // `this` may be gone once the I/O thread has it
-    io_thread_.Post([self = std::move(self_), status = FromGrpc(status)]() mutable {
-      self->Deliver({self->index_, std::nullopt, std::move(status)});
-    });
-    outstanding.Remove();
-  }
-
-  void Deliver(Event event) {
-    if (!wanted_) return;
-    inbox_->events.push_back(std::move(event));
-    inbox_->wakeup.Notify();
-  }
-
-  const size_t index_;
-  const v1::GenerateRequest request_;
-  const std::shared_ptr<Inbox> inbox_;
-  IoThread& io_thread_;
-  Outstanding& outstanding_;
-  grpc::ClientContext context_;
-  v1::GenerateResponse response_;  // being read
-  std::shared_ptr<Call> self_;
-  bool wanted_ = true;  // I/O thread only
-
-  std::mutex mutex_;
-  int num_waiting_ ABSL_GUARDED_BY(mutex_) = 0;
-  bool paused_ ABSL_GUARDED_BY(mutex_) = false;  // no read is under way
-  bool released_ ABSL_GUARDED_BY(mutex_) = false;
-};
-
-Generation::Generation(CoordinatorClient& client, std::vector<v1::GenerateRequest> requests)
-    : inbox_(std::make_shared<Inbox>(client.io_thread_)) {
-  CoordinatorClient::Stubs& stubs = *client.stubs_;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    calls_.push_back(std::make_shared<Call>(i, std::move(requests[i]), inbox_, client.io_thread_,
-                                            stubs.outstanding));
-    calls_.back()->Start(*stubs.generate);
-  }
-}
-
-Generation::~Generation() { CancelAll(); }
-
-Task<std::optional<Generation::Event>> Generation::Next() {
-  while (true) {
-    while (!inbox_->events.empty()) {
-      Event event = std::move(inbox_->events.front());
-      inbox_->events.pop_front();
-      if (calls_[event.call] == nullptr) continue;  // not wanted any more
-      if (event.response) {
-        calls_[event.call]->Taken();
-      } else {
-        calls_[event.call] = nullptr;
-      }
-      co_return event;
-    }
-    bool running = false;
-    for (const std::shared_ptr<Call>& call : calls_) running = running || call != nullptr;
-    if (!running) co_return std::nullopt;
-    co_await inbox_->wakeup.Wait();
-  }
-}
-
-std::shared_ptr<Generation::Call> Generation::TakeOut(size_t call) {
-  return std::exchange(calls_[call], nullptr);
-}
-
-void Generation::Cancel(size_t call) {
-  if (const std::shared_ptr<Call> taken = TakeOut(call)) taken->Cancel();
-}
-
-void Generation::Release(size_t call) {
-  if (const std::shared_ptr<Call> taken = TakeOut(call)) taken->Release();
-}
-
-void Generation::CancelAll() {
-  for (size_t i = 0; i < calls_.size(); ++i) Cancel(i);
-  inbox_->wakeup.Notify();
 }
 
 }  // namespace fathom

@@ -47,6 +47,7 @@ void ServingTest::StopServer() {
   }
   server_.reset();
   service_.reset();
+  admission_.reset();
   loop_.reset();
 }
 
@@ -59,7 +60,8 @@ void ServingTest::Start() {
   board_ = std::make_unique<StatusBoard>(initial,
                                          [this](bool serving) { server_->SetServing(serving); });
   loop_ = std::make_unique<StepLoop>(options_, *board_, *metrics_);
-  service_ = std::make_unique<GenerateService>(seed_, *loop_, *board_, *metrics_);
+  admission_ = std::make_unique<Admission>(seed_, *loop_, *board_, *metrics_);
+  service_ = std::make_unique<GenerateService>(*admission_, *board_, *metrics_);
   GenerateServer::Options server_options;
   server_options.addresses = {absl::StrCat("unix:", folder_, "/coordinator")};
   auto server = GenerateServer::Start(server_options, *service_);

@@ -68,6 +68,7 @@ class ServingTest : public ::testing::Test {
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<StatusBoard> board_;
   std::unique_ptr<StepLoop> loop_;
+  std::unique_ptr<Admission> admission_;
   std::unique_ptr<GenerateService> service_;
   std::unique_ptr<GenerateServer> server_;
   std::unique_ptr<v1::Generate::Stub> stub_;

@@ -342,11 +342,11 @@ TEST_F(ServingTest, RefusesToListenWhereAnotherServerDoes) {
   ExpectServed(Asking(3, 3));
 
   StatusBoard board({}, nullptr);
-  GenerateService other(0, *loop_, board, *metrics_);
+  GenerateService other(*admission_, board, *metrics_);
   options.addresses = {"127.0.0.1:0"};
   const auto first = GenerateServer::Start(options, other);
   ASSERT_TRUE(first.ok());
-  GenerateService third(0, *loop_, board, *metrics_);
+  GenerateService third(*admission_, board, *metrics_);
   options.addresses = {"127.0.0.1:" + std::to_string((*first)->port())};
   const absl::Status status = GenerateServer::Start(options, third).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kAlreadyExists);
@@ -356,7 +356,7 @@ TEST_F(ServingTest, RefusesToListenWhereAnotherServerDoes) {
 TEST_F(ServingTest, ListensInSeveralPlaces) {
   StatusBoard board({}, nullptr);
   StartAndWait();
-  GenerateService service(0, *loop_, board, *metrics_);
+  GenerateService service(*admission_, board, *metrics_);
   GenerateServer::Options options;
   options.addresses = {"unix:" + folder_ + "/another", "127.0.0.1:0"};
   const auto server = GenerateServer::Start(options, service);

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <map>
 #include <thread>
 #include <utility>
 
@@ -11,6 +12,23 @@
 #include "grpcpp/health_check_service_interface.h"
 
 namespace fathom {
+
+bool FakeStream::Send(const v1::GenerateResponse& response) {
+  if (is_cancelled_) return false;
+  v1::StreamEvent event;
+  event.set_stream(number_);
+  *event.mutable_response() = response;
+  has_ended_ = has_ended_ || response.finish_reason() != v1::FINISH_REASON_UNSPECIFIED;
+  return send_(event);
+}
+
+void FakeStream::Fail(const grpc::Status& status) {
+  v1::StreamEvent event;
+  event.set_stream(number_);
+  event.mutable_failure()->set_code(status.error_code());
+  event.mutable_failure()->set_message(status.error_message());
+  send_(event);
+}
 
 bool FakeStream::SendTokens(const std::vector<uint32_t>& token_ids) {
   v1::GenerateResponse response;
@@ -27,7 +45,7 @@ bool FakeStream::SendEnd(const std::vector<uint32_t>& last_tokens, v1::FinishRea
 
 bool FakeStream::WaitUntilCancelled() {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
-  while (!context_.IsCancelled()) {
+  while (!is_cancelled_) {
     if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
@@ -85,21 +103,48 @@ std::vector<v1::GenerateRequest> FakeCoordinator::requests() const {
   return requests_;
 }
 
-grpc::Status FakeCoordinator::Generate(grpc::ServerContext* context,
-                                       const v1::GenerateRequest* request,
-                                       grpc::ServerWriter<v1::GenerateResponse>* writer) {
+grpc::Status FakeCoordinator::GenerateMany(grpc::ServerContext*, Wire* wire) {
+  std::mutex mutex;  // one write at a time
+  const auto send = [&](const v1::StreamEvent& event) {
+    v1::GenerateEvents events;
+    *events.add_others() = event;
+    const std::lock_guard lock(mutex);
+    return wire->Write(events);
+  };
+  std::map<uint64_t, std::unique_ptr<FakeStream>> streams;
+  std::vector<std::thread> scripts;
+  v1::GenerateCommand command;
+  while (wire->Read(&command)) {
+    if (command.has_start()) {
+      auto& stream = streams[command.stream()];
+      CHECK(stream == nullptr) << "stream " << command.stream() << " was started twice";
+      stream = std::make_unique<FakeStream>(command.stream(), send);
+      scripts.emplace_back(
+          [this, request = command.start(), &stream = *stream] { Run(request, stream); });
+    } else {
+      streams.at(command.stream())->Cancel();
+    }
+  }
+  for (const auto& [number, stream] : streams) stream->Cancel();
+  for (std::thread& script : scripts) script.join();
+  return grpc::Status::OK;
+}
+
+void FakeCoordinator::Run(const v1::GenerateRequest& request, FakeStream& stream) {
+  ++num_running_;
   Script script;
   {
     const std::lock_guard lock(mutex_);
-    requests_.push_back(*request);
+    requests_.push_back(request);
     script = script_;
   }
-  ++num_running_;
-  FakeStream stream(*context, *writer);
-  const grpc::Status status = script(*request, stream);
-  if (context->IsCancelled()) ++num_cancelled_;
+  const grpc::Status status = script(request, stream);
+  if (stream.cancelled()) {
+    ++num_cancelled_;
+  } else if (!stream.has_ended()) {
+    stream.Fail(status);
+  }
   --num_running_;
-  return status;
 }
 
 grpc::Status FakeCoordinator::GetModelInfo(grpc::ServerContext*, const v1::GetModelInfoRequest*,

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "grpcpp/grpcpp.h"
@@ -14,29 +15,38 @@
 
 namespace fathom {
 
-// One call, as a script sees it.
+// One request, as a script sees it.
 class FakeStream {
  public:
-  FakeStream(grpc::ServerContext& context, grpc::ServerWriter<v1::GenerateResponse>& writer)
-      : context_(context), writer_(writer) {}
+  // Sends an event of this stream; false when the client is gone.
+  using SendEvent = std::function<bool(const v1::StreamEvent&)>;
 
-  // False when the client is gone.
-  bool Send(const v1::GenerateResponse& response) { return writer_.Write(response); }
+  FakeStream(uint64_t number, SendEvent send) : number_(number), send_(std::move(send)) {}
+
+  // False when the client is gone, or has cancelled.
+  bool Send(const v1::GenerateResponse& response);
   bool SendTokens(const std::vector<uint32_t>& token_ids);
   bool SendEnd(const std::vector<uint32_t>& last_tokens, v1::FinishReason reason);
 
   // Whether the client cancelled within ten seconds.
   bool WaitUntilCancelled();
-  bool cancelled() const { return context_.IsCancelled(); }
+  bool cancelled() const { return is_cancelled_; }
+
+  // For the coordinator.
+  void Cancel() { is_cancelled_ = true; }
+  void Fail(const grpc::Status& status);
+  bool has_ended() const { return has_ended_; }
 
  private:
-  grpc::ServerContext& context_;
-  grpc::ServerWriter<v1::GenerateResponse>& writer_;
+  const uint64_t number_;
+  const SendEvent send_;
+  std::atomic<bool> is_cancelled_{false};
+  bool has_ended_ = false;  // of the script's thread
 };
 
 class FakeCoordinator : public v1::Generate::Service {
  public:
-  // Runs on a thread of the call's own; what it returns ends the call.
+  // Runs on a thread of the request's own; what it returns ends the request, if it has no end yet.
   using Script = std::function<grpc::Status(const v1::GenerateRequest&, FakeStream&)>;
 
   // Listens on a socket of a fresh folder.
@@ -52,7 +62,7 @@ class FakeCoordinator : public v1::Generate::Service {
   void Kill();
   void Start();
 
-  // The calls so far.
+  // So far.
   std::vector<v1::GenerateRequest> requests() const;
   int num_cancelled() const { return num_cancelled_; }
   int num_running() const { return num_running_; }
@@ -60,8 +70,9 @@ class FakeCoordinator : public v1::Generate::Service {
   v1::ModelInfo& model_info() { return model_info_; }
 
  private:
-  grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
-                        grpc::ServerWriter<v1::GenerateResponse>* writer) override;
+  using Wire = grpc::ServerReaderWriter<v1::GenerateEvents, v1::GenerateCommand>;
+  grpc::Status GenerateMany(grpc::ServerContext* context, Wire* wire) override;
+  void Run(const v1::GenerateRequest& request, FakeStream& stream);
   grpc::Status GetModelInfo(grpc::ServerContext* context, const v1::GetModelInfoRequest* request,
                             v1::ModelInfo* info) override;
   grpc::Status GetMetrics(grpc::ServerContext* context, const v1::GetMetricsRequest* request,
