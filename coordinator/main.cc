@@ -40,6 +40,7 @@ struct Flags {
   double step_timeout_seconds = 30;
   double join_timeout_seconds = 60;
   double drain_timeout_seconds = 30;
+  double target_itl_ms = 0;
   uint64_t seed = 0;
   bool check = false;
 };
@@ -67,6 +68,10 @@ void Declare(CLI::App& app, Flags& flags) {
       ->check(CLI::Range(1, 65536));
   app.add_option("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")
       ->check(CLI::Range(1, 1 << 20));
+  app.add_option("--target-itl-ms", flags.target_itl_ms,
+                 "between two tokens of a stream: prompts are read in pieces so small that steps "
+                 "take no longer; 0: any time")
+      ->check(CLI::Range(0.0, 60000.0));
   app.add_flag("--enable-expert-parallel", group.enable_expert_parallel,
                "ranks own whole experts instead of a slice of each");
   app.add_option("--collectives", flags.collectives,
@@ -117,6 +122,7 @@ void Complete(Flags& flags) {
   group.version = FATHOM_VERSION;
   group.collectives = CollectivesOf(flags.collectives);
   group.max_logit_rows = group.max_sequences + flags.loop.max_prompt_logprob_rows_per_step;
+  flags.loop.target_itl = absl::Milliseconds(flags.target_itl_ms);
   group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
   group.join_timeout = absl::Seconds(flags.join_timeout_seconds);
 }

@@ -75,6 +75,8 @@ struct Metrics::Families {
                 {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30});
   prometheus::Counter& compute_seconds = Counter(
       "fathom:compute_seconds_total", "Time of rank 0 in the forward pass and the sampler.");
+  prometheus::Gauge& cost_error =
+      Gauge("fathom:step_cost_error", "Mean error of foretold step times, as a share of them.");
   prometheus::Counter& group_failures =
       Counter("fathom:group_failures_total", "Times the worker group was dissolved by a fault.");
   prometheus::Counter& cancelled =
@@ -99,6 +101,7 @@ void Metrics::CountStep(const StepFigures& figures) {
   families_->prefix_cache_hits.Increment(static_cast<double>(figures.num_prefix_tokens_found));
   families_->step_seconds.Observe(figures.seconds);
   families_->compute_seconds.Increment(figures.compute_seconds);
+  families_->cost_error.Set(figures.cost_error);
 }
 
 void Metrics::SetLoad(int num_running, int num_waiting, double kv_cache_usage) {

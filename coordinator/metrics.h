@@ -26,6 +26,7 @@ class Metrics {
     int num_preemptions = 0;     // since the last step
     double seconds = 0;          // from sending the command to the last answer
     double compute_seconds = 0;  // of it, in rank 0's forward pass and sampler
+    double cost_error = 0;       // StepCost::mean_error
   };
   void CountStep(const StepFigures& figures);
 

@@ -1,6 +1,7 @@
 #include "coordinator/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "base/check.h"
@@ -10,6 +11,10 @@ namespace {
 
 // Of a sequence that waits for room; a long prompt has thousands of blocks to look up.
 constexpr int kStepsBetweenLookups = 8;
+
+constexpr double kNoLimit = std::numeric_limits<double>::infinity();
+// Of the time that decoding takes: what prompts get at least.
+constexpr double kLeastPromptShare = 0.125;
 
 bool ById(const Sequence* a, const Sequence* b) { return a->id < b->id; }
 
@@ -94,45 +99,121 @@ bool Scheduler::Cancel(SequenceId id) {
 Step Scheduler::Schedule() {
   Step step;
   Budget budget{.tokens = options_.max_tokens_per_step,
-                .prompt_logprob_rows = options_.max_prompt_logprob_rows_per_step};
+                .prompt_logprob_rows = options_.max_prompt_logprob_rows_per_step,
+                .microseconds = kNoLimit,
+                .load = {},
+                .placed = {}};
   const int64_t preemptions_before = num_preemptions_;
-  ScheduleRunning(step, budget);
+  Decode(step, budget);
+  if (options_.target_step_us > 0 && !step.scheduled.empty()) {
+    budget.microseconds = std::max(options_.target_step_us,
+                                   (1 + kLeastPromptShare) * step_cost_.Predict(budget.load));
+  }
+  ReadPrompts(step, budget);
+  PublishFullBlocks(budget.placed);  // before others look for them
   // What was just thrown out must not come straight back and throw out the next.
   if (num_preemptions_ == preemptions_before) AdmitWaiting(step, budget);
   if (step.empty()) return step;
 
   step.number = ++last_step_;
   step.released_slots = std::exchange(released_slots_, {});
-  in_flight_.push_back({.number = step.number, .scheduled = step.scheduled});
+  in_flight_.push_back({.number = step.number, .scheduled = step.scheduled, .load = budget.load});
   return step;
 }
 
-void Scheduler::ScheduleRunning(Step& step, Budget& budget) {
-  std::vector<Sequence*> placed;
+// Those that have one token pending, oldest first.
+void Scheduler::Decode(Step& step, Budget& budget) {
   // Preemption takes from the end of running_, so positions up to i stay what they are.
   for (size_t i = 0; i < running_.size() && budget.tokens > 0; ++i) {
     Sequence& sequence = *running_[i];
-    const int num_tokens = TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows);
-    if (num_tokens == 0) continue;
-    if (!MakeRoomFor(sequence, num_tokens)) {
+    if (sequence.num_pending() != 1) continue;
+    if (TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows) == 0) continue;
+    if (!MakeRoomFor(sequence, 1)) {
       --i;  // it was the youngest of its domain, and is no longer in running_
       continue;
     }
-    Place(sequence, num_tokens, step, budget);
-    placed.push_back(&sequence);
+    Place(sequence, 1, step, budget);
   }
-  PublishFullBlocks(placed);
+}
+
+// The other running ones, in the order and with the shares that the header tells of.
+void Scheduler::ReadPrompts(Step& step, Budget& budget) {
+  std::vector<Sequence*> prompts;
+  for (Sequence* const sequence : running_) {
+    if (sequence->num_pending() > 1) prompts.push_back(sequence);
+  }
+  if (prompts.empty()) return;
+  std::stable_sort(prompts.begin() + 1, prompts.end(), [](const Sequence* a, const Sequence* b) {
+    return a->num_pending() < b->num_pending();
+  });
+  std::vector<PromptsBehind> behind(prompts.size());
+  if (MayAdmit()) behind.back() = WaitingFrom(0);
+  for (size_t i = prompts.size() - 1; i > 0; --i) {
+    behind[i - 1] = behind[i];
+    behind[i - 1].Add(prompts[i]->num_pending());
+  }
+  for (size_t i = 0; i < prompts.size() && budget.tokens > 0; ++i) {
+    Sequence& prompt = *prompts[i];
+    if (prompt.slot < 0) continue;  // the oldest took its blocks
+    int num_tokens = ShareOf(prompt, behind[i], budget);
+    // Only the oldest throws out others, younger ones; what it cannot have now it has later.
+    if (i == 0 && num_tokens > 0 && !MakeRoomFor(prompt, num_tokens)) continue;
+    num_tokens = std::min(num_tokens, TokensThatFit(prompt));
+    if (num_tokens > 0) Place(prompt, num_tokens, step, budget);
+  }
+}
+
+// As many of those that wait, from a place in the queue on, as could have a part in this step.
+Scheduler::PromptsBehind Scheduler::WaitingFrom(size_t place) const {
+  PromptsBehind behind;
+  const size_t end = std::min(waiting_.size(), place + free_slots_.size());
+  while (place < end && behind.all < options_.max_tokens_per_step) {
+    behind.Add(waiting_[place++]->num_pending());
+  }
+  return behind;
+}
+
+int Scheduler::ShareOf(const Sequence& prompt, const PromptsBehind& behind,
+                       const Budget& budget) const {
+  int num_tokens = std::min(budget.tokens, MostTokensInTime(prompt, budget));
+  if (num_tokens < prompt.num_pending() && behind.shortest <= prompt.num_pending() / 2) {
+    num_tokens -= static_cast<int>(std::min<int64_t>(num_tokens / 2, behind.all));
+  }
+  return TokensToCompute(prompt, num_tokens, budget.prompt_logprob_rows);
+}
+
+// How many of its pending tokens the step can take on and stay within its time.
+int Scheduler::MostTokensInTime(const Sequence& sequence, const Budget& budget) const {
+  const int num_pending = sequence.num_pending();
+  if (budget.microseconds == kNoLimit) return num_pending;
+  const auto is_in_time = [&](int num_tokens) {
+    StepLoad load = budget.load;
+    load.Add(num_tokens, sequence.num_computed);
+    return step_cost_.Predict(load) <= budget.microseconds;
+  };
+  int most = 0;
+  for (int end = num_pending + 1; most + 1 < end;) {
+    const int middle = most + (end - most) / 2;
+    (is_in_time(middle) ? most : end) = middle;
+  }
+  if (budget.num_prompts == 0) most = std::max(most, std::min(num_pending, kLeastPromptTokens));
+  return most;
+}
+
+// Whether the first in the queue could be admitted, as far as can be told without looking it up.
+bool Scheduler::MayAdmit() const {
+  if (waiting_.empty() || free_slots_.empty()) return false;
+  if (waiting_.front()->id != blocked_id_ || last_step_ >= blocked_until_step_) return true;
+  const std::vector<int> room = RoomOfDomains();
+  return *std::max_element(room.begin(), room.end()) > blocked_room_;
 }
 
 void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
+  if (!MayAdmit()) return;
   std::vector<int> room = RoomOfDomains();
   while (!waiting_.empty() && !free_slots_.empty() && budget.tokens > 0) {
     Sequence& sequence = *waiting_.front();
     const int most_room = *std::max_element(room.begin(), room.end());
-    if (sequence.id == blocked_id_ && most_room <= blocked_room_ &&
-        last_step_ < blocked_until_step_) {
-      return;
-    }
     const std::optional<Home> home = ChooseHome(sequence, room);
     if (!home.has_value()) {
       blocked_id_ = sequence.id;
@@ -141,7 +222,8 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
       return;
     }
     sequence.num_computed = static_cast<int>(home->blocks.size()) * options_.block_size;
-    const int num_tokens = TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows);
+    const bool is_last = waiting_.size() == 1 || free_slots_.size() == 1;
+    const int num_tokens = ShareOf(sequence, is_last ? PromptsBehind() : WaitingFrom(1), budget);
     if (num_tokens == 0) {
       sequence.num_computed = 0;
       return;
@@ -231,6 +313,10 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .first_token = sequence.num_computed,
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
+  budget.load.Add(num_tokens, sequence.num_computed);
+  budget.placed.push_back(&sequence);
+  if (num_tokens > 1) ++budget.num_prompts;
+  sequence.last_step = last_step_ + 1;
   if (step.scheduled.back().samples) ++sequence.num_unknown;
   sequence.num_computed += num_tokens;
   budget.tokens -= num_tokens;
@@ -240,14 +326,15 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
 }
 
 // Makes blocks free for `num_tokens` more tokens by preempting the youngest sequences of the
-// domain. False when that was `sequence` itself.
+// domain that have no part in this step. False when there are none but older ones, or it was
+// `sequence` itself.
 bool Scheduler::MakeRoomFor(Sequence& sequence, int num_tokens) {
   const BlockPool& pool = block_pools_[sequence.kv_domain];
   const int num_wanted =
       BlocksFor(sequence.num_computed + num_tokens) - static_cast<int>(sequence.block_table.size());
   while (pool.num_free() < num_wanted) {
     const auto youngest = std::find_if(running_.rbegin(), running_.rend(), [&](const Sequence* s) {
-      return s->kv_domain == sequence.kv_domain;
+      return s->kv_domain == sequence.kv_domain && s->last_step <= last_step_;
     });
     CHECK(youngest != running_.rend());
     Sequence& victim = **youngest;
@@ -255,6 +342,13 @@ bool Scheduler::MakeRoomFor(Sequence& sequence, int num_tokens) {
     if (&victim == &sequence) return false;
   }
   return true;
+}
+
+int Scheduler::TokensThatFit(const Sequence& sequence) const {
+  const int64_t num_blocks = static_cast<int64_t>(sequence.block_table.size()) +
+                             block_pools_[sequence.kv_domain].num_free();
+  const int64_t num_tokens = num_blocks * options_.block_size - sequence.num_computed;
+  return static_cast<int>(std::min<int64_t>(num_tokens, sequence.num_pending()));
 }
 
 void Scheduler::Preempt(Sequence& sequence) {
@@ -360,6 +454,7 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
   in_flight_.pop_front();
   CHECK_EQ(outcome.number, step.number);
   CHECK_EQ(outcome.sequences.size(), step.scheduled.size());
+  step_cost_.Learn(step.load, outcome.compute_us);
 
   std::vector<SequenceUpdate> updates;
   updates.reserve(step.scheduled.size());

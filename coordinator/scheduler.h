@@ -1,16 +1,27 @@
 // Chooses what the workers compute next, and takes in what came of it.
 //
-// There is no prefill and no decode: a sequence has tokens, some of them computed, and each step
-// gives it as many of the pending ones as a common token budget allows. When none are left the
-// step samples the next token, and so on. Prompts are thereby cut into chunks and mixed with
-// decoding. Running sequences come first, oldest first, then waiting ones in order of arrival.
+// A sequence has tokens, some of them computed, and each step gives it as many of the pending ones
+// as common budgets allow. When none are left the step samples the next token, and so on. Prompts
+// are thereby cut into chunks and mixed with decoding, which comes first: a sequence with a single
+// pending token decodes, oldest first; one with more is a prompt.
 //
-// Compared with vLLM's V1 scheduler (vllm/v1/core/sched/scheduler.py), the same: no phases; running
-// before waiting; first come, first served, where the first that does not fit blocks those behind
-// it; preemption of the youngest by recomputation, and no admission in a step that preempted.
-// Different: a sequence is admitted only when all its tokens would fit beside what the running
-// ones are about to need (not just its first chunk), so that a prompt is not thrown out half
-// computed; rows of prompt logprobs have a budget of their own.
+// Prompts get what is left of the step's tokens and, while others decode and a target is set, of
+// the time that the step may take (step_cost). When decoding alone takes that time, or nearly,
+// prompts get an eighth of what it takes, but one at least kLeastPromptTokens. They share it so:
+//   - the oldest prompt comes first, then the running ones with the fewest pending tokens, then the
+//     waiting ones in order of arrival;
+//   - each takes all it can, unless it cannot finish in this step and one behind it is at most half
+//     as long: then it leaves what those behind it have pending, up to half of what there is.
+// So the oldest prompt has at least half of the prompt tokens of every step, which bounds how long
+// any prompt takes; and a short one does not wait for long ones before it.
+//
+// Compared with vLLM's V1 scheduler (vllm/v1/core/sched/scheduler.py), the same: no phases in the
+// workers; running before waiting; first come, first served, where the first that does not fit
+// blocks those behind it; preemption of the youngest by recomputation, and no admission in a step
+// that preempted. Different: decoding before prompts, and the above; a sequence is admitted only
+// when all its tokens would fit beside what the running ones are about to need (not just its first
+// chunk), so that a prompt is not thrown out half computed; rows of prompt logprobs have a budget
+// of their own.
 //
 // Sequences that begin alike share KV blocks. A block is published in the step that fills it, at
 // once if its tokens are known: workers store what a layer keeps of all tokens of a step before
@@ -31,8 +42,10 @@
 // Not thread-safe; only StepLoop calls it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -43,6 +56,7 @@
 #include "coordinator/block_pool.h"
 #include "coordinator/sequence.h"
 #include "coordinator/step.h"
+#include "coordinator/step_cost.h"
 
 namespace fathom {
 
@@ -64,6 +78,8 @@ struct SequenceUpdate {
 
 class Scheduler {
  public:
+  static constexpr int kLeastPromptTokens = 16;
+
   struct Options {
     int max_tokens_per_step = 2048;
     int max_sequences = 256;  // slots are numbered [0, max_sequences)
@@ -71,6 +87,7 @@ class Scheduler {
     int block_size = 16;    // tokens per KV block, at most BlockHasher::kMaxBlockTokens
     int num_kv_blocks = 0;  // of each domain
     int num_kv_domains = 1;
+    double target_step_us = 0;  // that a step should take at most while sequences decode; 0: any
     bool share_prefixes = false;
     BlockHasher::Options hash = {};
   };
@@ -105,15 +122,31 @@ class Scheduler {
   };
   const PrefixFigures& prefix_figures() const { return prefix_figures_; }
 
+  const StepCost& step_cost() const { return step_cost_; }
+
  private:
-  // What is left of a step's allowances.
+  // What is left of a step's allowances, and what it has so far.
   struct Budget {
     int tokens;
     int prompt_logprob_rows;
+    double microseconds;  // of the whole step, what it has included; infinite until decoding is in
+    StepLoad load;
+    std::vector<Sequence*> placed;
+    int num_prompts = 0;  // of them
+  };
+  // Those that come after another one: how many tokens they have pending.
+  struct PromptsBehind {
+    int64_t all = 0;
+    int shortest = std::numeric_limits<int>::max();
+    void Add(int num_pending) {
+      all += num_pending;
+      shortest = std::min(shortest, num_pending);
+    }
   };
   struct StepInFlight {
     uint64_t number;
     std::vector<ScheduledSequence> scheduled;
+    StepLoad load;
   };
   // Where a waiting sequence is to go, and what is there for it.
   struct Home {
@@ -128,13 +161,20 @@ class Scheduler {
   int BlocksAboutToBeWanted(const Sequence& sequence) const;
   std::vector<int> RoomOfDomains() const;
 
-  void ScheduleRunning(Step& step, Budget& budget);
+  void Decode(Step& step, Budget& budget);
+  void ReadPrompts(Step& step, Budget& budget);
   void AdmitWaiting(Step& step, Budget& budget);
+  // What a prompt gets by the rule above.
+  int ShareOf(const Sequence& prompt, const PromptsBehind& behind, const Budget& budget) const;
+  PromptsBehind WaitingFrom(size_t place) const;
+  int MostTokensInTime(const Sequence& sequence, const Budget& budget) const;
+  bool MayAdmit() const;
   Home FindIn(int kv_domain, Sequence& sequence) const;
   std::optional<Home> ChooseHome(Sequence& sequence, const std::vector<int>& room) const;
   void Admit(Sequence& sequence, const Home& home, Step& step);
   void Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget);
   bool MakeRoomFor(Sequence& sequence, int num_tokens);
+  int TokensThatFit(const Sequence& sequence) const;
   void Preempt(Sequence& sequence);
   void FreeBlocksAndSlot(Sequence& sequence);
   void Forget(SequenceId id);
@@ -155,6 +195,7 @@ class Scheduler {
   std::deque<Sequence*> waiting_;   // by id
   std::vector<Sequence*> running_;  // by id
   std::deque<StepInFlight> in_flight_;
+  StepCost step_cost_;
 
   SequenceId last_id_ = 0;
   uint64_t last_step_ = 0;

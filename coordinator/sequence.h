@@ -45,6 +45,7 @@ struct Sequence {
   int num_blocks_published = 0;    // of block_table, found ones included
   PrefixId prefix = kEmptyPrefix;  // that these hold
   int num_admissions = 0;          // tells results of an earlier stay in a slot apart
+  uint64_t last_step = 0;          // that it is part of
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_generated() const { return num_tokens() - request->num_prompt_tokens(); }

@@ -48,6 +48,7 @@ struct SequenceOutcome {
 
 struct StepOutcome {
   uint64_t number = 0;
+  double compute_us = 0;                   // that the workers took; 0: unknown
   std::vector<SequenceOutcome> sequences;  // parallel to Step::scheduled
 };
 

@@ -145,6 +145,11 @@ absl::StatusOr<StepAnswer> DecodeResult(const Step& step, uint32_t vocab_size,
   }
   StepAnswer answer;
   answer.outcome.number = step.number;
+  // One that says it took an hour tells nothing worth learning.
+  constexpr uint64_t kMostMicroseconds = 3'600'000'000;
+  if (result.compute_us() <= kMostMicroseconds) {
+    answer.outcome.compute_us = static_cast<double>(result.compute_us());
+  }
   answer.outcome.sequences.resize(step.scheduled.size());
 
   const BatchIndex batch(step);

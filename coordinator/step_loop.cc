@@ -172,6 +172,7 @@ void StepLoop::BeginServing(const WorkerGroup& group) {
       .block_size = plan.block_size,
       .num_kv_blocks = plan.num_kv_blocks,
       .num_kv_domains = 1,
+      .target_step_us = absl::ToDoubleMicroseconds(options_.target_itl),
       .share_prefixes = options_.enable_prefix_caching});
   board_.SetGroup(group.epoch(), {.model = plan.model, .kv_cache_tokens = plan.kv_cache_tokens()},
                   plan.block_size, plan.num_kv_blocks);
@@ -362,6 +363,7 @@ void StepLoop::CountStep(const StepInFlight& made, const std::vector<SequenceUpd
   figures.seconds = absl::ToDoubleSeconds(now - std::max(made.sent_at, last_committed_at_));
   last_committed_at_ = now;
   figures.compute_seconds = compute_seconds;
+  figures.cost_error = scheduler_->step_cost().mean_error();
   metrics_.CountStep(figures);
   board_.CountStep();
   throughput_log_.Add(figures.num_prompt_tokens, figures.num_generated_tokens);

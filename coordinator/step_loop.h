@@ -44,7 +44,8 @@ class StepLoop {
   struct Options {
     WorkerGroup::Options group;
     int max_prompt_logprob_rows_per_step = 256;
-    int max_queued_requests = 1024;  // that wait; beyond it requests are refused
+    int max_queued_requests = 1024;                    // that wait; beyond it requests are refused
+    absl::Duration target_itl = absl::ZeroDuration();  // between tokens of a stream; 0: any
     bool enable_prefix_caching = true;
     int max_steps_in_flight = 2;  // with 1 the workers wait while a step is scheduled and sent
     absl::Duration min_backoff = absl::Milliseconds(50);  // between attempts to form a group

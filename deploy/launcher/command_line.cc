@@ -261,6 +261,15 @@ void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
       ->type_name("COUNT")
       ->default_str(absl::StrCat(options.max_queued_requests))
       ->check(CountInto(&options.max_queued_requests, 1, kMostAtOnce));
+  app.add_option("--target-itl-ms", options.target_itl_ms,
+                 "Milliseconds between tokens of a stream: prompts are read in pieces so small "
+                 "that steps take no longer; 0: any time")
+      ->capture_default_str()
+      ->check([](const std::string& text) {
+        double value = -1;
+        const bool sane = absl::SimpleAtod(text, &value) && value >= 0 && value <= 60000;
+        return sane ? "" : absl::StrCat("'", text, "' is not a time: expected 0 to 60000");
+      });
   app.add_option("--step-timeout-seconds", options.step_timeout_seconds,
                  "A worker silent for so long in a step is lost")
       ->capture_default_str()

@@ -109,6 +109,7 @@ ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
       .AddIf(!options.enable_prefix_caching, "--no-enable-prefix-caching")
       .Add("--max-num-seqs", options.max_num_seqs)
       .Add("--max-num-batched-tokens", options.max_num_batched_tokens)
+      .AddUnless(0.0, "--target-itl-ms", options.target_itl_ms)
       .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
       .Add("--collectives", options.collectives)
       .Add("--max-queued-requests", options.max_queued_requests)

@@ -46,6 +46,7 @@ struct ServeOptions {
   int64_t max_num_seqs = 256;
   int64_t max_num_batched_tokens = 2048;
   int64_t max_queued_requests = 1024;
+  double target_itl_ms = 0;  // between tokens of a stream; 0: any
 
   // Time limits in seconds.
   int step_timeout_seconds = 30;

@@ -69,6 +69,8 @@ TEST(CommandLineTest, ReadsAKnownCommandLine) {
                                    "64",
                                    "--max-num-batched-tokens",
                                    "8192",
+                                   "--target-itl-ms",
+                                   "37.5",
                                    "--host",
                                    "127.0.0.1",
                                    "--port",
@@ -91,6 +93,7 @@ TEST(CommandLineTest, ReadsAKnownCommandLine) {
   EXPECT_EQ(options.kv_cache_memory_bytes, int64_t{2} << 30);
   EXPECT_EQ(options.max_num_seqs, 64);
   EXPECT_EQ(options.max_num_batched_tokens, 8192);
+  EXPECT_EQ(options.target_itl_ms, 37.5);
   EXPECT_EQ(options.port, 9000);
   EXPECT_EQ(options.seed, UINT64_MAX);
   EXPECT_TRUE(options.enable_expert_parallel);
