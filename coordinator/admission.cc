@@ -32,9 +32,10 @@ Admission::Admission(uint64_t seed, StepLoop& step_loop, const StatusBoard& boar
 absl::StatusOr<SequenceId> Admission::Submit(const v1::GenerateRequest& request,
                                              std::shared_ptr<TokenStream> stream) {
   absl::StatusOr<std::shared_ptr<const Request>> validated = Validate(request);
-  absl::StatusOr<SequenceId> id = validated.ok()
-                                      ? step_loop_.Submit(*std::move(validated), std::move(stream))
-                                      : absl::StatusOr<SequenceId>(validated.status());
+  absl::StatusOr<SequenceId> id =
+      validated.ok()
+          ? step_loop_.Submit({.request = *std::move(validated), .stream = std::move(stream)})
+          : absl::StatusOr<SequenceId>(validated.status());
   if (!id.ok()) metrics_.CountRefusedRequest(RefusalOf(id.status()));
   return id;
 }

@@ -20,7 +20,7 @@ grpc::Status Invalid(const std::string& what) {
 
 }  // namespace
 
-// One request of the session, as StepLoop sees it.
+// One request of the session, as Engine sees it.
 class GenerateSession::Member final : public TokenStream {
  public:
   Member(std::shared_ptr<GenerateSession> session, uint64_t number)

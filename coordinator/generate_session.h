@@ -5,7 +5,7 @@
 // tokens and holds up nobody. Commands are read one after the other, and no further while
 // kMaxUnsentEnds streams have ended without the client knowing.
 //
-// Owns itself until gRPC is done with it; the streams that StepLoop holds keep it as well.
+// Owns itself until gRPC is done with it; the streams that Engine holds keep it as well.
 // Thread-safe.
 #pragma once
 

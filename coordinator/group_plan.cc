@@ -143,6 +143,8 @@ absl::StatusOr<GroupPlan> PlanGroup(const GroupPlanOptions& options,
 
   GroupPlan plan;
   plan.block_size = options.block_size;
+  plan.max_tokens_per_step = options.max_tokens_per_step;
+  plan.max_sequences = options.max_sequences;
   plan.collectives = ChooseCollectives(options, descriptions, addresses);
   plan.num_kv_blocks = static_cast<int>(
       std::min(capacity, options.max_sequences * BlocksFor(max_model_len, options.block_size)));
@@ -154,6 +156,13 @@ absl::StatusOr<GroupPlan> PlanGroup(const GroupPlanOptions& options,
   plan.model.set_kv_cache_dtype(any.kv_cache_dtype());
   plan.model.set_quantization(any.quantization());
   return plan;
+}
+
+uint64_t NextEpoch(uint64_t last_epoch, const std::vector<v1::DescribeResponse>& descriptions) {
+  for (const v1::DescribeResponse& description : descriptions) {
+    last_epoch = std::max(last_epoch, description.last_epoch());
+  }
+  return last_epoch + 1;
 }
 
 std::vector<std::string> DescribePlan(const GroupPlan& plan,

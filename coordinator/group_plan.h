@@ -17,6 +17,8 @@ struct GroupPlan {
   v1::ModelInfo model;  // max_model_len is the one in force
   int block_size = 0;
   int num_kv_blocks = 0;
+  int max_tokens_per_step = 0;
+  int max_sequences = 0;                                                        // in one step
   v1::JoinRequest::Collectives collectives = v1::JoinRequest::COLLECTIVES_SHM;  // never auto
 
   int64_t kv_cache_tokens() const { return int64_t{num_kv_blocks} * block_size; }
@@ -25,6 +27,7 @@ struct GroupPlan {
 struct GroupPlanOptions {
   std::string version;  // every worker must be of this one
   int block_size = 16;  // tokens per KV block
+  int max_tokens_per_step = 2048;
   int max_sequences = 256;
   int max_model_len = 0;  // 0: the model's, or what the KV cache can hold if that is less
   // UNSPECIFIED, "auto": of one host peer for GPUs and shm for CPUs, of several nccl and gloo.
@@ -46,6 +49,9 @@ std::string WorkerName(int rank, const std::string& address);
 absl::StatusOr<GroupPlan> PlanGroup(const GroupPlanOptions& options,
                                     const std::vector<v1::DescribeResponse>& descriptions,
                                     const std::vector<std::string>& addresses);
+
+// Later than `last_epoch` and than any that a worker has heard of.
+uint64_t NextEpoch(uint64_t last_epoch, const std::vector<v1::DescribeResponse>& descriptions);
 
 // For the operator, a line each: memory, KV cache size, maximum concurrency.
 std::vector<std::string> DescribePlan(const GroupPlan& plan,

@@ -46,7 +46,7 @@ struct Flags {
 };
 
 void Declare(CLI::App& app, Flags& flags) {
-  WorkerGroup::Options& group = flags.loop.group;
+  GroupOptions& group = flags.loop.group;
   app.add_option("--listen", flags.server.addresses,
                  "unix:/path or host:port; several times to listen in several places")
       ->required()
@@ -63,7 +63,8 @@ void Declare(CLI::App& app, Flags& flags) {
   app.add_option("--block-size", group.block_size, "tokens per KV block")
       ->check(CLI::IsMember({1, 16, 32, 64, 128}));
   app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching",
-               flags.loop.enable_prefix_caching, "requests that begin alike share KV blocks [on]");
+               flags.loop.engine.enable_prefix_caching,
+               "requests that begin alike share KV blocks [on]");
   app.add_option("--max-num-seqs", group.max_sequences, "sequences per step")
       ->check(CLI::Range(1, 65536));
   app.add_option("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")
@@ -117,12 +118,12 @@ v1::JoinRequest::Collectives CollectivesOf(const std::string& name) {
 
 // What follows from the flags.
 void Complete(Flags& flags) {
-  WorkerGroup::Options& group = flags.loop.group;
+  GroupOptions& group = flags.loop.group;
   group.tls = flags.server.tls;
   group.version = FATHOM_VERSION;
   group.collectives = CollectivesOf(flags.collectives);
-  group.max_logit_rows = group.max_sequences + flags.loop.max_prompt_logprob_rows_per_step;
-  flags.loop.target_itl = absl::Milliseconds(flags.target_itl_ms);
+  group.max_logit_rows = group.max_sequences + flags.loop.engine.max_prompt_logprob_rows_per_step;
+  flags.loop.engine.target_itl = absl::Milliseconds(flags.target_itl_ms);
   group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
   group.join_timeout = absl::Seconds(flags.join_timeout_seconds);
 }
@@ -159,7 +160,7 @@ int ReportFailure(const absl::Status& status) {
 }
 
 // A malformed address would never answer; better said now than after waiting.
-absl::Status CheckWorkerAddresses(const WorkerGroup::Options& group) {
+absl::Status CheckWorkerAddresses(const GroupOptions& group) {
   for (const std::string& address : group.addresses) {
     RETURN_IF_ERROR(ConnectTo(address, group.tls).status());
   }

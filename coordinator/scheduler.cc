@@ -79,13 +79,15 @@ Scheduler::Scheduler(Options options) : options_(options), hasher_(options.hash)
   for (int slot = options_.max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
 }
 
-void Scheduler::Add(SequenceId id, std::shared_ptr<const Request> request) {
+void Scheduler::Add(SequenceId id, std::shared_ptr<const Request> request,
+                    const SequenceProgress& progress) {
   CHECK_GT(id, last_id_);
   CHECK_GT(request->num_prompt_tokens(), 0);
   CHECK_LE(BlocksFor(request->max_total_tokens()), options_.num_kv_blocks)
       << "validation refuses what can never fit";
   last_id_ = id;
-  auto sequence = std::make_unique<Sequence>(id, std::move(request));
+  auto sequence = std::make_unique<Sequence>(id, std::move(request), progress);
+  CHECK_LE(sequence->num_generated(), sequence->request->max_tokens);
   waiting_.push_back(sequence.get());
   sequences_.emplace(id, std::move(sequence));
 }
@@ -282,7 +284,8 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
   block_pools_[home.kv_domain].Share(home.blocks, sequence.block_table);
   sequence.num_blocks_published = static_cast<int>(home.blocks.size());
   sequence.prefix = home.prefix;
-  if (++sequence.num_admissions == 1) {
+  ++sequence.num_admissions;
+  if (!sequence.num_cached_tokens.has_value()) {
     sequence.num_cached_tokens = sequence.num_computed;
     if (options_.share_prefixes && !sequence.request->wants_prompt_logprobs) {
       prefix_figures_.num_queried += sequence.num_tokens();
@@ -485,7 +488,7 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   SequenceUpdate update;
   update.id = sequence.id;
   update.num_prompt_tokens = request.num_prompt_tokens();
-  update.num_cached_tokens = sequence.num_cached_tokens;
+  update.num_cached_tokens = sequence.num_cached_tokens.value_or(0);
   update.num_generated_tokens = sequence.num_generated();
 
   const int computed = scheduled.first_token + scheduled.num_tokens;
@@ -542,6 +545,13 @@ std::vector<int> Scheduler::RoomOfDomains() const {
     room[sequence->kv_domain] -= BlocksAboutToBeWanted(*sequence);
   }
   return room;
+}
+
+std::vector<const Sequence*> Scheduler::Sequences() const {
+  std::vector<const Sequence*> all;
+  for (const auto& [id, sequence] : sequences_) all.push_back(sequence.get());
+  std::sort(all.begin(), all.end(), ById);
+  return all;
 }
 
 int Scheduler::num_free_blocks() const {

@@ -39,7 +39,7 @@
 //
 // Pure state: no clock, no threads, no wire, no metrics.
 //
-// Not thread-safe; only StepLoop calls it.
+// Not thread-safe; only Engine calls it.
 #pragma once
 
 #include <algorithm>
@@ -94,8 +94,10 @@ class Scheduler {
 
   explicit Scheduler(Options options);
 
-  // Queues a request. Ids must ascend. The request must be able to fit when it is alone.
-  void Add(SequenceId id, std::shared_ptr<const Request> request);
+  // Queues a request, perhaps one that goes on from where another scheduler left it. Ids must
+  // ascend. The request must be able to fit when it is alone.
+  void Add(SequenceId id, std::shared_ptr<const Request> request,
+           const SequenceProgress& progress = {});
 
   // Forgets a sequence and frees its blocks and slot now, even with a step in flight. False when
   // there is none (it ended before).
@@ -107,6 +109,9 @@ class Scheduler {
   // Takes in the outcome of the oldest step in flight. One update per sequence of that step which
   // is still there and was not preempted since, in batch order.
   std::vector<SequenceUpdate> Commit(const StepOutcome& outcome);
+
+  // All that have not ended, by id. Valid until anything is called that changes them.
+  std::vector<const Sequence*> Sequences() const;
 
   int num_running() const { return static_cast<int>(running_.size()); }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }

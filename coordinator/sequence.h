@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -18,9 +19,25 @@ namespace fathom {
 // Numbers sequences in order of arrival, from 1.
 using SequenceId = uint64_t;
 
+// How far a request has come, as clients were told: what it takes to go on with it elsewhere.
+struct SequenceProgress {
+  std::vector<uint32_t> generated_token_ids;
+  int num_prompt_logprobs_done = 0;
+  int num_prompt_tokens_done = 0;
+  std::optional<int> num_cached_tokens;
+};
+
 struct Sequence {
-  Sequence(SequenceId id, std::shared_ptr<const Request> request)
-      : id(id), request(std::move(request)), tokens(this->request->prompt_token_ids) {}
+  Sequence(SequenceId id, std::shared_ptr<const Request> request, const SequenceProgress& progress)
+      : id(id),
+        request(std::move(request)),
+        tokens(this->request->prompt_token_ids),
+        num_prompt_logprobs_done(progress.num_prompt_logprobs_done),
+        num_prompt_tokens_done(progress.num_prompt_tokens_done),
+        num_cached_tokens(progress.num_cached_tokens) {
+    tokens.insert(tokens.end(), progress.generated_token_ids.begin(),
+                  progress.generated_token_ids.end());
+  }
 
   const SequenceId id;
   const std::shared_ptr<const Request> request;
@@ -31,9 +48,9 @@ struct Sequence {
   // Tokens that steps in flight sample. The workers have them before they make the next step, so
   // that they can be computed there although nobody here knows them yet.
   int num_unknown = 0;
-  int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
-  int num_prompt_tokens_done = 0;    // computed or found at least once: survives preemption
-  int num_cached_tokens = 0;         // of the prompt, found when it was first admitted
+  int num_prompt_logprobs_done = 0;      // delivered; the first prompt token has none
+  int num_prompt_tokens_done = 0;        // computed or found at least once: survives preemption
+  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
   // Of the full blocks of `tokens`, as far as somebody had to know; survives preemption.
   std::vector<BlockHash> block_hashes;
 
@@ -53,6 +70,13 @@ struct Sequence {
   int num_pending() const {
     const bool ends_in_flight = num_generated() + num_unknown >= std::max(1, request->max_tokens);
     return ends_in_flight ? 0 : num_tokens() + num_unknown - num_computed;
+  }
+
+  SequenceProgress progress() const {
+    return {.generated_token_ids = {tokens.begin() + request->num_prompt_tokens(), tokens.end()},
+            .num_prompt_logprobs_done = num_prompt_logprobs_done,
+            .num_prompt_tokens_done = num_prompt_tokens_done,
+            .num_cached_tokens = num_cached_tokens};
   }
 };
 

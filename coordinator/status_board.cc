@@ -20,6 +20,8 @@ std::optional<ModelLimits> StatusBoard::model_limits() const {
 
 void StatusBoard::SetState(v1::ServerInfo::State state, const std::string& detail) {
   const std::lock_guard lock(mutex_);
+  const bool is_draining = info_.state() == v1::ServerInfo::STATE_DRAINING;
+  if (is_draining && state != v1::ServerInfo::STATE_DRAINING) return;
   const bool was_serving = info_.state() == v1::ServerInfo::STATE_SERVING;
   const bool is_serving = state == v1::ServerInfo::STATE_SERVING;
   info_.set_state(state);

@@ -1,6 +1,6 @@
 // What the outside may know of the coordinator: is it serving, which model, how busy.
 //
-// StepLoop writes; generate_service, the health service and tests read. Thread-safe.
+// StepLoop and Engine write; generate_service, the health service and tests read. Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,7 @@ class StatusBoard {
   // Absent until the first group has formed; then what the last one had.
   std::optional<ModelLimits> model_limits() const;
 
+  // DRAINING is for good: after it only the details change.
   void SetState(v1::ServerInfo::State state, const std::string& detail);
   void SetGroup(uint64_t epoch, const ModelLimits& limits, int block_size, int num_kv_blocks);
 

@@ -3,7 +3,7 @@
 //   Avg prompt throughput: 120.3 tokens/s, Avg generation throughput: 41.0 tokens/s,
 //   Running: 8 reqs, Waiting: 0 reqs, KV cache usage: 3.1%          (one line)
 //
-// Time is an argument. Not thread-safe; only StepLoop calls it.
+// Time is an argument. Not thread-safe; only Engine calls it.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Where the tokens of one request go. Implemented by what serves clients, called by StepLoop.
+// Where the tokens of one request go. Implemented by what serves clients, called by Engine.
 //
 // OnTokens any number of times, then OnEnd once; nothing after that but Flush. Never blocks: what a
 // slow client has not read is kept by the implementation. Implementations are thread-safe.

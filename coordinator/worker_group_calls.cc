@@ -58,7 +58,7 @@ class OpenCalls {
   size_t num_open_;  // guarded by mutex_
 };
 
-v1::ShardSpec ShardOf(const WorkerGroup::Options& options, int rank) {
+v1::ShardSpec ShardOf(const GroupOptions& options, int rank) {
   const std::string host = HostOf(options.addresses[rank]);
   v1::ShardSpec shard;
   shard.set_rank(rank);
@@ -90,9 +90,8 @@ struct DescribeCall {
 };
 
 // One attempt with the workers that have not answered yet.
-absl::Status DescribeMissing(const WorkerGroup::Options& options,
-                             const std::vector<WorkerPeer>& peers, std::stop_token stop,
-                             const ReportProgress& report_progress,
+absl::Status DescribeMissing(const GroupOptions& options, const std::vector<WorkerPeer>& peers,
+                             std::stop_token stop, const ReportProgress& report_progress,
                              std::vector<std::optional<v1::DescribeResponse>>& responses) {
   std::deque<DescribeCall> calls;
   for (const WorkerPeer& peer : peers) {
@@ -144,7 +143,7 @@ absl::Status DescribeMissing(const WorkerGroup::Options& options,
 // The Join of all workers: one reactor each, and what they share.
 class Joining {
  public:
-  Joining(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers, uint64_t epoch,
+  Joining(const GroupOptions& options, const std::vector<WorkerPeer>& peers, uint64_t epoch,
           const GroupPlan& plan)
       : options_(options),
         progress_(static_cast<int>(peers.size()), MonotonicNow()),
@@ -260,7 +259,7 @@ class Joining {
                      absl::FormatDuration(options_.join_silence_timeout), " while joining")));
   }
 
-  const WorkerGroup::Options& options_;
+  const GroupOptions& options_;
   std::deque<Call> calls_;
   std::mutex mutex_;
   LoadProgress progress_;  // guarded by mutex_
@@ -282,7 +281,7 @@ absl::Status FromWorker(const std::string& name, const grpc::Status& status) {
   return absl::Status(same.code(), absl::StrCat(name, ": ", same.message()));
 }
 
-absl::StatusOr<std::vector<WorkerPeer>> DialAll(const WorkerGroup::Options& options) {
+absl::StatusOr<std::vector<WorkerPeer>> DialAll(const GroupOptions& options) {
   std::vector<WorkerPeer> peers;
   for (const std::string& address : options.addresses) {
     const int rank = static_cast<int>(peers.size());
@@ -298,7 +297,7 @@ absl::StatusOr<std::vector<WorkerPeer>> DialAll(const WorkerGroup::Options& opti
 }
 
 absl::StatusOr<std::vector<v1::DescribeResponse>> DescribeAll(
-    const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers, std::stop_token stop,
+    const GroupOptions& options, const std::vector<WorkerPeer>& peers, std::stop_token stop,
     const ReportProgress& report_progress) {
   std::vector<std::optional<v1::DescribeResponse>> responses(peers.size());
   const auto is_missing = [](const auto& response) { return !response.has_value(); };
@@ -310,20 +309,19 @@ absl::StatusOr<std::vector<v1::DescribeResponse>> DescribeAll(
   return descriptions;
 }
 
-absl::Status JoinAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers,
+absl::Status JoinAll(const GroupOptions& options, const std::vector<WorkerPeer>& peers,
                      uint64_t epoch, const GroupPlan& plan, std::stop_token stop,
                      const ReportProgress& report_progress) {
   return Joining(options, peers, epoch, plan).Run(stop, report_progress);
 }
 
-void AbortAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>& peers,
-              uint64_t epoch) {
+void AbortAll(const std::vector<WorkerPeer>& peers, uint64_t epoch, absl::Duration abort_timeout) {
   std::deque<AbortCall> calls(peers.size());
   OpenCalls open_calls(peers.size());
   for (const WorkerPeer& peer : peers) {
     AbortCall& call = calls[peer.rank];
     call.request.set_epoch(epoch);
-    call.context.set_deadline(DeadlineIn(options.abort_timeout));
+    call.context.set_deadline(DeadlineIn(abort_timeout));
     peer.stub->async()->Abort(&call.context, &call.request, &call.response,
                               [&call, &open_calls](grpc::Status status) {
                                 call.status = std::move(status);
@@ -335,7 +333,7 @@ void AbortAll(const WorkerGroup::Options& options, const std::vector<WorkerPeer>
     const grpc::Status& status = calls[peer.rank].status;
     if (status.error_code() != grpc::StatusCode::DEADLINE_EXCEEDED) continue;
     spdlog::warn("{} did not leave epoch {} within {}", peer.name, epoch,
-                 absl::FormatDuration(options.abort_timeout));
+                 absl::FormatDuration(abort_timeout));
   }
 }
 

@@ -34,7 +34,7 @@ GATEWAY_ARROWS = {
 # Headers that cost a lot or tie code to a library, and the files that may include them.
 HOMES = {
     r"grpc.*|google/protobuf/.*|.*\.grpc\.pb\.h": [
-        "proto/endpoint.*", "proto/status.h", "*/main.cc", "*_service.*", "*/worker_group*",
+        "proto/endpoint.*", "proto/status.h", "*/main.cc", "*_service.*", "*/worker_group_calls.*", "*/worker_streams.*",
         "coordinator/generate_session.*", "gateway/rpc/*", "worker/remote_blackboard.cc", "worker/step_stream.*"],
     r"gloo/.*": ["worker/gloo_communicator.cc"],
     r"nccl.*|cuda.*": ["kernels/cuda/*", "worker/nccl_communicator.cc"],

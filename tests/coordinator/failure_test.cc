@@ -5,9 +5,11 @@
 #include <cstdint>
 #include <functional>
 #include <iostream>
+#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -182,6 +184,43 @@ TEST_F(FailureTest, TellsEveryClientTheTruthWhileWorkersBreakAtRandom) {
   ExpectNoViolations();
 }
 
+TEST_F(FailureTest, HandsUnfinishedRequestsToWhoeverGoesOnWithThem) {
+  std::mutex mutex;
+  std::vector<Inbox::Submission> lost;
+  on_lost_ = [&](std::vector<Inbox::Submission> unfinished, const absl::Status& cause) {
+    EXPECT_THAT(std::string(cause.message()), HasSubstr("worker 1"));
+    const std::lock_guard lock(mutex);
+    lost = std::move(unfinished);
+  };
+  StartAndWait();
+  for (auto& worker : workers_) worker->SetStepDelay(2);
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 4; ++i) {
+    clients.emplace_back([this, i] {
+      v1::GenerateRequest request = Asking(10, 200, i + 1);
+      request.set_ignore_eos(true);
+      request.mutable_sampling()->set_num_prompt_logprobs(1);
+      ExpectServed(request);
+    });
+  }
+  WaitUntil("all run", [&] { return ServerInfo().num_running() == clients.size(); });
+  workers_[1]->Die();
+  WaitUntil("they are handed over", [&] {
+    const std::lock_guard lock(mutex);
+    return lost.size() == clients.size();
+  });
+  workers_[1]->ComeBack();
+  WaitUntilServing();
+  for (Inbox::Submission& submission : lost) {
+    EXPECT_EQ(submission.live.num_groups_lost, 1);
+    EXPECT_TRUE(loop_->Resume(std::move(submission.live)).ok());
+  }
+  lost.clear();
+  for (std::thread& client : clients) client.join();
+  WaitUntilAllIsFree();
+  ExpectNoViolations();
+}
+
 TEST_F(FailureTest, WaitsForWorkersThatAreNotThereYet) {
   workers_[1]->Die();
   Start();
@@ -226,7 +265,7 @@ TEST_F(FailureTest, ARestartedCoordinatorGoesOnWithLaterEpochs) {
 
 TEST_F(FailureTest, TriesAgainWhenAWorkerCannotJoin) {
   workers_[1]->FailNextJoin(grpc::Status(grpc::StatusCode::NOT_FOUND, "no such tensor"));
-  options_.min_backoff = absl::Milliseconds(500);
+  options_.engine.min_backoff = absl::Milliseconds(500);
   Start();
   WaitUntil("the operator is told", [this] {
     return ServerInfo().state_detail().find("no such tensor") != std::string::npos;

@@ -367,6 +367,34 @@ TEST_F(SchedulerTest, DoesNotReportPromptLogprobsTwiceAfterPreemption) {
   EXPECT_EQ(num_rows, 4);
 }
 
+TEST_F(SchedulerTest, GoesOnWithASequenceThatAnotherSchedulerBegan) {
+  Start({.max_tokens_per_step = 4, .block_size = 4, .num_kv_blocks = 8});
+  Request request = Asking(6, 4);
+  request.wants_prompt_logprobs = true;
+  Add(request);
+  MakeStep();
+  MakeStep(11);
+  MakeStep(12);
+  ASSERT_THAT(scheduler_->Sequences(), SizeIs(1));
+  const SequenceProgress progress = scheduler_->Sequences()[0]->progress();
+  EXPECT_THAT(progress.generated_token_ids, ElementsAre(11, 12));
+  EXPECT_EQ(progress.num_prompt_logprobs_done, 5);
+  EXPECT_EQ(progress.num_cached_tokens, 0);
+
+  Start({.block_size = 4, .num_kv_blocks = 8});
+  scheduler_->Add(9, std::make_shared<const Request>(request), progress);
+  const Step step = scheduler_->Schedule();
+  EXPECT_THAT(Story(step), ElementsAre("9:8*")) << "its KV is computed again";
+  EXPECT_EQ(step.scheduled[0].num_prompt_logprobs, 0) << "these were delivered";
+  const std::vector<SequenceUpdate> updates = Commit(step, 13);
+  ASSERT_THAT(updates, SizeIs(1));
+  EXPECT_THAT(updates[0].token_ids, ElementsAre(13));
+  EXPECT_EQ(updates[0].num_generated_tokens, 3);
+  EXPECT_EQ(updates[0].num_prompt_tokens_done, 0);
+  EXPECT_EQ(MakeStep().at(0).end, EndReason::kLength);
+  ExpectAllFree();
+}
+
 TEST_F(SchedulerTest, SpreadsSequencesOverKvDomainsAndPreemptsWithinOne) {
   Start({.block_size = 1, .num_kv_blocks = 6, .num_kv_domains = 2});
   Add(2, 4);

@@ -30,8 +30,8 @@ ServingTest::ServingTest() {
   options_.group.max_tokens_per_step = 64;
   options_.group.max_sequences = 16;
   options_.group.max_logit_rows = 16 + 20;
-  options_.max_prompt_logprob_rows_per_step = 20;
-  options_.min_backoff = absl::Milliseconds(10);
+  options_.engine.max_prompt_logprob_rows_per_step = 20;
+  options_.engine.min_backoff = absl::Milliseconds(10);
 }
 
 ServingTest::~ServingTest() {
@@ -59,7 +59,7 @@ void ServingTest::Start() {
   metrics_ = std::make_unique<Metrics>("a-model");
   board_ = std::make_unique<StatusBoard>(initial,
                                          [this](bool serving) { server_->SetServing(serving); });
-  loop_ = std::make_unique<StepLoop>(options_, *board_, *metrics_);
+  loop_ = std::make_unique<StepLoop>(options_, *board_, *metrics_, on_lost_);
   admission_ = std::make_unique<Admission>(seed_, *loop_, *board_, *metrics_);
   service_ = std::make_unique<GenerateService>(*admission_, *board_, *metrics_);
   GenerateServer::Options server_options;

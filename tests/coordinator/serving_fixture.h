@@ -64,6 +64,7 @@ class ServingTest : public ::testing::Test {
   std::string folder_;
   std::vector<std::unique_ptr<FakeWorker>> workers_;
   StepLoop::Options options_;
+  Engine::OnLost on_lost_ = Engine::EndLost;
   uint64_t seed_ = 0;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<StatusBoard> board_;
