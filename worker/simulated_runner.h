@@ -1,8 +1,4 @@
-// Steps without a model: each takes the time that a profile gives it, and its tokens are hashes of
-// what stands before them (sim_token).
-//
-// Commands are checked and mirrored as by StepRunner. Ranks exchange nothing: all compute the same
-// tokens, and rank 0 reports them. Sampling parameters are checked and change nothing.
+// Simulated steps that take the time which a profile gives them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +11,7 @@
 #include "absl/time/time.h"
 #include "worker/shard_host.h"
 #include "worker/sim_profile.h"
-#include "worker/sim_token.h"
+#include "worker/simulated_steps.h"
 #include "worker/slot_table.h"
 
 namespace fathom {
@@ -43,17 +39,10 @@ class SimulatedRunner final : public StepMaker {
   void Abort() override;
 
  private:
-  // Of a slot, up to the last position that was asked about.
-  SimPrefix& PrefixOf(int slot, int end);
-  int32_t NextToken(const SimPrefix& prefix) const;
-  void ReportPromptLogprobs(const StepPlan& plan, v1::StepResult& result);
-  void Choose(const StepPlan& plan, v1::StepResult& result);
   absl::Status SleepUntil(absl::Time deadline);
 
   const SimulatedRunnerOptions options_;
-  SlotTable slots_;
-  std::vector<SimPrefix> prefixes_;  // by slot
-  uint64_t last_step_ = 0;
+  SimulatedSteps steps_;
   int64_t num_timed_steps_ = 0;
   absl::Duration lateness_ = absl::ZeroDuration();  // of all steps together
   absl::Duration most_lateness_ = absl::ZeroDuration();
