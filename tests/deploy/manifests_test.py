@@ -152,7 +152,8 @@ class DockerfileTest(unittest.TestCase):
             unseen = set(installed) - image
             image |= unseen
         needed = {}
-        for program in ("fathom", "fathom-worker", "fathom-coordinator", "fathom-gateway"):
+        for program in ("fathom", "fathom-worker", "fathom-coordinator", "fathom-gateway",
+                        "fathom-grammar"):
             linked = subprocess.run(["ldd", BIN / program], capture_output=True, text=True,
                                     check=True).stdout
             for library in re.findall(r"=> (\S+)", linked):

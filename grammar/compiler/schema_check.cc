@@ -1,0 +1,346 @@
+#include "grammar/compiler/schema_check.h"
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "simdjson.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+// Of these xgrammar looks at the first that is there, and at nothing else.
+constexpr std::array<std::string_view, 6> kAlone = {"$ref",  "const", "enum",
+                                                    "anyOf", "oneOf", "allOf"};
+
+struct TypeKeyword {
+  std::string_view keyword;
+  std::string_view type;  // the only one that it is about
+};
+constexpr TypeKeyword kTypeKeywords[] = {
+    {"minimum", "number"},
+    {"maximum", "number"},
+    {"exclusiveMinimum", "number"},
+    {"exclusiveMaximum", "number"},
+    {"multipleOf", "number"},
+    {"minLength", "string"},
+    {"maxLength", "string"},
+    {"pattern", "string"},
+    {"prefixItems", "array"},
+    {"items", "array"},
+    {"minItems", "array"},
+    {"maxItems", "array"},
+    {"unevaluatedItems", "array"},
+    {"properties", "object"},
+    {"required", "object"},
+    {"patternProperties", "object"},
+    {"propertyNames", "object"},
+    {"additionalProperties", "object"},
+    {"minProperties", "object"},
+    {"maxProperties", "object"},
+    {"unevaluatedProperties", "object"},
+};
+
+// Without a type, these alone make xgrammar think of an object or an array.
+constexpr std::array<std::string_view, 6> kImplyType = {
+    "properties", "additionalProperties", "unevaluatedProperties",
+    "items",      "prefixItems",          "unevaluatedItems"};
+
+constexpr std::array<std::string_view, 9> kUnsupported = {
+    "not",      "if",          "dependentRequired", "dependentSchemas", "dependencies",
+    "contains", "$dynamicRef", "$recursiveRef",     "additionalItems"};
+
+using Fields = std::vector<std::pair<std::string_view, dom::element>>;
+
+const dom::element* Find(const Fields& fields, std::string_view key) {
+  const auto found = std::find_if(fields.begin(), fields.end(),
+                                  [key](const auto& field) { return field.first == key; });
+  return found == fields.end() ? nullptr : &found->second;
+}
+
+std::string EscapeToken(std::string_view token) {
+  std::string escaped;
+  for (const char c : token) {
+    if (c == '~') {
+      escaped += "~0";
+    } else if (c == '/') {
+      escaped += "~1";
+    } else {
+      escaped += c;
+    }
+  }
+  return escaped;
+}
+
+bool IsOfType(dom::element value, std::string_view type) {
+  if (type == "integer") {
+    double number = 0;
+    return value.is<int64_t>() || value.is<uint64_t>() ||
+           (!value.get(number) && number == static_cast<double>(static_cast<int64_t>(number)));
+  }
+  return (type == "string" && value.is_string()) || (type == "number" && value.is_number()) ||
+         (type == "boolean" && value.is_bool()) || (type == "null" && value.is_null()) ||
+         (type == "object" && value.is_object()) || (type == "array" && value.is_array());
+}
+
+class Checker {
+ public:
+  absl::Status Check(dom::element root) {
+    RETURN_IF_ERROR(CheckSchemaAt(root, "#"));
+    return CheckReferences();
+  }
+
+ private:
+  template <typename... Parts>
+  static absl::Status Refuse(const std::string& place, const Parts&... parts) {
+    return absl::InvalidArgumentError(absl::StrCat("schema at ", place, ": ", parts...));
+  }
+  static absl::Status NotSupported(const std::string& place, std::string_view what) {
+    return Refuse(place, std::string(what), " is not supported");
+  }
+
+  absl::StatusOr<Fields> FieldsOf(dom::element element, const std::string& place) {
+    dom::object object;
+    if (element.get(object)) return Refuse(place, "expected an object");
+    Fields fields;
+    absl::flat_hash_set<std::string_view> seen;
+    for (const dom::key_value_pair field : object) {
+      if (!seen.insert(field.key).second) {
+        return Refuse(place, "'", std::string(field.key), "' is there twice");
+      }
+      fields.emplace_back(field.key, field.value);
+    }
+    return fields;
+  }
+
+  absl::Status CheckSchemaAt(dom::element schema, const std::string& place) {
+    places_.insert(place);
+    if (schema.is_bool()) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const Fields fields, FieldsOf(schema, place));
+    for (const std::string_view keyword : kUnsupported) {
+      if (Find(fields, keyword) != nullptr) return NotSupported(place, keyword);
+    }
+    const dom::element* const unique = Find(fields, "uniqueItems");
+    bool is_unique = true;
+    if (unique != nullptr && (unique->get(is_unique) || is_unique)) {
+      return NotSupported(place, "uniqueItems");
+    }
+    if (place != "#" && Find(fields, "$id") != nullptr) return NotSupported(place, "$id");
+    RETURN_IF_ERROR(CheckDefinitions(fields, place));
+
+    const auto alone = std::find_if(kAlone.begin(), kAlone.end(), [&](std::string_view keyword) {
+      return Find(fields, keyword) != nullptr;
+    });
+    if (alone != kAlone.end()) return CheckAlone(fields, *alone, place);
+    RETURN_IF_ERROR(CheckTypes(fields, place));
+    return CheckParts(fields, place);
+  }
+
+  absl::Status CheckDefinitions(const Fields& fields, const std::string& place) {
+    for (const std::string_view keyword : {"$defs", "definitions"}) {
+      const dom::element* const found = Find(fields, keyword);
+      if (found != nullptr) RETURN_IF_ERROR(CheckMap(*found, Below(place, keyword)));
+    }
+    return absl::OkStatus();
+  }
+
+  // Of a schema with the keyword `alone`.
+  absl::Status CheckAlone(const Fields& fields, std::string_view alone, const std::string& place) {
+    const bool is_value = alone == "const" || alone == "enum";
+    for (const auto& [key, value] : fields) {
+      if (key == alone || (is_value && key == "type")) continue;
+      const bool asserts =
+          key == "type" || std::find(kAlone.begin(), kAlone.end(), key) != kAlone.end() ||
+          std::any_of(std::begin(kTypeKeywords), std::end(kTypeKeywords),
+                      [key = key](const TypeKeyword& other) { return other.keyword == key; });
+      if (asserts) {
+        return NotSupported(
+            place, absl::StrCat("'", std::string(key), "' beside '", std::string(alone), "'"));
+      }
+    }
+    const dom::element& value = *Find(fields, alone);
+    if (alone == "$ref") return AddReference(value, place);
+    if (is_value) return CheckValues(fields, value, alone, place);
+    return CheckList(value, Below(place, alone));
+  }
+
+  absl::Status AddReference(dom::element value, const std::string& place) {
+    std::string_view target;
+    if (value.get(target)) return Refuse(place, "$ref must be a string");
+    references_.emplace_back(place, std::string(target));
+    return absl::OkStatus();
+  }
+
+  // const and enum: every value has the type that is named, if one is.
+  absl::Status CheckValues(const Fields& fields, dom::element value, std::string_view keyword,
+                           const std::string& place) {
+    std::vector<dom::element> values = {value};
+    if (keyword == "enum") {
+      dom::array list;
+      if (value.get(list)) return Refuse(place, "enum must be a list");
+      values.assign(list.begin(), list.end());
+      if (values.size() > kMaxEnumValues) {
+        return Refuse(place, "enum has ", values.size(), " values, limit ", kMaxEnumValues);
+      }
+    }
+    const dom::element* const type = Find(fields, "type");
+    if (type == nullptr) return absl::OkStatus();
+    ASSIGN_OR_RETURN(const std::vector<std::string_view> types, TypesOf(*type, place));
+    for (const dom::element each : values) {
+      if (std::none_of(types.begin(), types.end(),
+                       [&](std::string_view name) { return IsOfType(each, name); })) {
+        return Refuse(place, "a value of ", std::string(keyword), " is not of the type");
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::StatusOr<std::vector<std::string_view>> TypesOf(dom::element type,
+                                                               const std::string& place) {
+    std::vector<std::string_view> types;
+    std::string_view name;
+    dom::array list;
+    if (!type.get(name)) {
+      types.push_back(name);
+    } else if (!type.get(list)) {
+      for (const dom::element each : list) {
+        if (each.get(name)) return Refuse(place, "type must be a string or a list of strings");
+        types.push_back(name);
+      }
+    }
+    if (types.empty()) return Refuse(place, "type must be a string or a list of strings");
+    return types;
+  }
+
+  absl::Status CheckTypes(const Fields& fields, const std::string& place) {
+    if (const dom::element* const type = Find(fields, "type")) {
+      return TypesOf(*type, place).status();
+    }
+    std::optional<std::string_view> implied;
+    for (const std::string_view keyword : kImplyType) {
+      if (!implied && Find(fields, keyword) != nullptr) {
+        implied = std::find_if(std::begin(kTypeKeywords), std::end(kTypeKeywords),
+                               [&](const TypeKeyword& k) { return k.keyword == keyword; })
+                      ->type;
+      }
+    }
+    for (const TypeKeyword& keyword : kTypeKeywords) {
+      if (Find(fields, keyword.keyword) == nullptr || keyword.type == implied) continue;
+      if (implied) continue;  // it is not about objects, or not about arrays
+      return Refuse(place, "'", std::string(keyword.keyword),
+                    "' is supported only beside a 'type'");
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckParts(const Fields& fields, const std::string& place) {
+    for (const std::string_view keyword : {"items", "unevaluatedItems", "additionalProperties",
+                                           "unevaluatedProperties", "propertyNames"}) {
+      const dom::element* const found = Find(fields, keyword);
+      if (found != nullptr) RETURN_IF_ERROR(CheckSchemaAt(*found, Below(place, keyword)));
+    }
+    if (const dom::element* const found = Find(fields, "prefixItems")) {
+      RETURN_IF_ERROR(CheckList(*found, Below(place, "prefixItems")));
+    }
+    for (const std::string_view keyword : {"properties", "patternProperties"}) {
+      const dom::element* const found = Find(fields, keyword);
+      if (found != nullptr) RETURN_IF_ERROR(CheckMap(*found, Below(place, keyword)));
+    }
+    return CheckObject(fields, place);
+  }
+
+  absl::Status CheckObject(const Fields& fields, const std::string& place) {
+    const dom::element* const required = Find(fields, "required");
+    if (required == nullptr) return absl::OkStatus();
+    dom::array names;
+    if (required->get(names)) return Refuse(place, "required must be a list of strings");
+    dom::object properties;
+    const dom::element* const found = Find(fields, "properties");
+    const bool has_properties = found != nullptr && !found->get(properties);
+    for (const dom::element each : names) {
+      std::string_view name;
+      if (each.get(name)) return Refuse(place, "required must be a list of strings");
+      dom::element unused;
+      if (!has_properties || properties.at_key(name).get(unused)) {
+        return Refuse(place, "'", std::string(name),
+                      "' is required, but not one of the properties");
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckList(dom::element list, const std::string& place) {
+    dom::array array;
+    if (list.get(array)) return Refuse(place, "expected a list of schemas");
+    size_t index = 0;
+    for (const dom::element schema : array) {
+      RETURN_IF_ERROR(CheckSchemaAt(schema, absl::StrCat(place, "/", index++)));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckMap(dom::element map, const std::string& place) {
+    ASSIGN_OR_RETURN(const Fields fields, FieldsOf(map, place));
+    for (const auto& [name, schema] : fields) {
+      RETURN_IF_ERROR(CheckSchemaAt(schema, Below(place, name)));
+    }
+    return absl::OkStatus();
+  }
+
+  // Every reference names a schema that was checked, and no chain of them is a circle.
+  absl::Status CheckReferences() {
+    absl::flat_hash_map<std::string, std::string> next;
+    for (const auto& [place, target] : references_) {
+      if (!places_.contains(target)) {
+        return Refuse(place, "$ref '", target, "' names no schema in here, expected the like of ",
+                      "'#/$defs/name'");
+      }
+      next[place] = target;
+    }
+    for (const auto& [place, target] : references_) {
+      std::string at = target;
+      for (size_t steps = 0; next.contains(at); at = next[at]) {
+        if (++steps > references_.size()) return Refuse(place, "$ref goes round in a circle");
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  static std::string Below(const std::string& place, std::string_view token) {
+    return absl::StrCat(place, "/", EscapeToken(token));
+  }
+
+  absl::flat_hash_set<std::string> places_;
+  std::vector<std::pair<std::string, std::string>> references_;  // place, target
+};
+
+}  // namespace
+
+absl::Status CheckSchema(std::string_view schema) {
+  dom::parser parser;
+  simdjson::error_code error = parser.allocate(schema.size(), kMaxSchemaDepth);
+  dom::element root;
+  if (!error) error = parser.parse(schema.data(), schema.size(), true).get(root);
+  if (error == simdjson::DEPTH_ERROR) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the schema nests deeper than ", kMaxSchemaDepth, " levels"));
+  }
+  if (error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the schema is not valid JSON: ", simdjson::error_message(error)));
+  }
+  return Checker().Check(root);
+}
+
+}  // namespace fathom

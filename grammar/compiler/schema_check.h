@@ -1,0 +1,31 @@
+// Whether a JSON Schema says only what xgrammar enforces.
+//
+// xgrammar leaves out what it does not know, without a word, and the answer would then not be what
+// was asked for. So whatever would be left out is refused, by name and place: keywords it does not
+// have
+// (`not`, `if`, `contains`, `uniqueItems`, …), keywords beside one that it looks at alone (`$ref`,
+// `const`, `enum`, `anyOf`, `oneOf`, `allOf`), keywords of a type that is not named, references out
+// of the schema. What it warns of itself is refused in token_grammar.h. Annotations and unknown
+// keywords say nothing about an instance; they are allowed, and so is an unknown `format`.
+//
+// Two things are stricter than the schema says, as in vLLM: properties come in the schema's order,
+// and objects and arrays have no properties and items that the schema does not name, unless it says
+// additionalProperties or items.
+//
+// Source: JSON Schema 2020-12; xgrammar 0.2.9, cpp/json_schema_converter.cc, class SchemaParser.
+#pragma once
+
+#include <cstddef>
+#include <string_view>
+
+#include "absl/status/status.h"
+
+namespace fathom {
+
+inline constexpr size_t kMaxSchemaDepth = 64;
+inline constexpr size_t kMaxEnumValues = 2048;
+
+// InvalidArgument says what and where, as a JSON pointer. Thread-safe.
+absl::Status CheckSchema(std::string_view schema);
+
+}  // namespace fathom
