@@ -157,6 +157,7 @@ std::shared_ptr<Request> Coordinator::MakeRequest(int num_prompt_tokens, int max
 std::string Coordinator::Answer(const Step& step) {
   v1::StepResult result;
   result.set_step(step.number);
+  result.set_compute_us(static_cast<uint64_t>(kReferenceStepMicroseconds));
   for (const ScheduledSequence& scheduled : step.scheduled) {
     if (!scheduled.samples) continue;
     result.add_sampled_slots(scheduled.slot);

@@ -14,7 +14,7 @@ BlockPool::BlockPool(int num_blocks, int block_size)
   blocks_.resize(num_blocks + 1);
   blocks_[num_blocks].older = blocks_[num_blocks].newer = num_blocks;
   token_ids_.resize(size_t{static_cast<unsigned>(num_blocks)} * block_size);
-  buckets_.assign(std::bit_ceil(static_cast<unsigned>(num_blocks)), kNone);
+  places_.resize(std::bit_ceil(static_cast<size_t>(num_blocks) * 4 / 3 + 1));
   unnamed_.reserve(num_blocks);
   for (int block = num_blocks - 1; block >= 0; --block) unnamed_.push_back(block);
 }
@@ -23,6 +23,11 @@ int32_t BlockPool::TakeOne() {
   if (!unnamed_.empty()) {
     const int32_t block = unnamed_.back();
     unnamed_.pop_back();
+    // One that is going to be taken soon.
+    constexpr size_t kAhead = 8;
+    if (unnamed_.size() > kAhead) {
+      __builtin_prefetch(&blocks_[unnamed_[unnamed_.size() - kAhead]], 1);
+    }
     return block;
   }
   const int32_t least_recently_used = blocks_[num_blocks_].newer;
@@ -63,10 +68,14 @@ void BlockPool::Release(std::vector<int32_t>& block_table) {
 }
 
 std::optional<BlockPool::Found> BlockPool::Find(const BlockContent& content) const {
-  int32_t block = BucketOf(content.hash);
-  while (block != kNone && !Holds(block, content)) block = blocks_[block].next_in_bucket;
-  if (block == kNone) return std::nullopt;
-  return Found{.block = block, .prefix = blocks_[block].prefix};
+  const auto hash = static_cast<uint32_t>(content.hash.low);
+  for (size_t i = HomeOf(hash); places_[i].block != kNone; i = After(i)) {
+    const int32_t block = places_[i].block;
+    if (places_[i].hash == hash && Holds(block, content)) {
+      return Found{.block = block, .prefix = blocks_[block].prefix};
+    }
+  }
+  return std::nullopt;
 }
 
 bool BlockPool::Holds(int32_t block, const BlockContent& content) const {
@@ -119,23 +128,32 @@ void BlockPool::Unpublish(absl::Span<const int32_t> blocks) {
 
 void BlockPool::Enter(int32_t block, PrefixId prefix, const BlockContent& content) {
   Block& entered = blocks_[block];
-  int32_t& bucket = BucketOf(content.hash);
+  const auto hash = static_cast<uint32_t>(content.hash.low);
+  size_t place = HomeOf(hash);
+  while (places_[place].block != kNone) place = After(place);
+  places_[place] = {.hash = hash, .block = block};
   entered.prefix = prefix;
   entered.previous = content.previous;
   entered.hash = content.hash;
-  entered.next_in_bucket = bucket;
-  bucket = block;
   std::copy(content.token_ids.begin(), content.token_ids.end(),
             token_ids_.begin() + int64_t{block} * block_size_);
 }
 
 void BlockPool::Remove(int32_t block) {
-  int32_t* link = &BucketOf(blocks_[block].hash);
-  while (*link != block) {
-    CHECK_NE(*link, kNone) << "block " << block << " is not in its bucket";
-    link = &blocks_[*link].next_in_bucket;
+  size_t hole = HomeOf(blocks_[block].hash.low);
+  while (places_[hole].block != block) {
+    CHECK_NE(places_[hole].block, kNone) << "block " << block << " has no place";
+    hole = After(hole);
   }
-  *link = blocks_[block].next_in_bucket;
+  // Whoever stands behind it, up to the next free place, must not be cut off from its home.
+  for (size_t i = After(hole); places_[i].block != kNone; i = After(i)) {
+    const size_t distance_from_home = (i - HomeOf(places_[i].hash)) & (places_.size() - 1);
+    const size_t distance_from_hole = (i - hole) & (places_.size() - 1);
+    if (distance_from_home < distance_from_hole) continue;
+    places_[hole] = places_[i];
+    hole = i;
+  }
+  places_[hole] = {};
   blocks_[block].prefix = kEmptyPrefix;
 }
 

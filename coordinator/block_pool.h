@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "base/huge_pages.h"
 #include "coordinator/block_hash.h"
 
 namespace fathom {
@@ -64,13 +65,8 @@ class BlockPool {
   // The block that holds this content, used or free.
   std::optional<Found> Find(const BlockContent& content) const;
 
-  // Hints that this name is about to be looked up or published, in two steps: memory needs a while
-  // for each.
-  void PrefetchBucket(const BlockHash& hash) const { __builtin_prefetch(&BucketOf(hash)); }
-  void PrefetchFirstOfBucket(const BlockHash& hash) const {
-    const int32_t block = BucketOf(hash);
-    if (block != kNone) __builtin_prefetch(&blocks_[block]);
-  }
+  // Hints that this name is about to be looked up or published: memory needs a while.
+  void Prefetch(const BlockHash& hash) const { __builtin_prefetch(&places_[HomeOf(hash.low)]); }
 
   // Adds a use to blocks that Find named and appends them to `block_table`. Nothing may have been
   // taken in between.
@@ -92,16 +88,21 @@ class BlockPool {
     PrefixId prefix = kEmptyPrefix;
     PrefixId previous = kEmptyPrefix;
     BlockHash hash;
-    int32_t next_in_bucket = kNone;
     // When published and free: neighbours in the order of last use.
     int32_t older = kNone;
     int32_t newer = kNone;
   };
 
-  const int32_t& BucketOf(const BlockHash& hash) const {
-    return buckets_[hash.low & (buckets_.size() - 1)];
-  }
-  int32_t& BucketOf(const BlockHash& hash) { return buckets_[hash.low & (buckets_.size() - 1)]; }
+  template <typename T>
+  using Table = std::vector<T, HugePageAllocator<T>>;
+  // Of the table by which published blocks are found: the lowest bits of a block's hash, which tell
+  // most others from it without a look at the block, and the block.
+  struct Place {
+    uint32_t hash = 0;
+    int32_t block = kNone;
+  };
+  size_t HomeOf(uint64_t hash) const { return hash & (places_.size() - 1); }
+  size_t After(size_t place) const { return (place + 1) & (places_.size() - 1); }
   bool Holds(int32_t block, const BlockContent& content) const;
   // Into and out of the table by which published blocks are found.
   void Enter(int32_t block, PrefixId prefix, const BlockContent& content);
@@ -117,10 +118,12 @@ class BlockPool {
   PrefixId last_prefix_ = kEmptyPrefix;
   // By block id. One more stands at both ends of the published free blocks: the block newer than
   // it is the least recently used one.
-  std::vector<Block> blocks_;
-  std::vector<uint32_t> token_ids_;  // of published blocks: block_size_ for each block id
-  std::vector<int32_t> buckets_;     // first block by low bits of the hash; a power of two
-  std::vector<int32_t> unnamed_;     // free and not published; a stack
+  Table<Block> blocks_;
+  Table<uint32_t> token_ids_;  // of published blocks: block_size_ for each block id
+  // Open addressing: a block is in the first place from its home on that was free. A power of two
+  // of places, of which a quarter at least are free.
+  Table<Place> places_;
+  std::vector<int32_t> unnamed_;  // free and not published; a stack
 };
 
 }  // namespace fathom

@@ -12,9 +12,13 @@ namespace {
 // Of a sequence that waits for room; a long prompt has thousands of blocks to look up.
 constexpr int kStepsBetweenLookups = 8;
 
+// How far ahead loops over sequences and blocks ask for memory.
+constexpr size_t kAhead = 8;
+
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
-// Of the time that decoding takes: what prompts get at least.
-constexpr double kLeastPromptShare = 0.125;
+// Of the time that decoding takes: what prompts get at least. Less would cost throughput when a
+// server is full, since sequences would not start as fast as others end.
+constexpr double kLeastPromptShare = 0.45;
 
 bool ById(const Sequence* a, const Sequence* b) { return a->id < b->id; }
 
@@ -37,10 +41,9 @@ bool Contains(const std::vector<uint32_t>& sorted, uint32_t token_id) {
 // Rows of prompt logprobs that come of computing `num_tokens` more tokens: computing position p
 // gives the logprob of the prompt token at p + 1.
 int PromptLogprobRows(const Sequence& sequence, int num_tokens) {
-  if (!sequence.request->wants_prompt_logprobs) return 0;
+  if (!sequence.wants_prompt_logprobs) return 0;
   const int first = std::max(sequence.num_computed, sequence.num_prompt_logprobs_done);
-  const int end =
-      std::min(sequence.num_computed + num_tokens, sequence.request->num_prompt_tokens() - 1);
+  const int end = std::min(sequence.num_computed + num_tokens, sequence.num_prompt_tokens - 1);
   return std::max(0, end - first);
 }
 
@@ -65,6 +68,26 @@ int MostTokensToSkip(const Sequence& sequence) {
   return owes_prompt_logprobs ? sequence.num_prompt_logprobs_done : sequence.num_tokens() - 1;
 }
 
+void StopAt(uint32_t token_id, const Sequence& sequence, SequenceUpdate& update) {
+  const Request& request = *sequence.request;
+  if (sequence.num_generated() < request.min_tokens) return;
+  if (Contains(request.eos_token_ids, token_id)) {
+    update.end = EndReason::kStop;
+  } else if (Contains(request.stop_token_ids, token_id)) {
+    update.end = EndReason::kStop;
+    update.stop_token_id = token_id;
+  }
+}
+
+// Asks for the memory of a sequence that a loop is going to look at.
+void Prefetch(const Sequence* sequence) {
+  constexpr size_t kCacheLine = 64;
+  constexpr size_t kUsedBytes = 192;  // of its beginning
+  for (size_t offset = 0; offset < kUsedBytes; offset += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(sequence) + offset, 1);
+  }
+}
+
 }  // namespace
 
 Scheduler::Scheduler(Options options) : options_(options), hasher_(options.hash) {
@@ -77,6 +100,7 @@ Scheduler::Scheduler(Options options) : options_(options), hasher_(options.hash)
     block_pools_.emplace_back(options_.num_kv_blocks, options_.block_size);
   }
   for (int slot = options_.max_sequences - 1; slot >= 0; --slot) free_slots_.push_back(slot);
+  by_slot_.resize(options_.max_sequences);
 }
 
 void Scheduler::Add(SequenceId id, std::shared_ptr<const Request> request,
@@ -127,6 +151,7 @@ Step Scheduler::Schedule() {
 void Scheduler::Decode(Step& step, Budget& budget) {
   // Preemption takes from the end of running_, so positions up to i stay what they are.
   for (size_t i = 0; i < running_.size() && budget.tokens > 0; ++i) {
+    if (i + kAhead < running_.size()) Prefetch(running_[i + kAhead]);
     Sequence& sequence = *running_[i];
     if (sequence.num_pending() != 1) continue;
     if (TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows) == 0) continue;
@@ -251,7 +276,8 @@ Scheduler::Home Scheduler::FindIn(int kv_domain, Sequence& sequence) const {
   const BlockPool& pool = block_pools_[kv_domain];
   const int most_blocks = MostTokensToSkip(sequence) / options_.block_size;
   for (int i = 0; i < most_blocks; ++i) {
-    const std::optional<BlockPool::Found> found = pool.Find(ContentOf(i, home.prefix, sequence));
+    const std::optional<BlockPool::Found> found = pool.Find(
+        {.hash = HashOf(i, sequence), .previous = home.prefix, .token_ids = TokensOf(i, sequence)});
     if (!found.has_value()) break;
     home.blocks.push_back(found->block);
     home.prefix = found->prefix;
@@ -280,10 +306,15 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
   CHECK_EQ(sequence.slot, -1);
   sequence.slot = free_slots_.back();
   free_slots_.pop_back();
+  by_slot_[sequence.slot] = &sequence;
   sequence.kv_domain = home.kv_domain;
   block_pools_[home.kv_domain].Share(home.blocks, sequence.block_table);
   sequence.num_blocks_published = static_cast<int>(home.blocks.size());
   sequence.prefix = home.prefix;
+  if (options_.share_prefixes) {
+    sequence.last_hash = home.blocks.empty() ? hasher_.Root(sequence.request->cache_salt)
+                                             : HashOf(sequence.num_blocks_published - 1, sequence);
+  }
   ++sequence.num_admissions;
   if (!sequence.num_cached_tokens.has_value()) {
     sequence.num_cached_tokens = sequence.num_computed;
@@ -312,7 +343,7 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .num_new_blocks = num_new_blocks,
                             .num_prompt_logprobs = num_rows,
                             .samples = num_tokens == sequence.num_pending(),
-                            .wants_logprobs = sequence.request->sampling.has_num_logprobs(),
+                            .wants_logprobs = sequence.wants_logprobs,
                             .first_token = sequence.num_computed,
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
@@ -365,6 +396,7 @@ void Scheduler::Preempt(Sequence& sequence) {
 
 void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
   block_pools_[sequence.kv_domain].Release(sequence.block_table);
+  by_slot_[sequence.slot] = nullptr;
   free_slots_.push_back(sequence.slot);
   released_slots_.push_back(sequence.slot);
   sequence.slot = -1;
@@ -392,49 +424,40 @@ const BlockHash& Scheduler::HashOf(int block_index, Sequence& sequence) const {
   return hashes[block_index];
 }
 
-// What the block with that index in the sequence's table holds when it is full; all its tokens are
-// known. Valid until tokens are appended.
-BlockContent Scheduler::ContentOf(int block_index, PrefixId previous, Sequence& sequence) const {
-  return {.hash = HashOf(block_index, sequence),
-          .previous = previous,
-          .token_ids = TokensOf(block_index, sequence)};
-}
-
 void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   if (!options_.share_prefixes) return;
   struct FullBlock {
     Sequence* sequence;
     int index;
+    BlockHash hash;
   };
   std::vector<FullBlock> full_blocks;
+  full_blocks.reserve(sequences.size());
   for (Sequence* const sequence : sequences) {
     const int num_full_blocks =
         std::min(sequence->num_computed, sequence->num_tokens()) / options_.block_size;
     for (int i = sequence->num_blocks_published; i < num_full_blocks; ++i) {
-      full_blocks.push_back({.sequence = sequence, .index = i});
+      full_blocks.push_back({.sequence = sequence, .index = i, .hash = {}});
     }
   }
   // The pool's table is large and its places are random, so each is fetched a while before it is
-  // needed; with small blocks most of a step would otherwise go into waiting for memory.
-  constexpr size_t kAhead = 8;
-  for (size_t k = 0; k < full_blocks.size() + 2 * kAhead; ++k) {
+  // needed.
+  for (size_t k = 0; k < full_blocks.size() + kAhead; ++k) {
     if (k < full_blocks.size()) {
-      Sequence& sequence = *full_blocks[k].sequence;
-      const BlockHash& hash = HashOf(full_blocks[k].index, sequence);
-      block_pools_[sequence.kv_domain].PrefetchBucket(hash);
+      FullBlock& next = full_blocks[k];
+      BlockHash& last_hash = next.sequence->last_hash;
+      last_hash = hasher_.Next(last_hash, TokensOf(next.index, *next.sequence));
+      next.hash = last_hash;
+      block_pools_[next.sequence->kv_domain].Prefetch(next.hash);
     }
-    if (k >= kAhead && k - kAhead < full_blocks.size()) {
-      Sequence& sequence = *full_blocks[k - kAhead].sequence;
-      const BlockHash& hash = HashOf(full_blocks[k - kAhead].index, sequence);
-      block_pools_[sequence.kv_domain].PrefetchFirstOfBucket(hash);
-    }
-    if (k >= 2 * kAhead) {
-      const auto [sequence, i] = full_blocks[k - 2 * kAhead];
-      BlockPool& pool = block_pools_[sequence->kv_domain];
-      sequence->prefix =
-          pool.Publish(sequence->block_table[i], ContentOf(i, sequence->prefix, *sequence));
-      sequence->num_blocks_published = i + 1;
-    }
+    if (k < kAhead) continue;
+    const FullBlock& full = full_blocks[k - kAhead];
+    Sequence& sequence = *full.sequence;
+    sequence.prefix = block_pools_[sequence.kv_domain].Publish(
+        sequence.block_table[full.index], {.hash = full.hash,
+                                           .previous = sequence.prefix,
+                                           .token_ids = TokensOf(full.index, sequence)});
+    sequence.num_blocks_published = full.index + 1;
   }
 }
 
@@ -464,15 +487,19 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
   std::vector<Sequence*> sound;
   sound.reserve(step.scheduled.size());
   for (size_t i = 0; i < step.scheduled.size(); ++i) {
+    if (i + 2 * kAhead < step.scheduled.size()) {
+      Prefetch(by_slot_[step.scheduled[i + 2 * kAhead].slot]);
+    }
+    if (i + kAhead < step.scheduled.size()) {
+      const Sequence* const next = by_slot_[step.scheduled[i + kAhead].slot];
+      if (next != nullptr) __builtin_prefetch(next->tokens.data() + next->tokens.size(), 1);
+    }
     const ScheduledSequence& scheduled = step.scheduled[i];
-    const auto found = sequences_.find(scheduled.id);
-    if (found == sequences_.end()) continue;  // it ended while the step was in flight
-    // Preempted since: the workers have forgotten the token too, and will sample the same again.
-    Sequence& sequence = *found->second;
-    if (sequence.slot < 0 || sequence.num_admissions != scheduled.admission) continue;
-    updates.push_back(Apply(scheduled, outcome.sequences[i]));
+    Sequence* const sequence = Find(scheduled);
+    if (sequence == nullptr) continue;
+    updates.push_back(Apply(scheduled, outcome.sequences[i], *sequence));
     updates.back().batch_index = static_cast<int>(i);
-    if (updates.back().end != EndReason::kFault) sound.push_back(&sequence);
+    if (updates.back().end != EndReason::kFault) sound.push_back(sequence);
   }
   PublishFullBlocks(sound);
   for (const SequenceUpdate& update : updates) {
@@ -481,18 +508,24 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
   return updates;
 }
 
-SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
-                                const SequenceOutcome& outcome) {
-  Sequence& sequence = *sequences_.at(scheduled.id);
-  const Request& request = *sequence.request;
+Sequence* Scheduler::Find(const ScheduledSequence& scheduled) const {
+  Sequence* const sequence = by_slot_[scheduled.slot];
+  // It ended while the step was in flight; or it was preempted: then the workers have forgotten the
+  // token too, and will sample the same again.
+  if (sequence == nullptr || sequence->id != scheduled.id) return nullptr;
+  return sequence->num_admissions == scheduled.admission ? sequence : nullptr;
+}
+
+SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
+                                Sequence& sequence) {
   SequenceUpdate update;
   update.id = sequence.id;
-  update.num_prompt_tokens = request.num_prompt_tokens();
+  update.num_prompt_tokens = sequence.num_prompt_tokens;
   update.num_cached_tokens = sequence.num_cached_tokens.value_or(0);
   update.num_generated_tokens = sequence.num_generated();
 
   const int computed = scheduled.first_token + scheduled.num_tokens;
-  const int prompt_computed = std::min(computed, request.num_prompt_tokens());
+  const int prompt_computed = std::min(computed, sequence.num_prompt_tokens);
   update.num_prompt_tokens_done = std::max(0, prompt_computed - sequence.num_prompt_tokens_done);
   sequence.num_prompt_tokens_done += update.num_prompt_tokens_done;
   sequence.num_prompt_logprobs_done += scheduled.num_prompt_logprobs;
@@ -507,7 +540,7 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   }
   CHECK_EQ(outcome.sampled_token_id.has_value(), scheduled.samples);
   if (!scheduled.samples) return update;
-  if (request.max_tokens == 0) {  // the token is a by-product of reading the prompt
+  if (sequence.max_tokens == 0) {  // the token is a by-product of reading the prompt
     update.end = EndReason::kLength;
     return update;
   }
@@ -516,13 +549,8 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled,
   sequence.tokens.push_back(token_id);
   update.token_ids.push_back(token_id);
   update.num_generated_tokens = sequence.num_generated();
-  const bool may_stop = sequence.num_generated() >= request.min_tokens;
-  if (may_stop && Contains(request.eos_token_ids, token_id)) {
-    update.end = EndReason::kStop;
-  } else if (may_stop && Contains(request.stop_token_ids, token_id)) {
-    update.end = EndReason::kStop;
-    update.stop_token_id = token_id;
-  } else if (sequence.num_generated() >= request.max_tokens) {
+  if (sequence.may_stop) StopAt(token_id, sequence, update);
+  if (!update.end.has_value() && sequence.num_generated() >= sequence.max_tokens) {
     update.end = EndReason::kLength;
   }
   return update;
@@ -534,7 +562,7 @@ int Scheduler::BlocksFor(int num_tokens) const {
 
 int Scheduler::BlocksAboutToBeWanted(const Sequence& sequence) const {
   const int wanted = std::min(BlocksFor(sequence.num_tokens()) + 1,
-                              BlocksFor(sequence.request->max_total_tokens()));
+                              BlocksFor(sequence.num_prompt_tokens + sequence.max_tokens));
   return std::max(0, wanted - static_cast<int>(sequence.block_table.size()));
 }
 

@@ -6,8 +6,9 @@
 // pending token decodes, oldest first; one with more is a prompt.
 //
 // Prompts get what is left of the step's tokens and, while others decode and a target is set, of
-// the time that the step may take (step_cost). When decoding alone takes that time, or nearly,
-// prompts get an eighth of what it takes, but one at least kLeastPromptTokens. They share it so:
+// the time that the step may take (step_cost): until the target, or 45 % of what decoding takes if
+// that is more, or kLeastPromptTokens. So prompts make a gap between tokens longer than the target
+// only when decoding alone takes two thirds of it, and never by half. They share it so:
 //   - the oldest prompt comes first, then the running ones with the fewest pending tokens, then the
 //     waiting ones in order of arrival;
 //   - each takes all it can, unless it cannot finish in this step and one behind it is at most half
@@ -52,6 +53,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/types/span.h"
 #include "coordinator/block_pool.h"
 #include "coordinator/sequence.h"
@@ -65,12 +67,12 @@ enum class EndReason { kStop, kLength, kFault };
 // What a committed step did to one sequence.
 struct SequenceUpdate {
   SequenceId id = 0;
-  int batch_index = 0;                    // in the step
-  std::vector<uint32_t> token_ids;        // newly generated
-  int num_prompt_tokens_done = 0;         // prompt tokens computed or found for the first time
-  std::optional<EndReason> end;           // the sequence is gone
-  std::optional<uint32_t> stop_token_id;  // the client's, when that ended it
-  std::string fault;                      // with kFault
+  int batch_index = 0;                         // in the step
+  absl::InlinedVector<uint32_t, 1> token_ids;  // newly generated
+  int num_prompt_tokens_done = 0;              // prompt tokens computed or found for the first time
+  std::optional<EndReason> end;                // the sequence is gone
+  std::optional<uint32_t> stop_token_id;       // the client's, when that ended it
+  std::string fault;                           // with kFault
   int num_prompt_tokens = 0;
   int num_cached_tokens = 0;     // of them, found when it was first admitted
   int num_generated_tokens = 0;  // so far
@@ -183,11 +185,13 @@ class Scheduler {
   void Preempt(Sequence& sequence);
   void FreeBlocksAndSlot(Sequence& sequence);
   void Forget(SequenceId id);
-  SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome);
+  // The sequence that a step in flight scheduled, if it is still there and was not preempted since.
+  Sequence* Find(const ScheduledSequence& scheduled) const;
+  SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
+                       Sequence& sequence);
 
   absl::Span<const uint32_t> TokensOf(int block_index, const Sequence& sequence) const;
   const BlockHash& HashOf(int block_index, Sequence& sequence) const;
-  BlockContent ContentOf(int block_index, PrefixId previous, Sequence& sequence) const;
   void PublishFullBlocks(absl::Span<Sequence* const> sequences);
 
   const Options options_;
@@ -195,6 +199,7 @@ class Scheduler {
   std::vector<BlockPool> block_pools_;  // by domain
   std::vector<int> free_slots_;         // a stack
   std::vector<int> released_slots_;     // the workers do not know yet
+  std::vector<Sequence*> by_slot_;      // who is in it; null: free
 
   std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
   std::deque<Sequence*> waiting_;   // by id

@@ -30,8 +30,13 @@ struct SequenceProgress {
 struct Sequence {
   Sequence(SequenceId id, std::shared_ptr<const Request> request, const SequenceProgress& progress)
       : id(id),
+        max_tokens(request->max_tokens),
+        num_prompt_tokens(request->num_prompt_tokens()),
+        wants_prompt_logprobs(request->wants_prompt_logprobs),
+        wants_logprobs(request->sampling.has_num_logprobs()),
+        may_stop(!request->eos_token_ids.empty() || !request->stop_token_ids.empty()),
+        tokens(request->prompt_token_ids),
         request(std::move(request)),
-        tokens(this->request->prompt_token_ids),
         num_prompt_logprobs_done(progress.num_prompt_logprobs_done),
         num_prompt_tokens_done(progress.num_prompt_tokens_done),
         num_cached_tokens(progress.num_cached_tokens) {
@@ -40,7 +45,12 @@ struct Sequence {
   }
 
   const SequenceId id;
-  const std::shared_ptr<const Request> request;
+  // The request's, beside what changes: every step reads them.
+  const int max_tokens;
+  const int num_prompt_tokens;
+  const bool wants_prompt_logprobs;
+  const bool wants_logprobs;  // of generated tokens
+  const bool may_stop;        // there are tokens that end it
 
   std::vector<uint32_t> tokens;  // prompt, then what was generated; survives preemption
   // Tokens whose KV is in the blocks once the steps in flight have finished.
@@ -48,11 +58,6 @@ struct Sequence {
   // Tokens that steps in flight sample. The workers have them before they make the next step, so
   // that they can be computed there although nobody here knows them yet.
   int num_unknown = 0;
-  int num_prompt_logprobs_done = 0;      // delivered; the first prompt token has none
-  int num_prompt_tokens_done = 0;        // computed or found at least once: survives preemption
-  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
-  // Of the full blocks of `tokens`, as far as somebody had to know; survives preemption.
-  std::vector<BlockHash> block_hashes;
 
   // Set while the sequence runs.
   int slot = -1;
@@ -61,19 +66,28 @@ struct Sequence {
   int num_blocks_sent = 0;         // of block_table: the workers know them
   int num_blocks_published = 0;    // of block_table, found ones included
   PrefixId prefix = kEmptyPrefix;  // that these hold
+  BlockHash last_hash;             // and its name
   int num_admissions = 0;          // tells results of an earlier stay in a slot apart
   uint64_t last_step = 0;          // that it is part of
 
+  // Seldom needed.
+  const std::shared_ptr<const Request> request;
+  int num_prompt_logprobs_done = 0;      // delivered; the first prompt token has none
+  int num_prompt_tokens_done = 0;        // computed or found at least once: survives preemption
+  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
+  // Of the full blocks of `tokens`, as far as somebody looked for them; survives preemption.
+  std::vector<BlockHash> block_hashes;
+
   int num_tokens() const { return static_cast<int>(tokens.size()); }
-  int num_generated() const { return num_tokens() - request->num_prompt_tokens(); }
+  int num_generated() const { return num_tokens() - num_prompt_tokens; }
   // To be computed next. None when the steps in flight sample the last token that it may have.
   int num_pending() const {
-    const bool ends_in_flight = num_generated() + num_unknown >= std::max(1, request->max_tokens);
+    const bool ends_in_flight = num_generated() + num_unknown >= std::max(1, max_tokens);
     return ends_in_flight ? 0 : num_tokens() + num_unknown - num_computed;
   }
 
   SequenceProgress progress() const {
-    return {.generated_token_ids = {tokens.begin() + request->num_prompt_tokens(), tokens.end()},
+    return {.generated_token_ids = {tokens.begin() + num_prompt_tokens, tokens.end()},
             .num_prompt_logprobs_done = num_prompt_logprobs_done,
             .num_prompt_tokens_done = num_prompt_tokens_done,
             .num_cached_tokens = num_cached_tokens};

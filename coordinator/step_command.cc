@@ -129,12 +129,16 @@ v1::StepCommand EncodeStep(const Step& step, uint64_t epoch) {
     *admission.mutable_sampling() = sequence.request->sampling;
     admission.set_num_prompt_logprobs_done(sequence.num_prompt_logprobs_done);
   }
+  const auto num_sequences = static_cast<int>(step.scheduled.size());
+  command.mutable_slots()->Reserve(num_sequences);
+  command.mutable_num_tokens()->Reserve(num_sequences);
+  command.mutable_num_new_blocks()->Reserve(num_sequences);
   for (const ScheduledSequence& scheduled : step.scheduled) {
     command.add_slots(scheduled.slot);
     command.add_num_tokens(scheduled.num_tokens);
     command.add_num_new_blocks(scheduled.num_new_blocks);
   }
-  for (const int32_t block : step.new_block_ids) command.add_new_block_ids(block);
+  command.mutable_new_block_ids()->Add(step.new_block_ids.begin(), step.new_block_ids.end());
   return command;
 }
 

@@ -36,8 +36,8 @@ BUGS = [
      "    std::erase_if(deliveries_,",
      "    if (false) std::erase_if(deliveries_,"),
     ("a token of an earlier stay in a slot is taken", "coordinator/scheduler.cc",
-     "if (sequence.slot < 0 || sequence.num_admissions != scheduled.admission) continue;",
-     "if (sequence.slot < 0) continue;"),
+     "return sequence->num_admissions == scheduled.admission ? sequence : nullptr;",
+     "return sequence;"),
 ]
 
 
