@@ -146,6 +146,7 @@ int32_t SimulatedClient::NextToken(const SimPrefix& prefix) const {
 void SimulatedClient::OnTokens(v1::GenerateResponse response) {
   world_.Log("tokens", seed(), response.token_ids_size(), response.prompt_logprobs_size());
   has_unflushed_ = true;
+  has_heard_more_ |= has_hung_up_;
   if (has_ended_) return Fail("hears something after its end");
   if (expects_silence_) return Fail("hears something after it has hung up");
   if (has_finished_) return Fail("hears something after it has finished");
@@ -160,6 +161,11 @@ void SimulatedClient::OnTokens(v1::GenerateResponse response) {
     TakeToken(response.token_ids(i), wants_logprobs ? &response.logprobs(i) : nullptr);
   }
   if (response.finish_reason() != v1::FINISH_REASON_UNSPECIFIED) CheckFinish(response);
+}
+
+void SimulatedClient::ExpectSilence() {
+  expects_silence_ = true;
+  if (has_heard_more_ && !has_ended_) Fail("hears more though it has hung up");
 }
 
 void SimulatedClient::TakePromptLogprobs(const v1::GenerateResponse& response) {

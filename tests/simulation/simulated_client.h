@@ -30,10 +30,10 @@ class SimulatedClient final : public TokenStream {
   void OnEnd(const absl::Status& status) override;
   void Flush() override { has_unflushed_ = false; }
 
-  // It hangs up; what was on its way may still come until the next heartbeat.
+  // It hangs up. If it has just ended it may still be told so, at the next heartbeat.
   void HangUp() { has_hung_up_ = true; }
-  // From now on nothing may come.
-  void ExpectSilence() { expects_silence_ = true; }
+  // That heartbeat was; from now on nothing may come.
+  void ExpectSilence();
   // It may end so from now on.
   void AllowFault() { may_be_faulty_ = true; }
   void AllowUnavailable() { may_be_unavailable_ = true; }
@@ -73,6 +73,7 @@ class SimulatedClient final : public TokenStream {
   bool has_ended_ = false;
   bool has_unflushed_ = false;  // it was told something, and not that this is all for now
   bool has_hung_up_ = false;
+  bool has_heard_more_ = false;  // since then
   bool expects_silence_ = false;
   bool may_be_faulty_ = false;
   bool may_be_unavailable_ = false;
