@@ -252,6 +252,7 @@ class LoadedModelShard final : public ModelShard {
 
   absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
                                  Communicator& communicator) override;
+  void ForgetRecordings() override { recordings_.Clear(); }
 
  private:
   void CheckBatch(const StepBatch& batch, const KvCache& kv_cache) const;

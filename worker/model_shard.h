@@ -72,6 +72,10 @@ class ModelShard {
   //   communicator, to be measured: [L, its part of vocab_size]
   virtual absl::StatusOr<Tensor> Forward(const StepBatch& batch, KvCache& kv_cache,
                                          Communicator& communicator) = 0;
+
+  // Before the communicator of the last steps ends: recordings of them hold on to it, and NCCL's
+  // wait for each other's end.
+  virtual void ForgetRecordings() {}
 };
 
 }  // namespace fathom

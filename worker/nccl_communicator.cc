@@ -281,9 +281,13 @@ void NcclCommunicator::Watch() {
     absl::SleepFor(kLookInterval);
   }
   host_->Abort();
-  absl::MutexLock lock(&comm_mutex_);
-  is_over_ = true;
-  nccl_.CommAbort(comm_);  // ends kernels that wait, and frees all
+  {
+    absl::MutexLock lock(&comm_mutex_);
+    is_over_ = true;  // from here on nobody else uses it
+  }
+  // Ends kernels that wait; returns once all recordings with calls of it are gone, which those who
+  // wait for these kernels see to.
+  nccl_.CommAbort(comm_);
 }
 
 absl::Status NcclCommunicator::Look() {

@@ -43,6 +43,8 @@ class StepRecordings {
   absl::Status Run(const Shape& shape, const Owners& owners,
                    absl::FunctionRef<absl::Status()> queue_step);
 
+  void Clear() { entries_.clear(); }
+
  private:
   struct Entry {
     Shape shape;

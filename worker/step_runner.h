@@ -26,6 +26,7 @@ class StepRunner final : public StepMaker {
   StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
              std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator,
              std::unique_ptr<DeviceSampler> device_sampler);
+  ~StepRunner() override { shard_.ForgetRecordings(); }
 
   uint64_t epoch() const override { return epoch_; }
   int rank() const { return communicator_->rank(); }

@@ -35,7 +35,10 @@ class ScriptedShard final : public ModelShard {
                   {static_cast<int64_t>(batch.logit_rows.size()), kVocabSize});
   }
 
+  void ForgetRecordings() override { ++num_forgets; }
+
   absl::Status failure;
+  int num_forgets = 0;
   int32_t poisoned_token = -1;
   float poison = std::nanf("");
   int num_steps = 0;
@@ -44,9 +47,29 @@ class ScriptedShard final : public ModelShard {
   std::vector<float> logits_;
 };
 
+// A lonely rank that notes how often the shard had forgotten its recordings when this ended.
+class EndingCommunicator final : public Communicator {
+ public:
+  EndingCommunicator(const ScriptedShard& shard, int& num_forgets)
+      : shard_(shard), num_forgets_(num_forgets) {}
+  ~EndingCommunicator() override { num_forgets_ = shard_.num_forgets; }
+  int rank() const override { return 0; }
+  int world_size() const override { return 1; }
+  absl::Status AllReduceSum(const Tensor&) override { return absl::OkStatus(); }
+  absl::Status GatherToRank0(const Tensor&, const Tensor&) override { return absl::OkStatus(); }
+  absl::Status BroadcastFromRank0(void*, int64_t) override { return absl::OkStatus(); }
+  void Abort() override {}
+
+ private:
+  const ScriptedShard& shard_;
+  int& num_forgets_;
+};
+
 class StepRunnerTest : public testing::Test {
  protected:
-  StepRunnerTest() {
+  StepRunnerTest() { MakeRunner(MakeLonelyCommunicator()); }
+
+  void MakeRunner(std::unique_ptr<Communicator> communicator) {
     const absl::StatusOr<ModelConfig> config = ReadModelConfig(GoldenCheckpoint("v3_tiny"));
     device_ = *OpenCpuDevice({});
     runner =
@@ -59,7 +82,7 @@ class StepRunnerTest : public testing::Test {
                                                       .block_size = 16,
                                                       .num_kv_blocks = 16},
                                      shard, *KvCache::Create({.num_blocks = 16}, *config, *device_),
-                                     MakeLonelyCommunicator(), *DeviceSampler::Create(*device_, 4));
+                                     std::move(communicator), *DeviceSampler::Create(*device_, 4));
   }
 
   static v1::SamplingParams& Admit(v1::StepCommand& command, uint32_t slot,
@@ -105,6 +128,16 @@ TEST_F(StepRunnerTest, SampledTokensFeedTheNextStep) {
     EXPECT_THAT(result->sampled_slots(), ElementsAre(1));
     EXPECT_THAT(result->sampled_token_ids(), ElementsAre(expected));
   }
+}
+
+// NCCL waits for recordings with its calls before it ends: a worker hung whose peer was killed.
+TEST_F(StepRunnerTest, RecordingsAreForgottenBeforeTheirCommunicatorEnds) {
+  runner.reset();
+  shard.num_forgets = 0;
+  int num_forgets = -1;
+  MakeRunner(std::make_unique<EndingCommunicator>(shard, num_forgets));
+  runner.reset();
+  EXPECT_EQ(num_forgets, 1);
 }
 
 TEST_F(StepRunnerTest, LogprobsAreReportedForWhoAsked) {
