@@ -1,10 +1,10 @@
-// How long sums over ranks take when the ranks stand side by side on this one GPU, in one process:
-// what the kernels cost but for the way between GPUs. Two ranks have all their blocks, as on GPUs
-// of their own; eight have a quarter, as ranks that share a GPU do.
+// How long sums over ranks take, in one process: ranks side by side on one GPU, which is what the
+// kernels cost but for the way between GPUs, and a rank on each GPU where there are several. Two
+// ranks have all their blocks, as on GPUs of their own; eight on one have a quarter.
 //
-//   all_reduce_bench [--json]     one row per (ranks, tokens): a sum of [tokens, 7168] bf16, and
-//   the sum with residual, norm and quantising where that is one kernel, in graphs; the bandwidth
-//   is what a rank sends and receives in a two-shot sum
+//   all_reduce_bench [--json]     one row per (GPUs, ranks, tokens): a sum of [tokens, 7168] bf16,
+//   and the sum with residual, norm and quantising where that is one kernel, in graphs; the
+//   bandwidth is what a rank sends and receives in a two-shot sum
 
 #include <cuda_runtime.h>
 
@@ -71,8 +71,12 @@ struct Rank {
 
 class Group {
  public:
-  explicit Group(int world_size) : groups_(world_size) {
+  // gpus[r]: of rank r; those of different ranks see each other's memory.
+  explicit Group(const std::vector<int>& gpus) : gpus_(gpus), groups_(gpus.size()) {
+    const auto world_size = static_cast<int>(gpus.size());
     for (int rank = 0; rank < world_size; ++rank) {
+      CUDA_CHECK(cudaSetDevice(gpus[rank]));
+      cuda::LoadPeerKernels();
       windows_.push_back(std::make_unique<DeviceMemory>(cuda::kPeerWindowBytes));
       CUDA_CHECK(cudaStreamCreateWithFlags(&streams_.emplace_back(), cudaStreamNonBlocking));
     }
@@ -87,7 +91,7 @@ class Group {
       CUDA_CHECK(cudaHostAlloc(&control, sizeof(cuda::PeerControl), cudaHostAllocMapped));
       group.control = new (control) cuda::PeerControl();
       group.timeout_ns = int64_t{10'000'000'000};
-      group.shares_gpu = world_size > 2;
+      group.shares_gpu = world_size > 2 && gpus[1] == gpus[0];
     }
   }
 
@@ -102,6 +106,7 @@ class Group {
     std::vector<std::unique_ptr<Rank>> ranks;
     std::vector<cudaGraphExec_t> graphs;
     for (size_t i = 0; i < groups_.size(); ++i) {
+      CUDA_CHECK(cudaSetDevice(gpus_[i]));
       const Rank& rank = *ranks.emplace_back(std::make_unique<Rank>(tokens, streams_[i]));
       const auto rows = [&](const DeviceMemory& memory, DType dtype, int64_t columns) {
         return Tensor(memory.get(), dtype, {tokens, columns});
@@ -123,19 +128,21 @@ class Group {
         }
       }));
     }
+    CUDA_CHECK(cudaSetDevice(gpus_[0]));
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
     CUDA_CHECK(cudaEventCreate(&end));
     float best = 1e9f;
     for (int repeat = 0; repeat < kRepeats; ++repeat) {
-      CUDA_CHECK(cudaDeviceSynchronize());
+      Synchronize();
       for (size_t i = graphs.size();
            i-- > 0;) {  // rank 0 last: its events see least of the others'
+        CUDA_CHECK(cudaSetDevice(gpus_[i]));
         if (i == 0) CUDA_CHECK(cudaEventRecord(begin, streams_[0]));
         CUDA_CHECK(cudaGraphLaunch(graphs[i], streams_[i]));
       }
       CUDA_CHECK(cudaEventRecord(end, streams_[0]));
-      CUDA_CHECK(cudaDeviceSynchronize());
+      Synchronize();
       float ms = 0.0f;
       CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
       best = std::min(best, ms);
@@ -146,33 +153,61 @@ class Group {
   }
 
  private:
+  void Synchronize() const {
+    for (const cudaStream_t stream : streams_) CUDA_CHECK(cudaStreamSynchronize(stream));
+  }
+
+  const std::vector<int> gpus_;
   std::vector<std::unique_ptr<DeviceMemory>> windows_;
   std::vector<cudaStream_t> streams_;
   std::vector<cuda::PeerGroup> groups_;
 };
 
-void Main(bool as_json) {
-  cuda::LoadPeerKernels();
-  if (!as_json) std::printf("ranks tokens    sum us   GB/s   with residual, norm, fp8 us\n");
-  for (const int world_size : {2, 8}) {
-    Group group(world_size);
-    for (const int64_t tokens : {1, 8, 64, 256, 2048}) {
-      const double sum_us = group.Measure(tokens, false);
-      const bool is_fused = group.CanFinishRows(tokens);
-      const double row_us = is_fused ? group.Measure(tokens, true) : 0.0;
-      // Of a two-shot sum: all but its own unit out and in, twice.
-      const double bytes =
-          4.0 * (world_size - 1) / world_size * static_cast<double>(tokens * kHidden * 2);
-      if (as_json) {
-        std::printf("{\"ranks\": %d, \"tokens\": %d, \"sum_us\": %.2f, \"fused_us\": %.2f}\n",
-                    world_size, static_cast<int>(tokens), sum_us, row_us);
-      } else {
-        std::printf("%5d %6d %9.2f %6.0f", world_size, static_cast<int>(tokens), sum_us,
-                    bytes / sum_us / 1e3);
-        std::printf(is_fused ? "%11.2f\n" : "          -\n", row_us);
-      }
+void PrintRows(const std::vector<int>& gpus, int num_gpus, bool as_json) {
+  Group group(gpus);
+  const auto ranks = static_cast<int>(gpus.size());
+  for (const int64_t tokens : {1, 8, 64, 256, 2048}) {
+    const double sum_us = group.Measure(tokens, false);
+    const bool is_fused = group.CanFinishRows(tokens);
+    const double row_us = is_fused ? group.Measure(tokens, true) : 0.0;
+    // Of a two-shot sum: all but its own unit out and in, twice.
+    const double bytes = 4.0 * (ranks - 1) / ranks * static_cast<double>(tokens * kHidden * 2);
+    if (as_json) {
+      std::printf(
+          "{\"gpus\": %d, \"ranks\": %d, \"tokens\": %d, \"sum_us\": %.2f, \"fused_us\": %.2f}\n",
+          num_gpus, ranks, static_cast<int>(tokens), sum_us, row_us);
+    } else {
+      std::printf("%4d %5d %6d %9.2f %6.0f", num_gpus, ranks, static_cast<int>(tokens), sum_us,
+                  bytes / sum_us / 1e3);
+      std::printf(is_fused ? "%11.2f\n" : "          -\n", row_us);
     }
   }
+}
+
+// The GPUs from 0 on that all see each other's memory, at most as many as a group has ranks.
+std::vector<int> ConnectedGpus(int count) {
+  std::vector<int> gpus = {0};
+  for (int gpu = 1; gpu < std::min(count, cuda::kMostPeers); ++gpu) {
+    for (const int other : gpus) {
+      int there = 0, back = 0;
+      CUDA_CHECK(cudaDeviceCanAccessPeer(&there, gpu, other));
+      CUDA_CHECK(cudaDeviceCanAccessPeer(&back, other, gpu));
+      if (there == 0 || back == 0) return gpus;
+      CUDA_CHECK(cudaSetDevice(gpu));
+      CUDA_CHECK(cudaDeviceEnablePeerAccess(other, 0));
+      CUDA_CHECK(cudaSetDevice(other));
+      CUDA_CHECK(cudaDeviceEnablePeerAccess(gpu, 0));
+    }
+    gpus.push_back(gpu);
+  }
+  return gpus;
+}
+
+void Main(int num_gpus, bool as_json) {
+  if (!as_json) std::printf("GPUs ranks tokens    sum us   GB/s   with residual, norm, fp8 us\n");
+  for (const int ranks : {2, 8}) PrintRows(std::vector<int>(ranks, 0), 1, as_json);
+  const std::vector<int> gpus = ConnectedGpus(num_gpus);
+  if (gpus.size() > 1) PrintRows(gpus, static_cast<int>(gpus.size()), as_json);
 }
 
 }  // namespace
@@ -185,5 +220,5 @@ int main(int argc, char** argv) {
     std::printf("no GPU here\n");
     return 0;
   }
-  fathom::Main(argc > 1 && std::strcmp(argv[1], "--json") == 0);
+  fathom::Main(count, argc > 1 && std::strcmp(argv[1], "--json") == 0);
 }

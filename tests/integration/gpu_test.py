@@ -1,10 +1,12 @@
-"""Several workers on one GPU, through peer memory: tokens of one rank, and a death that is noticed.
+"""Several workers on GPUs: tokens of one rank, and a death that is noticed.
 
-Without MPS the workers' kernels take turns on the GPU, some milliseconds each: right, and slow.
+Workers that share a GPU do so through peer memory; without MPS their kernels take turns on it, some
+milliseconds each: right, and slow. Where there are two GPUs, also through NCCL.
 """
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -24,6 +26,21 @@ def needs_a_gpu():
         pytest.skip("no GPU here: needs --device cuda")
 
 
+def num_gpus():
+    """Of this machine."""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listed.stdout.count("UUID")
+
+
+def flags_of(way):
+    """Of two workers: "shared" on one GPU, else each on its own with these collectives."""
+    if way == "shared":
+        return ["--collectives", "peer"]
+    if num_gpus() < 2:
+        pytest.skip("needs two GPUs")
+    return ["--gpus", "0,1", "--collectives", way]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_on_one_gpu_give_the_tokens_of_one(world_size, report):
     """And these are the golden ones."""
@@ -41,6 +58,19 @@ def test_ranks_on_one_gpu_give_the_tokens_of_one(world_size, report):
            f"{world_size} ranks on the GPU {seconds[world_size]:.2f} s")
 
 
+@pytest.mark.parametrize("way", ["peer", "nccl"])
+def test_ranks_on_gpus_of_their_own_give_the_golden_tokens(way, report):
+    """Each on its own, in float32."""
+    checkpoint = golden_checkpoint("v3_tiny")
+    flags = ["--dtype", "float32", *flags_of(way)]
+    with FathomServer(checkpoint.folder, *flags, tensor_parallel_size=2) as server:
+        started = time.monotonic()
+        answers = ask(server.client, checkpoint.cases)
+        seconds = time.monotonic() - started
+    assert [tokens for tokens, _ in answers] == [case.greedy for case in checkpoint.cases]
+    report(f"{way}: {len(answers)} prompts, {seconds:.2f} s")
+
+
 def wait_for_line(server, line, count):
     """Waits until the log has the line so often; gives the seconds."""
     started = time.monotonic()
@@ -50,10 +80,13 @@ def wait_for_line(server, line, count):
     return time.monotonic() - started
 
 
-def test_a_killed_rank_ends_the_other_within_5_seconds_and_the_group_forms_again(model, report):
+@pytest.mark.parametrize("way", ["shared", "peer", "nccl"])
+def test_a_killed_rank_ends_the_other_within_5_seconds_and_the_group_forms_again(
+        way, model, report):
     """kill -9 under load, each rank in turn."""
-    lines = []
-    with FathomServer(model, "--max-model-len", 5000, tensor_parallel_size=2) as server:
+    lines = [way]
+    with FathomServer(model, "--max-model-len", 5000, *flags_of(way),
+                      tensor_parallel_size=2) as server:
         for rank in (0, 1, 1):
             clients = start_load(server)
             workers = sorted(server.pids("fathom-worker"))

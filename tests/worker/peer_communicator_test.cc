@@ -161,13 +161,17 @@ TEST(PeerMemoryTest, TheCpuHasNone) {
 
 // --- processes on one GPU: without MPS their kernels take turns, some milliseconds each
 
+enum class Gpus { kShared, kOneEach };
+
 // Opens the GPU in the rank's own process.
 class GpuRanks {
  public:
-  static MakeCommunicator Maker(absl::Duration timeout = absl::Seconds(20)) {
-    return [timeout](int rank, int world_size) -> std::unique_ptr<GroupCommunicator> {
+  static MakeCommunicator Maker(absl::Duration timeout = absl::Seconds(20),
+                                Gpus gpus = Gpus::kShared) {
+    return [=](int rank, int world_size) -> std::unique_ptr<GroupCommunicator> {
       // Lives as long as the process.
-      device() = new std::unique_ptr<Device>(*OpenCudaDevice({}));
+      device() =
+          new std::unique_ptr<Device>(*OpenCudaDevice({.gpu = gpus == Gpus::kOneEach ? rank : 0}));
       return MakeOn(**device(), rank, world_size, timeout);
     };
   }
@@ -179,15 +183,19 @@ class GpuRanks {
 
 class PeerCommunicatorGpuTest : public testing::Test {
  protected:
-  // In another process, since this one forks and may not have touched the GPU.
-  void SetUp() override {
+  // In other processes, since this one forks and may not have touched the GPU.
+  static absl::Status Need(int num_gpus) {
     const auto probe = RunInProcesses(
-        1,
+        num_gpus,
         [](int rank, int world_size) {
           return MakeShmCommunicator({.rank = rank, .world_size = world_size});
         },
-        [](GroupCommunicator&) { return OpenCudaDevice({}).status(); });
-    if (!probe[0].ok()) GTEST_SKIP() << probe[0].message();
+        [](GroupCommunicator& host) { return OpenCudaDevice({.gpu = host.rank()}).status(); });
+    for (const absl::Status& status : probe) RETURN_IF_ERROR(status);
+    return absl::OkStatus();
+  }
+  void SetUp() override {
+    if (const absl::Status need = Need(1); !need.ok()) GTEST_SKIP() << need.message();
   }
 };
 
@@ -236,20 +244,21 @@ absl::Status GatherAndCompare(Communicator& communicator, int64_t count) {
   return absl::OkStatus();
 }
 
+absl::Status UseEverything(GroupCommunicator& communicator) {
+  for (const int64_t count : {1, 7168, 300'000, 3'000'000, 64}) {
+    RETURN_IF_ERROR(SumAndCompare(communicator, count));
+    RETURN_IF_ERROR(GatherAndCompare(communicator, count));
+    int32_t token = communicator.rank() == 0 ? 4711 : 0;
+    RETURN_IF_ERROR(communicator.BroadcastFromRank0(&token, sizeof token));
+    if (token != 4711) return absl::InternalError("broadcast differs");
+  }
+  return absl::OkStatus();
+}
+
 TEST_F(PeerCommunicatorGpuTest, ProcessesOnOneGpuSumAndGather) {
   for (const int world_size : {2, 4}) {
     const absl::Time start = absl::Now();
-    const auto statuses =
-        RunInProcesses(world_size, GpuRanks::Maker(), [](GroupCommunicator& communicator) {
-          for (const int64_t count : {1, 7168, 300'000, 3'000'000, 64}) {
-            RETURN_IF_ERROR(SumAndCompare(communicator, count));
-            RETURN_IF_ERROR(GatherAndCompare(communicator, count));
-            int32_t token = communicator.rank() == 0 ? 4711 : 0;
-            RETURN_IF_ERROR(communicator.BroadcastFromRank0(&token, sizeof token));
-            if (token != 4711) return absl::InternalError("broadcast differs");
-          }
-          return absl::OkStatus();
-        });
+    const auto statuses = RunInProcesses(world_size, GpuRanks::Maker(), UseEverything);
     for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
     std::printf("%d processes: %.2f s\n", world_size, absl::ToDoubleSeconds(absl::Now() - start));
   }
@@ -305,6 +314,19 @@ TEST_F(PeerCommunicatorGpuTest, ProcessesReplayRecordedSums) {
         RETURN_IF_ERROR(RecordAndReplay(communicator, 200));
         return RecordAndReplay(communicator, 9);
       });
+  for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
+}
+
+TEST_F(PeerCommunicatorGpuTest, ProcessesOnGpusOfTheirOwnSumGatherAndReplay) {
+  if (const absl::Status need = Need(2); !need.ok()) GTEST_SKIP() << need.message();
+  const auto statuses = RunInProcesses(2, GpuRanks::Maker(absl::Seconds(20), Gpus::kOneEach),
+                                       [](GroupCommunicator& communicator) -> absl::Status {
+                                         RETURN_IF_ERROR(UseEverything(communicator));
+                                         for (const int64_t rows : {1, 9, 64, 200}) {
+                                           RETURN_IF_ERROR(RecordAndReplay(communicator, rows));
+                                         }
+                                         return absl::OkStatus();
+                                       });
   for (const absl::Status& status : statuses) EXPECT_TRUE(status.ok()) << status;
 }
 
