@@ -113,7 +113,8 @@ __device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
     sm90::PrefetchMap(&weight_map);
     sm90::PrefetchMap(&x_map);
     for (int i = 0; i < S::kStages; ++i) {
-      sm90::BarrierInit(&shared.full[i], 2 + S::kGatherThreads);
+      // The copies' announcement, the lanes that bring factors, the threads that gather.
+      sm90::BarrierInit(&shared.full[i], 1 + 32 + S::kGatherThreads);
       sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kPair);
     }
     sm90::BarrierInitFence();

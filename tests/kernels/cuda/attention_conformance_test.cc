@@ -162,7 +162,8 @@ class AttentionConformanceTest : public TwinTest {
     step.w_uk = Floats(shape.act, {shape.heads, shape.kv_lora_rank, shape.nope_dim}, 0.1f);
     step.w_uv = Floats(shape.act, {shape.heads, shape.v_dim, shape.kv_lora_rank}, 0.1f);
     step.positions = Of(IntTensor(positions));
-    step.cos_sin = Floats(kF32, {2000, shape.rope_dim / 2, 2}, 0.7f);
+    const int32_t last = *std::max_element(positions.begin(), positions.end());
+    step.cos_sin = Floats(kF32, {last + 1, shape.rope_dim / 2, 2}, 0.7f);
     step.cache = Cache(shape, num_blocks);
     step.block_tables = Of(tables);
     step.query_start = Of(IntTensor(step.starts));
@@ -237,6 +238,18 @@ TEST_F(AttentionConformanceTest, AttentionOfAllTypesAndBlockSizesAgrees) {
       }
     }
   }
+}
+
+// Small enough for a checker that takes a thousand times as long.
+TEST_F(AttentionConformanceTest, EachKernelOfAttentionAgrees) {
+  Check({kBF16, kBF16, 3, 36, 20, 10, 24, 16}, {{7, 2}, {33, 1}});
+  Check({kBF16, kFp8, 3, 36, 20, 10, 24, 16}, {{7, 2}, {33, 1}});
+  Check(V3(kBF16, kBF16), {{7, 7}, {80, 3}, {65, 1}});
+  Check(V3(kBF16, kFp8), {{7, 7}, {80, 3}});
+  for (const int sequences : {1, 8, 15, 30, 60, 70}) {  // clusters of each size
+    Check(V3(kBF16, kBF16), std::vector<Length>(sequences, {50, 1}));
+  }
+  Check(V3(kBF16, kBF16), {{12000, 1}});  // shared by several clusters
 }
 
 TEST_F(AttentionConformanceTest, AttentionOfDeepSeekV3sShapeAgrees) {

@@ -129,6 +129,17 @@ TEST_F(ConformanceTest, LinearOfAllTypesAgrees) {
   }
 }
 
+// Small enough for a checker that takes a thousand times as long.
+TEST_F(ConformanceTest, EachKernelOfLinearLayersAgrees) {
+  CheckLinear({3, 40, 64, 0, 64, 32}, kBF16, kFp8, kBF16);
+  CheckLinear({9, 65, 33, 3}, kF32, kF32, kF32);
+  CheckLinear({9, 64, 72}, kBF16, kBF16, kF32);
+  for (const int64_t tokens : {5, 12, 20, 50, 70}) {
+    CheckLinear({tokens, 192, 384}, kFp8, kFp8, kBF16);
+  }
+  CheckLinear({129, 64 * 131, 256}, kFp8, kFp8, kBF16);
+}
+
 TEST_F(ConformanceTest, LinearOfDeepSeekV3ShapesAgrees) {
   CheckLinear({1, 512, 7168}, kBF16, kFp8, kBF16);
   CheckLinear({3, 512, 7168}, kFp8, kFp8, kBF16);
