@@ -374,6 +374,13 @@ void Bench::Experts() {
       16, [&](int i) {
         ops_.GroupedLinear(activated, routes.groups, w2[i % w2.size()], 0, expert_out);
       });
+  Row("swiglu, down, combine",
+      {.bytes = used * kHidden * kWidth + rows * 4.0 * kWidth + 2.0 * kHidden * tokens_,
+       .fp8_flop = 2.0 * rows * kHidden * kWidth},
+      16, [&](int i) {
+        ops_.DownAndCombine(gate_up, routes, w2[i % w2.size()], false, {activated, expert_out},
+                            out);
+      });
   Row("combine_experts", {.bytes = 2.0 * kHidden * (rows + tokens_)}, 32,
       [&](int) { ops_.CombineExperts(expert_out, routes, false, out); });
   memory_.resize(1);

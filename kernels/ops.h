@@ -118,6 +118,12 @@ struct Routes {
   ExpertGroups groups;
 };
 
+// Of DownAndCombine: what stands between its parts, of no use afterwards.
+struct ExpertRoom {
+  LinearInput activated;  // [M, K], as GroupedLinear is to read it
+  Tensor y;               // [M, H] act
+};
+
 // How a row of logits becomes a token: stages 4 to 6 of worker/sampler.h.
 struct SamplingRow {
   double inverse_temperature = 0.0;  // 0: the best token, ties to the lower id
@@ -266,6 +272,17 @@ class Ops {
   // from a counter and `seed`; of F8_E4M3 all values below 1 in magnitude, whatever the amplitude.
   //   out f32, bf16 or F8_E4M3, dense
   virtual void FillRandom(const Tensor& out, float amplitude, uint64_t seed) = 0;
+
+  // Several of the above in one. From gate and up of the experts to what they add to each token:
+  // SwiGlu, GroupedLinear and CombineExperts, which a device may make fewer kernels of.
+  //   gate_up [M, 2 * K] act   weight [E, H, K]   room: what may be written in between   the rest:
+  //   as there
+  virtual void DownAndCombine(const Tensor& gate_up, const Routes& routes, const Weight& weight,
+                              bool accumulate, const ExpertRoom& room, const Tensor& out) {
+    SwiGlu(gate_up, &routes.groups, room.activated);
+    GroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
+    CombineExperts(room.y, routes, accumulate, out);
+  }
 };
 
 }  // namespace fathom

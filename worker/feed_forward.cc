@@ -148,9 +148,7 @@ void RoutedExperts::Forward(const LinearInputs& x, const FeedForwardScratch& scr
             static_cast<int>(layout_.experts().begin), routes);
   // Rows sorted by expert go through this rank's experts, and back to their tokens.
   gate_up_proj_.Multiply(x, routes.groups, choices, ops, gate_up);
-  ops.SwiGlu(gate_up, &routes.groups, activated);
-  ops.GroupedLinear(activated, routes.groups, down_proj_, /*num_choices=*/0, expert_out);
-  ops.CombineExperts(expert_out, routes, accumulate, out);
+  ops.DownAndCombine(gate_up, routes, down_proj_, accumulate, {activated, expert_out}, out);
 }
 
 FeedForward::FeedForward(const std::string& prefix, int layer, const ModelConfig& config,

@@ -46,9 +46,10 @@ void* GrowingMemory::Reserve(int64_t num_bytes) {
 
 CudaOps::CudaOps(const cudaDeviceProp& device, cudaStream_t stream)
     : device_(device), stream_(stream), step_(device) {
-  constexpr int64_t kCounterBytes = 256;
-  counters_ = static_cast<int*>(counter_memory_.Reserve(kCounterBytes));
-  CUDA_CHECK(cudaMemsetAsync(counters_, 0, kCounterBytes, stream_));
+  const int64_t slot_bytes = cuda::RouteSlotBytes(device.multiProcessorCount);
+  counter_ = static_cast<int*>(route_memory_.Reserve(kCounterBytes + slot_bytes));
+  CUDA_CHECK(cudaMemsetAsync(counter_, 0, kCounterBytes, stream_));
+  CUDA_CHECK(cudaMemsetAsync(route_slots(), 0xFF, static_cast<size_t>(slot_bytes), stream_));
   if (Fp8StreamSm90::Supports(device)) {
     const int64_t bytes = Fp8StreamSm90::WorkspaceBytes(device.multiProcessorCount);
     fp8_stream_.emplace(fp8_stream_memory_.Reserve(bytes), device.multiProcessorCount);

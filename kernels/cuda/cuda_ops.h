@@ -22,6 +22,12 @@
 
 namespace fathom {
 
+namespace cuda {
+
+int64_t RouteSlotBytes(int num_multiprocessors);
+
+}  // namespace cuda
+
 class CudaOps final : public Ops {
  public:
   // `stream` must outlive this.
@@ -51,6 +57,8 @@ class CudaOps final : public Ops {
   void SwiGlu(const Tensor& gate_up, const ExpertGroups* groups, const LinearInput& out) override;
   void CombineExperts(const Tensor& y, const Routes& routes, bool accumulate,
                       const Tensor& out) override;
+  void DownAndCombine(const Tensor& gate_up, const Routes& routes, const Weight& weight,
+                      bool accumulate, const ExpertRoom& room, const Tensor& out) override;
   void SampleTokens(const Tensor& logits, const Tensor& rows, const Tensor& tokens) override;
   void GatherRows(const Tensor& x, const Tensor& rows, const Tensor& out) override;
   void Add(const Tensor& x, const Tensor& y) override;
@@ -64,6 +72,8 @@ class CudaOps final : public Ops {
   bool LinearBf16(const LinearInput& x, const Weight& weight, const Tensor& out);
   bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
                          int num_choices, const Tensor& out);
+  bool GatedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
+                       const ExpertRoom& room);
 
   // The steps of MlaAttention, for some tokens: queries into the latent space, what they gather
   // there, and out of it.
@@ -85,13 +95,16 @@ class CudaOps final : public Ops {
 
   // What was to be prefetched, for a kernel of a step of this many tokens to carry.
   cuda::PrefetchList TakePrefetches(int64_t num_tokens);
-  // Two numbers that are zero between kernels.
-  int* counters() const { return counters_; }
+  // Of Route, between kernels: counter_ is zero, and behind it stand slots with all bits set.
+  static constexpr int64_t kCounterBytes = 256;
+  uint32_t* route_slots() const {
+    return reinterpret_cast<uint32_t*>(counter_) + kCounterBytes / sizeof(uint32_t);
+  }
 
   const cudaDeviceProp device_;
   const cudaStream_t stream_;
-  GrowingMemory counter_memory_;
-  int* counters_ = nullptr;
+  GrowingMemory route_memory_;
+  int* counter_ = nullptr;
   cuda::Scratch scratch_;  // of one operation at a time
   cuda::MlaStep step_;
   GrowingMemory fp8_stream_memory_;

@@ -47,33 +47,53 @@ __device__ inline int2 ScanBlock(int2 value, int* warp_sums, int2* total) {
   return before;
 }
 
-// The same for the rows of one token, whose experts all differ: the place of a row is the number of
-// smaller experts. `experts`: in shared memory. All threads of a block.
-__device__ inline void GroupRowsOfToken(const Grouping& grouping, const int* experts) {
-  const auto before = [&](int limit) {
-    int count = 0;
-    for (int i = 0; i < grouping.num_rows; ++i) {
-      const int expert = experts[i] - grouping.first_expert;
-      count += expert >= 0 && expert < limit;
-    }
-    return count;
-  };
-  for (int e = threadIdx.x; e <= grouping.num_experts; e += blockDim.x) {
-    grouping.offsets[e] = before(e);
-    if (e == grouping.num_experts && grouping.notes != nullptr) grouping.notes[0] = before(e);
-  }
-  // From the other end of the block, whose threads have less to do.
-  for (int row = blockDim.x - 1 - threadIdx.x; row < grouping.num_rows; row += blockDim.x) {
+// For at most 32 tokens whose rows of an expert fit into a chunk: bit t of an expert's mask says
+// whether token t is among them, since no token chooses an expert twice. `experts`: [num_rows], in
+// shared memory. All threads of a block.
+__device__ inline void GroupFewRows(const Grouping& grouping, int choices, const int* experts,
+                                    int* shared) {
+  const int num_experts = grouping.num_experts;
+  auto* masks = reinterpret_cast<unsigned*>(shared);
+  int* places = shared + num_experts;
+  int* warp_sums = places + num_experts;
+  const auto local = [&](int row) {
     const int expert = experts[row] - grouping.first_expert;
-    const bool is_here = expert >= 0 && expert < grouping.num_experts;
-    const int place = is_here ? before(expert) : -1;
-    if (is_here) grouping.rows[place] = row;
-    if (grouping.notes == nullptr) continue;
-    grouping.notes[grouping.places_at + row] = place;
-    if (is_here) {
-      reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[place] =
-          make_int4(expert, place, 1, 0);
+    return expert >= 0 && expert < num_experts ? expert : -1;
+  };
+  for (int e = threadIdx.x; e < num_experts; e += blockDim.x) masks[e] = 0;
+  __syncthreads();
+  for (int row = threadIdx.x; row < grouping.num_rows; row += blockDim.x) {
+    if (local(row) >= 0) atomicOr(&masks[local(row)], 1u << row / choices);
+  }
+  __syncthreads();
+  int2 first = make_int2(0, 0);  // row, chunk
+  for (int base = 0; base < num_experts; base += blockDim.x) {
+    const int expert = base + threadIdx.x;
+    const int count = expert < num_experts ? __popc(masks[expert]) : 0;
+    int2 total;
+    int2 before = ScanBlock(make_int2(count, count > 0 ? 1 : 0), warp_sums, &total);
+    before = make_int2(before.x + first.x, before.y + first.y);
+    if (expert < num_experts) {
+      grouping.offsets[expert] = before.x;
+      places[expert] = before.x;
     }
+    if (count > 0 && grouping.notes != nullptr) {
+      reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[before.y] =
+          make_int4(expert, before.x, count, 0);
+    }
+    first = make_int2(first.x + total.x, first.y + total.y);
+  }
+  if (threadIdx.x == 0) {
+    grouping.offsets[num_experts] = first.x;
+    if (grouping.notes != nullptr) grouping.notes[0] = first.y;
+  }
+  __syncthreads();
+  for (int row = threadIdx.x; row < grouping.num_rows; row += blockDim.x) {
+    const int expert = local(row);
+    const unsigned earlier = (1u << row / choices) - 1;
+    const int place = expert < 0 ? -1 : places[expert] + __popc(masks[expert] & earlier);
+    if (expert >= 0) grouping.rows[place] = row;
+    if (grouping.notes != nullptr) grouping.notes[grouping.places_at + row] = place;
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/fp8_stream_sm90.cuh"
 #include "kernels/cuda/sm90_launch.h"
 
@@ -36,10 +37,10 @@ struct Place {
 };
 
 template <int kN, typename Shared>
-__device__ void StartProducts(int stage, const Place& place, const Shared& shared,
+__device__ void StartProducts(int stage, int tile, const Place& place, const Shared& shared,
                               float (&products)[kN / 2]) {
-  const uint32_t weight = SharedAddress(shared.stages[stage].weight) + place.row_group * kTileBytes;
-  const uint32_t x = SharedAddress(shared.stages[stage].x);
+  const uint32_t weight = SharedAddress(shared.weight[stage]) + place.row_group * kTileBytes;
+  const uint32_t x = SharedAddress(shared.x[tile]);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     sm90::ProductFp8<kN>(products, TileDescriptor(weight + step * 32),
@@ -53,11 +54,10 @@ struct Factors {
   float values[kN / 4];
 
   template <typename Shared>
-  __device__ void Load(int stage, float weight, const Place& place, const Shared& shared) {
+  __device__ void Load(int tile, float weight, const Place& place, const Shared& shared) {
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float2 x =
-          *reinterpret_cast<const float2*>(&shared.x_scales[stage][place.token(4 * j)]);
+      const float2 x = *reinterpret_cast<const float2*>(&shared.x_scales[tile][place.token(4 * j)]);
       values[2 * j] = x.x * weight;
       values[2 * j + 1] = x.y * weight;
     }
@@ -69,19 +69,20 @@ struct Factors {
 };
 
 // sums += `count` stages of this warpgroup, a batch at a time; what a last batch lacks is its first
-// stage again, counting nothing.
+// stage again, counting nothing. Activations that the kernel makes are tiles from `tile` on.
 template <typename Form, typename Shared>
-__device__ void Multiply(int count, const Place& place, Ring<Form::kStages>& ring, Shared& shared,
-                         float (&sums)[Form::kTokens / 2]) {
+__device__ void Multiply(int count, int tile, const Place& place, Ring<Form::kStages>& ring,
+                         Shared& shared, float (&sums)[Form::kTokens / 2]) {
   constexpr int kBatch = Form::kBatch;
 #pragma unroll 1
-  for (; count > 0; count -= kBatch) {
-    int stages[kBatch];
+  for (; count > 0; count -= kBatch, tile += kBatch) {
+    int stages[kBatch], tiles[kBatch];
     float products[kBatch][Form::kTokens / 2];
     Factors<Form::kTokens> factors[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       stages[i] = i < count ? ring.stage : stages[0];
+      tiles[i] = !Form::kMakesInput ? stages[i] : i < count ? tile + i : tile;
       if (i < count) {
         BarrierWait(&shared.full[ring.stage], ring.parity);
         ring.Next(Form::kTurns);
@@ -91,13 +92,13 @@ __device__ void Multiply(int count, const Place& place, Ring<Form::kStages>& rin
     sm90::ProductsBegin();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      StartProducts<Form::kTokens>(stages[i], place, shared, products[i]);
+      StartProducts<Form::kTokens>(stages[i], tiles[i], place, shared, products[i]);
     }
     sm90::ProductsCommit();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const float weight_scale = i < count ? shared.weight_scales[stages[i]] : 0.0f;
-      factors[i].Load(stages[i], weight_scale, place, shared);
+      factors[i].Load(tiles[i], weight_scale, place, shared);
     }
     sm90::ProductsWait<0>();
 #pragma unroll
@@ -258,13 +259,76 @@ __device__ void WriteTile(const Arguments& arguments, const Place& place, const 
   sync();
 }
 
-// One item of the share; `count` K blocks of it are this warpgroup's.
+// --- activations that the kernel makes itself
+
+// Those of a chunk, all K blocks of them, as Ops::SwiGlu would: silu(gate) * up, rounded, in 1×128.
+// Sixteen lanes have the 128 of a token.
+template <typename Form, typename Shared>
+__device__ void MakeChunk(const Arguments& arguments, const ExpertChunk& chunk, int thread,
+                          int first_tile, Shared& shared) {
+  constexpr int kAtOnce = Form::kMakers / cuda::kGroupLanes;
+  constexpr int kInFlight = 2;
+  const int lane = thread % cuda::kGroupLanes;
+  const auto token_of = [](int unit) { return unit % Form::kTokens; };
+  const auto block_of = [](int unit) { return unit / Form::kTokens; };
+#pragma unroll 1
+  for (int first = thread / cuda::kGroupLanes; first < Form::kTokens * arguments.k_blocks;
+       first += kInFlight * kAtOnce) {
+    cuda::PackedEight<__nv_bfloat16> gate[kInFlight], up[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int unit = first + i * kAtOnce;
+      const int row = chunk.begin + min(token_of(unit), chunk.count - 1);
+      const auto* from = reinterpret_cast<const __nv_bfloat16*>(
+          arguments.x + int64_t{row} * arguments.x_row_bytes);
+      from += min(block_of(unit), arguments.k_blocks - 1) * kBlock + lane * cuda::kEight;
+      gate[i].template Load<true>(from, cuda::kEight);
+      up[i].template Load<true>(from + arguments.k_blocks * kBlock, cuda::kEight);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int token = token_of(first + i * kAtOnce), k = block_of(first + i * kAtOnce);
+      float x[cuda::kEight];
+#pragma unroll
+      for (int j = 0; j < cuda::kEight; ++j) {
+        const float silu = gate[i][j] / (1.0f + expf(-gate[i][j]));
+        x[j] = cuda::RoundedTo<__nv_bfloat16>(silu * up[i][j]);
+      }
+      const float factor = cuda::FactorOf(cuda::WarpMax<cuda::kGroupLanes>(cuda::LargestOf(x)));
+      if (k >= arguments.k_blocks) continue;
+      unsigned char* tile = shared.x[first_tile + k] + token * kBlock;
+      *reinterpret_cast<uint2*>(tile + (lane / 2 ^ token % 8) * 16 + lane % 2 * 8) =
+          cuda::EncodeEight(x, factor);
+      if (lane == 0) shared.x_scales[first_tile + k][token] = factor;
+    }
+  }
+}
+
+// The warps that make them, a chunk ahead of those that multiply.
+template <typename Form, typename Shared>
+__device__ void MakeInputs(const Arguments& arguments, const Work& work, int thread,
+                           Shared& shared) {
+  Ring<2> ring;
+#pragma unroll 1
+  for (Cursor cursor(arguments, work.begin, work.end); !cursor.Done(); cursor.Next()) {
+    if (!cursor.enters_chunk) continue;
+    BarrierWait(&shared.used[ring.stage], ring.parity ^ 1);
+    MakeChunk<Form>(arguments, ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared), thread,
+                    ring.stage * kMostGatedBlocks, shared);
+    sm90::FenceForAsyncProxy();
+    sm90::BarrierArriveIf(&shared.made[ring.stage], true);
+    ring.Next();
+  }
+}
+
+// One item of the share; `count` K blocks of it are this warpgroup's. Activations that the kernel
+// makes are tiles from `first_tile` on.
 template <typename Form, typename Out, typename Shared>
 __device__ void ComputeItem(const Arguments& arguments, const Work& work, const Cursor& cursor,
-                            const ExpertChunk& chunk, int count, const Place& place,
+                            const ExpertChunk& chunk, int count, const Place& place, int first_tile,
                             Ring<Form::kStages>& ring, Shared& shared) {
   float sums[Form::kTokens / 2] = {};
-  Multiply<Form>(count, place, ring, shared, sums);
+  Multiply<Form>(count, first_tile + cursor.first, place, ring, shared, sums);
   if (!AddTurns<Form>(place, sums, shared)) return;
   if (cursor.first > 0) {
     SendPart<Form>(arguments, place, sums);
@@ -278,6 +342,23 @@ __device__ void ComputeItem(const Arguments& arguments, const Work& work, const 
   if (row < arguments.n) WriteTile<Form, Out>(arguments, place, chunk, row, sums, shared);
 }
 
+// Where the chunk at hand has its activations, of those that multiply.
+struct MadeInputs {
+  Ring<2> next;
+  int first_tile = 0;
+  bool has_chunk = false;
+
+  template <typename Shared>
+  __device__ void NextChunk(const Place& place, Shared& shared) {
+    __syncwarp();
+    sm90::BarrierArriveIf(&shared.used[next.stage ^ 1], has_chunk && place.lane == 0);
+    BarrierWait(&shared.made[next.stage], next.parity);
+    first_tile = next.stage * kMostGatedBlocks;
+    has_chunk = true;
+    next.Next();
+  }
+};
+
 template <typename Form, typename Out, typename Shared>
 __device__ void Compute(const Arguments& arguments, const Work& work, Shared& shared) {
   const Place place(Form::kRows);
@@ -285,13 +366,18 @@ __device__ void Compute(const Arguments& arguments, const Work& work, Shared& sh
   ring.Next(place.turn);
   int skip = place.turn;  // units of the share until this warpgroup's next one
   ExpertChunk chunk;
+  MadeInputs inputs;
 #pragma unroll 1
   for (Cursor cursor(arguments, work.begin, work.end); !cursor.Done(); cursor.Next()) {
-    if (cursor.enters_chunk) chunk = ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared);
+    if (cursor.enters_chunk) {
+      chunk = ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared);
+      if constexpr (Form::kMakesInput) inputs.NextChunk(place, shared);
+    }
     const int units = cursor.last - cursor.first;
     const int count = (units - skip + Form::kTurns - 1) / Form::kTurns;
     skip += count * Form::kTurns - units;
-    ComputeItem<Form, Out>(arguments, work, cursor, chunk, count, place, ring, shared);
+    ComputeItem<Form, Out>(arguments, work, cursor, chunk, count, place, inputs.first_tile, ring,
+                           shared);
   }
 }
 
@@ -309,8 +395,12 @@ __global__ __launch_bounds__(Form::kThreads,
     sm90::PrefetchMap(&weight_map);
 #pragma unroll 1
     for (int i = 0; i < Form::kStages; ++i) {
-      sm90::BarrierInit(&shared.full[i], kFullArrivals);
+      sm90::BarrierInit(&shared.full[i], Form::kFullArrivals);
       sm90::BarrierInit(&shared.empty[i], Form::kRows * 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      sm90::BarrierInit(&shared.made[i], Form::kMakers);
+      sm90::BarrierInit(&shared.used[i], Form::kConsumers / 32);
     }
     sm90::BarrierInitFence();
   }
@@ -323,6 +413,14 @@ __global__ __launch_bounds__(Form::kThreads,
     sm90::WaitForPredecessors();
   } else if (warp == Form::kWeightWarp) {
     if (threadIdx.x % 32 == 0) CopyWeights<Form>(weight_map, arguments, work, shared);
+  } else if constexpr (Form::kMakesInput) {
+    sm90::WaitForPredecessors();
+    if (warp < Form::kTokenWarp) {
+      Compute<Form, Out>(arguments, work, shared);
+    } else {
+      MakeInputs<Form>(arguments, work, threadIdx.x - Form::kConsumers, shared);
+    }
+    sm90::WaitForCopies();
   } else {
     CopyFirstActivations<Form>(arguments, work, shared);
     if (warp == Form::kTokenWarp) {
@@ -367,35 +465,38 @@ void LaunchKernel(const Fp8StreamSm90::Weight& weight, Arguments arguments, int 
 }
 
 // Which form and grain is a matter of measurement (NOTES.md).
+constexpr int kFineShares = 4;
+
 template <typename Out>
 void LaunchForTokens(int max_count, const Fp8StreamSm90::Weight& weight, const Arguments& arguments,
                      int blocks, cudaStream_t stream) {
+  constexpr Reads kCodes = Reads::kCodes;
   // Of one matrix all of a share fits into the ring and is there before the activations come. Then
   // what remains is short if four warpgroups do it and few shares have parts of the same outputs.
   constexpr int kWholeItems = 16;
-  constexpr int kFineShares = 4;
   const bool dense = arguments.notes == nullptr;
   if (max_count <= 8 && dense) {
-    LaunchKernel<FormOf<8, 1, 4, 20>, Out>(weight, arguments, kWholeItems, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 8, 1, 4, 20>, Out>(weight, arguments, kWholeItems, blocks, stream);
   } else if (dense) {
-    LaunchKernel<FormOf<16, 1, 4, 16>, Out>(weight, arguments, kWholeItems, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 16, 1, 4, 16>, Out>(weight, arguments, kWholeItems, blocks, stream);
   } else if (max_count <= 8 && arguments.k_blocks > kFineShares) {
-    LaunchKernel<FormOf<8, 1, 2, 20>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 8, 1, 2, 20>, Out>(weight, arguments, kFineShares, blocks, stream);
   } else if (max_count <= 8) {
-    LaunchKernel<FormOf<8, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 8, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
   } else {
-    LaunchKernel<FormOf<16, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 16, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
   }
 }
+template <typename Out>
+void LaunchGated(const Fp8StreamSm90::Weight& weight, const Arguments& arguments, int blocks,
+                 cudaStream_t stream) {
+  LaunchKernel<FormOf<Reads::kGateUp, Fp8StreamSm90::kMaxGatedTokens, 2, 1, 10>, Out>(
+      weight, arguments, kFineShares, blocks, stream);
+}
 
-void Launch(const Fp8StreamSm90::Input& x, const Fp8StreamSm90::Weight& weight,
-            const Fp8StreamSm90::Output& out, int max_count, int blocks, Arguments arguments,
-            cudaStream_t stream) {
+void SetSizes(const Fp8StreamSm90::Weight& weight, const Fp8StreamSm90::Output& out, int blocks,
+              Arguments& arguments) {
   CHECK(Fp8StreamSm90::Supports(weight));
-  CHECK_LT(x.rows * x.row_bytes, int64_t{1} << 31);
-  arguments.x = static_cast<const unsigned char*>(x.values);
-  arguments.x_row_bytes = static_cast<unsigned>(x.row_bytes);
-  arguments.x_scales = x.scales;
   arguments.weight_scales = weight.scale_inv;
   arguments.out = out.values;
   arguments.out_stride = out.row_stride;
@@ -404,6 +505,25 @@ void Launch(const Fp8StreamSm90::Input& x, const Fp8StreamSm90::Weight& weight,
   arguments.scale_rows = (weight.n + kBlock - 1) / kBlock;
   arguments.by_blocks = Quotient(blocks);
   arguments.by_k_blocks = Quotient(arguments.k_blocks);
+}
+void SetGroups(const Fp8StreamSm90::Groups& groups, Arguments& arguments) {
+  CHECK(groups.max_count >= 1 && groups.max_count <= Fp8StreamSm90::kMaxTokens);
+  arguments.notes = groups.notes;
+  arguments.complete_early = groups.complete_early;
+  arguments.rows = groups.rows;
+  arguments.by_divisor = Quotient(groups.divisor);
+  arguments.num_rows = static_cast<int>(groups.num_rows);
+  arguments.max_chunks = static_cast<int>(groups.max_chunks);
+}
+
+void Launch(const Fp8StreamSm90::Input& x, const Fp8StreamSm90::Weight& weight,
+            const Fp8StreamSm90::Output& out, int max_count, int blocks, Arguments arguments,
+            cudaStream_t stream) {
+  CHECK_LT(x.rows * x.row_bytes, int64_t{1} << 31);
+  SetSizes(weight, out, blocks, arguments);
+  arguments.x = static_cast<const unsigned char*>(x.values);
+  arguments.x_row_bytes = static_cast<unsigned>(x.row_bytes);
+  arguments.x_scales = x.scales;
   if (out.type == Fp8StreamSm90::OutputType::kBf16) {
     LaunchForTokens<__nv_bfloat16>(max_count, weight, arguments, blocks, stream);
   } else {
@@ -446,17 +566,34 @@ void Fp8StreamSm90::Linear(const Input& x, const Weight& weight, const Output& o
 
 void Fp8StreamSm90::GroupedLinear(const Input& x, const Groups& groups, const Weight& weight,
                                   const Output& out, cudaStream_t stream) const {
-  CHECK(groups.max_count >= 1 && groups.max_count <= kMaxTokens);
-  if (x.rows == 0) return;
   fp8_stream::Arguments arguments = {};
+  fp8_stream::SetGroups(groups, arguments);
+  if (x.rows == 0) return;
   arguments.partials = static_cast<float*>(workspace_);
-  arguments.notes = groups.notes;
-  arguments.complete_early = groups.complete_early;
-  arguments.rows = groups.rows;
-  arguments.by_divisor = fp8_stream::Quotient(groups.divisor);
-  arguments.num_rows = static_cast<int>(groups.num_rows);
-  arguments.max_chunks = static_cast<int>(groups.max_chunks);
   fp8_stream::Launch(x, weight, out, groups.max_count, num_multiprocessors_, arguments, stream);
+}
+
+bool Fp8StreamSm90::SupportsGated(const Weight& weight) {
+  return Supports(weight) && weight.k <= fp8_stream::kMostGatedBlocks * fp8_stream::kBlock;
+}
+
+void Fp8StreamSm90::GroupedGatedLinear(const GateUp& gate_up, const Groups& groups,
+                                       const Weight& weight, const Output& out,
+                                       cudaStream_t stream) const {
+  CHECK(SupportsGated(weight) && groups.rows == nullptr);
+  CHECK_LE(groups.max_count, kMaxGatedTokens);
+  fp8_stream::Arguments arguments = {};
+  fp8_stream::SetGroups(groups, arguments);
+  if (groups.num_rows == 0) return;
+  fp8_stream::SetSizes(weight, out, num_multiprocessors_, arguments);
+  arguments.partials = static_cast<float*>(workspace_);
+  arguments.x = static_cast<const unsigned char*>(gate_up.values);
+  arguments.x_row_bytes = static_cast<unsigned>(gate_up.row_bytes);
+  if (out.type == OutputType::kBf16) {
+    fp8_stream::LaunchGated<__nv_bfloat16>(weight, arguments, num_multiprocessors_, stream);
+  } else {
+    fp8_stream::LaunchGated<float>(weight, arguments, num_multiprocessors_, stream);
+  }
 }
 
 }  // namespace fathom

@@ -1,5 +1,6 @@
 // How fp8_stream_sm90.cu's kernel divides its work, and the warps of it that copy: weights, a
-// thread by the copy engine; activations, which may be gathered, 16 bytes per lane.
+// thread by the copy engine; activations, which may be gathered, 16 bytes per lane. (Activations
+// that the kernel makes itself, of gate and up, are its own file's.)
 //
 // Words: an item is a form's weight rows of one matrix times one chunk of tokens; a unit is one K
 // block (128 columns) of it, which is also one stage of the ring; a share is the units of one
@@ -21,26 +22,36 @@ using sm90::SharedAddress;
 constexpr int kTileRows = 64;  // of a warpgroup's matrix products
 constexpr int kBlock = 128;    // columns under one factor; one byte each
 constexpr int kTileBytes = kTileRows * kBlock;
-constexpr int kFullArrivals = 1 + 1 + 32;  // the weights, their factor, each lane's small copies
-constexpr int kKnownChunks = 432;          // that are kept in shared memory
+constexpr int kMostGatedBlocks = 4;  // K blocks of activations that the kernel makes itself
+constexpr int kKnownChunks = 432;    // that are kept in shared memory
 constexpr int kKnownRows = 128;
+
+// Rows in 1×128; or gate and up, bf16, of which the kernel makes them.
+enum class Reads { kCodes, kGateUp };
 
 // One instance of the kernel: its items are 64 · kRowGroups weight rows times at most kMaxTokens
 // tokens. kRowGroups · kTurns warpgroups compute: one per 64 rows, and kTurns that take turns with
 // the K blocks. Many turns are for few tokens, where the time between the last activation's arrival
 // and the end counts; several rows for many, where the number of stages does.
-template <int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kRingStages>
+template <Reads kWhat, int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kRingStages>
 struct FormOf {
+  static constexpr bool kMakesInput = kWhat == Reads::kGateUp;
   static constexpr int kTokens = kMaxTokens;
   static constexpr int kRows = kRowGroups;
   static constexpr int kTurns = kTurnsOfBlocks;
   static constexpr int kStages = kRingStages;
   static_assert(kStages % kTurns == 0 && (kTurns == 1 ? kRows <= 2 : kRows == 1));  // barriers
+  static_assert(!kMakesInput || kTurns == 1);
 
   static constexpr int kConsumers = kRows * kTurns * 128;
   static constexpr int kTokenWarp = kConsumers / 32;  // copies activations and their factors
-  static constexpr int kWeightWarp = kTokenWarp + 1;  // copies weights and theirs
-  static constexpr int kThreads = kConsumers + 64;
+  static constexpr int kMakers = 128;                 // threads in its place
+  static constexpr int kWeightWarp = kTokenWarp + (kMakesInput ? kMakers / 32 : 1);
+  static constexpr int kThreads = (kWeightWarp + 1) * 32;
+  // At a stage's barrier: the weights, their factor, each lane's small copies.
+  static constexpr int kFullArrivals = 1 + 1 + (kMakesInput ? 0 : 32);
+  // Tiles of activations: one to a stage, or all of two chunks'.
+  static constexpr int kInputTiles = kMakesInput ? 2 * kMostGatedBlocks : kStages;
   static constexpr int kItemRows = kRows * kTileRows;
   static constexpr int kBatch = 2;  // K blocks that a warpgroup multiplies at a time
 };
@@ -64,7 +75,7 @@ class Quotient {
 };
 
 struct Arguments {
-  const unsigned char* x;
+  const unsigned char* x;  // or gate and up
   const float* x_scales;
   const float* weight_scales;
   const int* notes;     // null: one matrix
@@ -89,13 +100,10 @@ template <typename Form, typename Out>
 struct SharedMemory {
   static constexpr int kTokens = Form::kTokens, kStages = Form::kStages;
   static constexpr bool kAdds = Form::kTurns > 1;
-  struct alignas(sm90::kTileAlignment) Stage {
-    unsigned char weight[Form::kItemRows * kBlock];
-    unsigned char x[kTokens * kBlock];
-  };
   static constexpr int kPitch = kTileRows + 16 / sizeof(Out);  // bank conflicts
-  Stage stages[kStages];
-  float x_scales[kStages][kTokens];
+  alignas(sm90::kTileAlignment) unsigned char weight[kStages][Form::kItemRows * kBlock];
+  alignas(sm90::kTileAlignment) unsigned char x[Form::kInputTiles][kTokens * kBlock];
+  float x_scales[Form::kInputTiles][kTokens];
   float weight_scales[kStages];
   alignas(16) Out out[Form::kRows][kTokens][kPitch];
   // What the warpgroups of the same rows add up.
@@ -103,6 +111,8 @@ struct SharedMemory {
              [kAdds ? Form::kItemRows * 2 : 1];
   uint64_t full[kStages];
   uint64_t empty[kStages];
+  uint64_t made[2];  // the activations of a chunk
+  uint64_t used[2];
   int4 chunks[kKnownChunks];
   int rows[kKnownRows];
 };
@@ -231,8 +241,8 @@ __device__ void CopyWeights(const CUtensorMap& map, const Arguments& arguments, 
       uint64_t* full = &shared.full[ring.stage];
       BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
       sm90::BarrierExpectBytes(full, kBytes);
-      sm90::CopyBox(shared.stages[ring.stage].weight, &map, k * kBlock, expert * arguments.n + row,
-                    full, policy);
+      sm90::CopyBox(shared.weight[ring.stage], &map, k * kBlock, expert * arguments.n + row, full,
+                    policy);
       sm90::CopyFour(SharedAddress(&shared.weight_scales[ring.stage]), scales + k);
       sm90::BarrierArriveAfterCopies(full);
     }
@@ -267,7 +277,7 @@ class TokenCopier {
 
   template <typename Shared>
   __device__ void Copy(const Arguments& arguments, int k, int stage, Shared& shared) const {
-    const uint32_t target = SharedAddress(shared.stages[stage].x) + lane_ / 8 * kBlock;
+    const uint32_t target = SharedAddress(shared.x[stage]) + lane_ / 8 * kBlock;
     const int piece = (lane_ % 8 ^ lane_ / 8) * 16;  // of tokens below 4; of the next 4 it is ^ 64
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {

@@ -19,13 +19,19 @@ namespace fathom {
 
 class Fp8StreamSm90 {
  public:
-  static constexpr int kMaxTokens = 16;  // of one chunk
+  static constexpr int kMaxTokens = 16;      // of one chunk
+  static constexpr int kMaxGatedTokens = 8;  // the same, for GroupedGatedLinear
 
   struct Input {
     const void* values = nullptr;   // [rows, k] e4m3, 16-byte aligned, as is row_bytes
     const float* scales = nullptr;  // [rows, k / 128]
     int64_t rows = 0;
     int64_t row_bytes = 0;  // from one row's values to the next one's
+  };
+  // Gate and up of the sorted rows, [rows, 2 · k] bf16, [gate | up]; 16-byte aligned rows.
+  struct GateUp {
+    const void* values = nullptr;
+    int64_t row_bytes = 0;
   };
   struct Weight {
     const void* values = nullptr;      // [num_matrices, n, k] e4m3, 16-byte aligned
@@ -59,8 +65,9 @@ class Fp8StreamSm90 {
 
   // Whether this device can run it (compute capability 9.0).
   static bool Supports(const cudaDeviceProp& device);
-  // Whether it can multiply by this weight.
+  // Whether it can multiply by this weight; and make the activations itself.
   static bool Supports(const Weight& weight);
+  static bool SupportsGated(const Weight& weight);
 
   // REQUIRES: workspace of WorkspaceBytes, 256-byte aligned; written here, complete on return, and
   // left as it was by every call. Does not own it.
@@ -73,6 +80,12 @@ class Fp8StreamSm90 {
   // out[i] = x[row of i] · weight[expert of i]ᵀ for the sorted rows i.
   void GroupedLinear(const Input& x, const Groups& groups, const Weight& weight, const Output& out,
                      cudaStream_t stream) const;
+
+  // out[i] = (silu(gate[i]) * up[i]) · weight[expert of i]ᵀ: the activations are rounded to bf16,
+  // then 1×128, by each block for the chunks that it works on. groups.rows: null; max_count: at
+  // most kMaxGatedTokens.
+  void GroupedGatedLinear(const GateUp& gate_up, const Groups& groups, const Weight& weight,
+                          const Output& out, cudaStream_t stream) const;
 
  private:
   void* workspace_;

@@ -2,8 +2,10 @@
 //
 // Few tokens: the gate (3.7 MB for DeepSeek-V3) is streamed by all multiprocessors at once. A block
 // has 32 experts and 448 inputs, in registers before the activations are there, and leaves partial
-// logits; the blocks wait for each other (all of them are resident), one block per token adds the
-// parts up in order and chooses, and the last of those sorts the rows.
+// logits; one block per token adds the parts up in order and chooses, and another sorts the rows of
+// up to 16 tokens, or the last to choose those of more. All blocks are resident, so they may wait
+// for each other. Parts and choices go through slots that hold kNothing until they are written, and
+// whoever reads one puts that back: data and signal are the same bytes, one trip through the L2.
 //
 // Many tokens: logits by MultiplyBf16 (or any linear layer), whose parts the next kernel adds up
 // before a warp per token chooses; again the last block sorts.
@@ -33,13 +35,16 @@ constexpr int kStreamThreads = kInputWarps * kExpertTiles * kWarp;
 constexpr int kMostStreamTokens = 64;
 constexpr int kSumStride = 36;  // floats between tokens of a warp's sums: no two lanes in a bank
 constexpr int kMostStreamExperts = 512;
+constexpr int kFewTokens = 16;  // whose rows of an expert are one chunk
+constexpr int kChosenSlots = kFewTokens * 2 * kMostChoices;
 
 struct RouteArguments {
   Rows<const __nv_bfloat16> x;
   const __nv_bfloat16* gate;  // [E, H]
   int num_tokens, hidden_size;
-  float* parts;   // [slices][T][E]
-  int* counters;  // [2], zero before and after
+  uint32_t* parts;   // [slices][T][E] slots
+  uint32_t* chosen;  // [T][k] slots, of few rows
+  int* counter;      // zero before and after
   Rows<float> logits;
   Choice choice;
   Grouping grouping;
@@ -61,15 +66,36 @@ __device__ bool IsLastArrival(int* counter, int count, bool* room) {
   return *room;
 }
 
-__device__ void WaitForArrivals(const int* counter, int count) {
-  if (threadIdx.x == 0) {
-    int arrived;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-    } while (arrived < count);
-  }
-  __syncthreads();
+// --- slots
+
+constexpr uint32_t kNothing = ~0u;  // no choice, and a NaN that no arithmetic produces
+
+__device__ void StoreSlot(uint32_t* slot, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(slot), "r"(value) : "memory");
 }
+__device__ uint32_t LoadSlot(const uint32_t* slot) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(slot) : "memory");
+  return value;
+}
+// Waits for `count` slots, at most kMost, `stride` apart, and empties them; what is not there is 0.
+template <int kMost>
+__device__ void TakeSlots(uint32_t* slots, int count, int64_t stride, uint32_t (&values)[kMost]) {
+  bool waiting;
+  do {
+    waiting = false;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) values[i] = i < count ? LoadSlot(slots + i * stride) : 0;
+#pragma unroll
+    for (const uint32_t value : values) waiting |= value == kNothing;
+  } while (waiting);
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (i < count) StoreSlot(slots + i * stride, kNothing);
+  }
+}
+
+// --- the parts of the work
 
 template <int kPer>
 __device__ int ChooseFromShared(const float* token_logits, const RouteArguments& arguments,
@@ -121,8 +147,10 @@ __device__ void StoreParts(const RouteArguments& arguments, int first_expert, in
     for (int w = 0; w < kInputWarps; ++w) {
       sum += sums[(w * kMostStreamTokens + token) * kSumStride + expert];
     }
-    arguments.parts[(first_row + token) * arguments.choice.num_experts + first_expert + expert] =
-        sum;
+    const uint32_t bits = __float_as_uint(sum);
+    StoreSlot(arguments.parts + (first_row + token) * arguments.choice.num_experts + first_expert +
+                  expert,
+              bits == kNothing ? 0x7FFFFFFFu : bits);
   }
 }
 
@@ -131,47 +159,38 @@ __device__ void AddParts(const RouteArguments& arguments, int token, int slices,
   constexpr int kInFlight = 16;
   const int num_experts = arguments.choice.num_experts;
   for (int expert = threadIdx.x; expert < num_experts; expert += kStreamThreads) {
-    const float* part = arguments.parts + int64_t{token} * num_experts + expert;
+    uint32_t* part = arguments.parts + int64_t{token} * num_experts + expert;
     const int64_t stride = int64_t{arguments.num_tokens} * num_experts;
     float sum = 0.0f;
     for (int s = 0; s < slices; s += kInFlight) {
-      float values[kInFlight];
+      uint32_t values[kInFlight];
+      TakeSlots(part + s * stride, slices - s, stride, values);
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        values[i] = s + i < slices ? __ldcg(part + (s + i) * stride) : 0.0f;
-      }
-#pragma unroll
-      for (const float value : values) sum += value;
+      for (const uint32_t value : values) sum += __uint_as_float(value);
     }
     logits[expert] = sum;
     arguments.logits[token][expert] = sum;
   }
 }
 
-// The only token's logits, choices and groups.
-template <int kPer>
-__device__ void FinishToken(const RouteArguments& arguments, int slices, float* shared) {
-  __shared__ int experts[2 * kMostChoices];
-  const int num_experts = arguments.choice.num_experts;
-  AddParts(arguments, 0, slices, shared);
-  __syncthreads();
-  if (threadIdx.x < kWarp) {
-    const int lane = threadIdx.x, routed = arguments.choice.config.num_experts_per_tok;
-    const int mine = ChooseFromShared<kPer>(shared, arguments, 0, shared + num_experts);
-    if (lane < routed) experts[lane] = mine;
-    for (int j = lane; j < arguments.choice.config.num_shared_experts; j += kWarp) {
-      experts[routed + j] = num_experts + j;
-    }
+// The rows of few tokens, whose choices are in `experts` as far as this block made them, and in
+// slots. All threads.
+__device__ void SortFew(const RouteArguments& arguments, int* experts, int* shared) {
+  const int choices = arguments.choice.config.num_choices();
+  for (int row = threadIdx.x; row < arguments.grouping.num_rows; row += kStreamThreads) {
+    if (row / choices % gridDim.x == blockIdx.x) continue;
+    uint32_t expert[1];
+    TakeSlots(arguments.chosen + row, 1, 0, expert);
+    experts[row] = static_cast<int>(expert[0]);
   }
-  __syncthreads();
-  GroupRowsOfToken(arguments.grouping, experts);
-  if (threadIdx.x == 0) arguments.counters[0] = 0;
+  GroupFewRows(arguments.grouping, choices, experts, shared);
 }
 
 template <int kPer>
 __global__ __launch_bounds__(kStreamThreads,
                              2) void StreamRouteKernel(const RouteArguments arguments) {
   extern __shared__ float shared[];
+  __shared__ int experts[kChosenSlots];
   __shared__ bool is_last;
   LetDependentsLaunch();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -205,29 +224,37 @@ __global__ __launch_bounds__(kStreamThreads,
   __syncthreads();
   StoreParts(arguments, first_expert, slice, shared);
 
-  if (num_tokens == 1) {  // whoever comes last does all that is left
-    if (IsLastArrival(&arguments.counters[0], gridDim.x, &is_last)) {
-      FinishToken<kPer>(arguments, slices, shared);
-    }
-    return;
-  }
-  // More: each block waits for all and chooses for its own.
   const int blocks = gridDim.x, choosers = min(blocks, num_tokens), chooser = blockIdx.x;
-  const bool last = IsLastArrival(&arguments.counters[0], blocks, &is_last);
-  if (chooser >= choosers) return;
-  if (!last) WaitForArrivals(&arguments.counters[0], blocks);
+  const bool are_few = num_tokens <= kFewTokens;
+  const bool sorts = are_few && chooser == (num_tokens == 1 ? 0 : choosers % blocks);
+  if (chooser >= choosers && !sorts) return;
+  __syncthreads();  // the sums have been read
   int mine = 0;
   for (int token = chooser; token < num_tokens; token += blocks, ++mine) {
     AddParts(arguments, token, slices, shared + mine * num_experts);
   }
   __syncthreads();
+  const int choices = arguments.choice.config.num_choices();
   float* room = shared + (mine + warp) * num_experts;
   for (int i = warp; i < mine; i += kStreamThreads / kWarp) {
-    ChooseFromShared<kPer>(shared + i * num_experts, arguments, chooser + i * blocks, room);
+    const int token = chooser + i * blocks, routed = arguments.choice.config.num_experts_per_tok;
+    const int choice = ChooseFromShared<kPer>(shared + i * num_experts, arguments, token, room);
+    for (int j = lane; are_few && j < choices; j += kWarp) {
+      const int id = j < routed ? choice : num_experts + j - routed;
+      if (sorts) {
+        experts[token * choices + j] = id;
+      } else {
+        StoreSlot(arguments.chosen + token * choices + j, id);
+      }
+    }
   }
-  if (!IsLastArrival(&arguments.counters[1], choosers, &is_last)) return;
+  if (sorts) {
+    __syncthreads();
+    SortFew(arguments, experts, reinterpret_cast<int*>(shared));
+  }
+  if (are_few || !IsLastArrival(arguments.counter, choosers, &is_last)) return;
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
-  if (threadIdx.x < 2) arguments.counters[threadIdx.x] = 0;
+  if (threadIdx.x == 0) *arguments.counter = 0;
 }
 
 // --- many tokens
@@ -274,9 +301,9 @@ __global__ __launch_bounds__(kChooseThreads<kPer>) void ChooseKernel(const Route
   for (int i = warp; i < count; i += kChooseThreads<kPer> / kWarp) {
     ChooseFromShared<kPer>(shared + i * num_experts, arguments, first + i, room);
   }
-  if (!IsLastArrival(&arguments.counters[0], gridDim.x, &is_last)) return;
+  if (!IsLastArrival(arguments.counter, gridDim.x, &is_last)) return;
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
-  if (threadIdx.x == 0) arguments.counters[0] = 0;
+  if (threadIdx.x == 0) *arguments.counter = 0;
 }
 
 // --- the host's side
@@ -332,6 +359,12 @@ void LaunchChoose(const RouteArguments& arguments, const float* parts, int64_t p
 }
 
 }  // namespace
+
+int64_t RouteSlotBytes(int num_multiprocessors) {
+  const int64_t parts = int64_t{num_multiprocessors} * kBlockExperts * kMostStreamTokens;
+  return (kChosenSlots + parts) * static_cast<int64_t>(sizeof(uint32_t));
+}
+
 }  // namespace cuda
 
 void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
@@ -354,7 +387,7 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
   cuda::RouteArguments arguments = {};
   arguments.num_tokens = static_cast<int>(tokens);
   arguments.hidden_size = static_cast<int>(x.dim(1));
-  arguments.counters = counters();
+  arguments.counter = counter_;
   arguments.logits = cuda::Rows<float>(routes.logits);
   arguments.choice = {.config = config,
                       .bias = bias.present() ? bias.data<float>() : nullptr,
@@ -379,8 +412,9 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
       experts <= cuda::kMostStreamExperts && blocks <= device_.multiProcessorCount) {
     arguments.x = cuda::Rows<const __nv_bfloat16>(x);
     arguments.gate = static_cast<const __nv_bfloat16*>(gate.raw());
-    arguments.parts = static_cast<float*>(
-        scratch_.Reserve(slices * tokens * experts * static_cast<int64_t>(sizeof(float))));
+    CHECK(tokens > cuda::kFewTokens || arguments.grouping.rows_per_chunk >= cuda::kFewTokens);
+    arguments.chosen = route_slots();
+    arguments.parts = route_slots() + cuda::kChosenSlots;
     cuda::LaunchStream(arguments, stream_);
     return;
   }

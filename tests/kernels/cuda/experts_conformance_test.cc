@@ -216,8 +216,16 @@ TEST_F(ExpertsConformanceTest, RouteOfAllKindsAgrees) {
   }
 }
 
+// Small enough for a checker that takes a thousand times as long.
+TEST_F(ExpertsConformanceTest, EachKernelOfTheRouterAgrees) {
+  for (const int64_t tokens : {1, 5, 20, 70}) {
+    CheckRoute(kV3, tokens, 64, 480, kBF16, kBF16, 0, 65);
+  }
+  CheckRoute(kV2, 5, 40, 96, kF32, kF32, 8, 20);
+}
+
 TEST_F(ExpertsConformanceTest, RouteOfDeepSeekV3sShapeAgrees) {
-  for (const int64_t tokens : {1, 2, 7, 8, 9, 33, 64, 65, 130, 256, 257, 600}) {
+  for (const int64_t tokens : {1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 256, 257, 600}) {
     CheckRoute(kV3, tokens, 256, 7168, kBF16, kBF16, 0, 257);
   }
   CheckRoute(kV3, 30, 256, 7168, kBF16, kBF16, 64, 32);  // an eighth of the experts
@@ -288,6 +296,29 @@ TEST_F(ExpertsConformanceTest, SwiGluOfSortedRowsAgrees) {
     cpu().SwiGlu(gate_up.cpu, &on_cpu, out.cpu);
     gpu().SwiGlu(gate_up.gpu, &on_gpu, out.gpu);
     ExpectWithinUnits(out, 6);  // exp, and five roundings around it
+  }
+}
+
+// Fewer kernels where there are such, which give the same bits.
+TEST_F(ExpertsConformanceTest, DownAndCombineIsItsPartsTheOneAfterTheOther) {
+  constexpr int kChoices = 3;
+  for (const int64_t tokens : {1, 7, 70}) {
+    for (const int64_t inputs : {128, 256, 512}) {
+      SCOPED_TRACE(absl::StrCat(tokens, " tokens, ", inputs, " inputs"));
+      const int64_t rows = tokens * kChoices, size = 384;
+      const TwinGroups groups = RandomGroups(tokens, kChoices);
+      const Routes routes = {{}, {}, Floats(kF32, {tokens, kChoices}).gpu, groups.gpu()};
+      const Tensor gate_up = Floats(kBF16, {rows, 2 * inputs}, 3.0f).gpu;
+      const Weight weight = RandomWeight(kFp8, kExperts, size, inputs, 0, 0).gpu;
+      const ExpertRoom room = {Quantized(rows, inputs).gpu(), Floats(kBF16, {rows, size}).gpu};
+      const Tensor apart = Floats(kBF16, {tokens, size}).gpu;
+      const Tensor together = Floats(kBF16, {tokens, size}).gpu;
+      gpu().DownAndCombine(gate_up, routes, weight, /*accumulate=*/false, room, together);
+      gpu().SwiGlu(gate_up, &routes.groups, room.activated);
+      gpu().GroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
+      gpu().CombineExperts(room.y, routes, /*accumulate=*/false, apart);
+      EXPECT_EQ(OnHost(together), OnHost(apart));
+    }
   }
 }
 

@@ -69,6 +69,26 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     Run(nullptr, type);
   }
 
+  // Gate and up of rows, and what a double reference makes of them. One in bf16 would be rounded
+  // twice; so values that are exact in 1×128 come from gates far out: silu(gate) = gate from 32 on.
+  void MakeGateUp(int rows) {
+    gate_up_stride_ = 2 * shape_.k + 8 * static_cast<int>(random_() % 3);
+    gate_up_.assign(static_cast<size_t>(rows) * gate_up_stride_, __float2bfloat16(NAN));
+    row_bytes_ = shape_.k;
+    for (int row = 0; row < rows; ++row) {
+      for (int k = 0; k < shape_.k; ++k) {
+        // The largest of each 128 is 448 times a power of two, which becomes the factor.
+        const float factor = std::ldexp(1.0f, -(row + k / 128) % 5);
+        uint8_t& code = x_[static_cast<size_t>(row) * row_bytes_ + k];
+        if (k % 128 == row % 128) code = 0x7E;  // 448
+        __nv_bfloat16* gate = &gate_up_[static_cast<size_t>(row) * gate_up_stride_ + k];
+        gate[0] = __float2bfloat16(32.0f);
+        gate[shape_.k] = __float2bfloat16(static_cast<float>(FromE4m3(code)) * factor / 32.0f);
+        x_scales_[static_cast<size_t>(row) * (shape_.k / 128) + k / 128] = factor;
+      }
+    }
+  }
+
   // counts[e] rows go to expert e. With choices > 0 they are choices of random tokens, else the
   // input is sorted already.
   void Grouped(const Shape& shape, const std::vector<int>& counts, int choices, OutputType type,
@@ -76,6 +96,7 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     const int rows = std::accumulate(counts.begin(), counts.end(), 0);
     const int tokens = choices > 0 ? std::max(1, rows / choices) : rows;
     MakeInputs(shape, tokens);
+    if (gated_) MakeGateUp(rows);
     expert_of_.clear();
     input_of_.clear();
     sorted_rows_.clear();
@@ -108,12 +129,20 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     Run(&groups, type);
   }
 
+  // counts[e] rows, sorted, of which the kernel makes the activations.
+  void Gated(const Shape& shape, const std::vector<int>& counts, OutputType type, int max_count) {
+    gated_ = true;
+    Grouped(shape, counts, 0, type, max_count);
+    gated_ = false;
+  }
+
   void Run(const Fp8StreamSm90::Groups* groups, OutputType type) {
     const int rows = static_cast<int>(expert_of_.size());
     out_stride_ = shape_.n + 8 * static_cast<int>(random_() % 3);
     const int out_bytes = type == OutputType::kBf16 ? 2 : 4;
     const DeviceArray<uint8_t> x(x_), weight(weight_);
     const DeviceArray<float> x_scales(x_scales_), weight_scales(weight_scales_);
+    const DeviceArray<__nv_bfloat16> gate_up(gate_up_);
     const int sms = device_.multiProcessorCount;
     const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(Fp8StreamSm90::WorkspaceBytes(sms)));
     const Fp8StreamSm90 stream(workspace.data(), sms);
@@ -127,7 +156,10 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
       const Fp8StreamSm90::Weight weights = {weight.data(), weight_scales.data(),
                                              shape_.num_matrices, shape_.n, shape_.k};
       const Fp8StreamSm90::Output output = {out.data(), type, out_stride_};
-      if (groups == nullptr) {
+      if (gated_) {
+        stream.GroupedGatedLinear({gate_up.data(), gate_up_stride_ * 2}, *groups, weights, output,
+                                  nullptr);
+      } else if (groups == nullptr) {
         stream.Linear(input, weights, output, nullptr);
       } else {
         stream.GroupedLinear(input, *groups, weights, output, nullptr);
@@ -197,6 +229,9 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
   int input_rows_ = 0, row_bytes_ = 0, out_stride_ = 0;
   std::vector<uint8_t> x_, weight_;
   std::vector<float> x_scales_, weight_scales_, out_;
+  bool gated_ = false;
+  int64_t gate_up_stride_ = 0;
+  std::vector<__nv_bfloat16> gate_up_;
   std::vector<int> expert_of_, input_of_, sorted_rows_;
 };
 
@@ -239,6 +274,17 @@ TEST_F(Fp8StreamSm90Test, OneExpertHasAllRows) {
   std::vector<int> counts(31, 0);
   counts[17] = 230;
   Grouped({31, 512, 1792}, counts, 2, OutputType::kBf16);
+}
+
+TEST_F(Fp8StreamSm90Test, MakesActivationsOfGateAndUp) {
+  for (int k : {128, 256, 384, 512}) {
+    Gated({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, OutputType::kBf16, 8);
+    Gated({12, 384, k}, {1, 0, 7, 16, 17, 0, 0, 33, 8, 2, 1, 64}, OutputType::kF32, 3);
+  }
+  std::vector<int> counts(257, 0);
+  counts[256] = 1;
+  for (int i = 0; i < 8; ++i) counts[random_() % 256] = 1;
+  Gated({257, 7168, 256}, counts, OutputType::kBf16, 1);
 }
 
 TEST_F(Fp8StreamSm90Test, NoRowsLeaveTheOutputAlone) {
