@@ -26,26 +26,25 @@ Metrics::Refusal RefusalOf(const absl::Status& status) {
 
 }  // namespace
 
-Admission::Admission(uint64_t seed, StepLoop& step_loop, const StatusBoard& board, Metrics& metrics)
-    : seed_(seed), step_loop_(step_loop), board_(board), metrics_(metrics) {}
+Admission::Admission(uint64_t seed, GroupRouter& router, Metrics& metrics)
+    : seed_(seed), router_(router), metrics_(metrics) {}
 
-absl::StatusOr<SequenceId> Admission::Submit(const v1::GenerateRequest& request,
-                                             std::shared_ptr<TokenStream> stream) {
+absl::StatusOr<RequestId> Admission::Submit(const v1::GenerateRequest& request,
+                                            std::shared_ptr<TokenStream> stream) {
   absl::StatusOr<std::shared_ptr<const Request>> validated = Validate(request);
-  absl::StatusOr<SequenceId> id =
-      validated.ok()
-          ? step_loop_.Submit({.request = *std::move(validated), .stream = std::move(stream)})
-          : absl::StatusOr<SequenceId>(validated.status());
+  absl::StatusOr<RequestId> id = validated.ok()
+                                     ? router_.Submit(*std::move(validated), std::move(stream))
+                                     : absl::StatusOr<RequestId>(validated.status());
   if (!id.ok()) metrics_.CountRefusedRequest(RefusalOf(id.status()));
   return id;
 }
 
 absl::StatusOr<std::shared_ptr<const Request>> Admission::Validate(
     const v1::GenerateRequest& request) {
-  const std::optional<ModelLimits> limits = board_.model_limits();
+  const std::optional<ModelLimits> limits = router_.model_limits();
   if (!limits.has_value()) {
     return absl::UnavailableError(
-        absl::StrCat("the server is starting: ", board_.server_info().state_detail()));
+        absl::StrCat("the server is starting: ", router_.server_info().state_detail()));
   }
   return ValidateRequest(request, *limits, SplitMix64(SplitMix64(seed_) + ++num_requests_));
 }

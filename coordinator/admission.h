@@ -1,4 +1,4 @@
-// The door for requests: validates them, whoever sent them, and hands them to StepLoop.
+// The door for requests: validates them, whoever sent them, and hands them to GroupRouter.
 //
 // A request without a seed gets one drawn from --seed and the request's number since the start
 // (SplitMix64 of both), so the same requests in the same order get the same tokens again. Those
@@ -12,9 +12,8 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "coordinator/group_router.h"
 #include "coordinator/metrics.h"
-#include "coordinator/status_board.h"
-#include "coordinator/step_loop.h"
 #include "coordinator/token_stream.h"
 #include "proto/generate.pb.h"
 
@@ -23,21 +22,20 @@ namespace fathom {
 class Admission {
  public:
   // All references outlive this.
-  Admission(uint64_t seed, StepLoop& step_loop, const StatusBoard& board, Metrics& metrics);
+  Admission(uint64_t seed, GroupRouter& router, Metrics& metrics);
 
   // The request's tokens go to `stream` from now on. Errors are those of ValidateRequest and
-  // StepLoop::Submit; then `stream` hears nothing.
-  absl::StatusOr<SequenceId> Submit(const v1::GenerateRequest& request,
-                                    std::shared_ptr<TokenStream> stream);
+  // GroupRouter::Submit; then `stream` hears nothing.
+  absl::StatusOr<RequestId> Submit(const v1::GenerateRequest& request,
+                                   std::shared_ptr<TokenStream> stream);
 
-  void Cancel(SequenceId id) { step_loop_.Cancel(id); }
+  void Cancel(RequestId id) { router_.Cancel(id); }
 
  private:
   absl::StatusOr<std::shared_ptr<const Request>> Validate(const v1::GenerateRequest& request);
 
   const uint64_t seed_;
-  StepLoop& step_loop_;
-  const StatusBoard& board_;
+  GroupRouter& router_;
   Metrics& metrics_;
   std::atomic<uint64_t> num_requests_ = 0;
 };

@@ -26,7 +26,7 @@ constexpr std::chrono::seconds kLastWords(1);
 
 }  // namespace
 
-// One Generate call. Lives until gRPC is done with it and StepLoop has let go.
+// One Generate call. Lives until gRPC is done with it and GroupRouter has let go.
 class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::GenerateResponse>,
                                       public TokenStream {
  public:
@@ -38,7 +38,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
       const std::lock_guard lock(mutex_);
       self_ = self;
     }
-    const absl::StatusOr<SequenceId> id = admission_.Submit(request, self);
+    const absl::StatusOr<RequestId> id = admission_.Submit(request, self);
     if (!id.ok()) {
       OnEnd(id.status());
       return Flush();
@@ -72,7 +72,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
   }
 
   void OnCancel() override {
-    SequenceId id;
+    RequestId id;
     {
       const std::lock_guard lock(mutex_);
       id = id_;
@@ -112,7 +112,7 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
   std::mutex mutex_;
   // Guarded by mutex_.
   std::shared_ptr<Stream> self_;
-  SequenceId id_ = 0;  // 0: not queued
+  RequestId id_ = 0;  // 0: not queued
   v1::GenerateResponse writing_;
   UnsentResponses unsent_;
   std::optional<grpc::Status> end_;
@@ -120,9 +120,9 @@ class GenerateService::Stream final : public grpc::ServerWriteReactor<v1::Genera
   bool is_finished_ = false;
 };
 
-GenerateService::GenerateService(Admission& admission, const StatusBoard& board,
+GenerateService::GenerateService(Admission& admission, const GroupRouter& router,
                                  const Metrics& metrics)
-    : admission_(admission), board_(board), metrics_(metrics) {}
+    : admission_(admission), router_(router), metrics_(metrics) {}
 
 grpc::ServerWriteReactor<v1::GenerateResponse>* GenerateService::Generate(
     grpc::CallbackServerContext*, const v1::GenerateRequest* request) {
@@ -161,14 +161,14 @@ grpc::ServerUnaryReactor* GenerateService::GetModelInfo(grpc::CallbackServerCont
                                                         const v1::GetModelInfoRequest*,
                                                         v1::ModelInfo* response) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  const std::optional<ModelLimits> limits = board_.model_limits();
+  const std::optional<ModelLimits> limits = router_.model_limits();
   if (limits.has_value()) {
     *response = limits->model;
     reactor->Finish(grpc::Status::OK);
   } else {
     reactor->Finish(grpc::Status(
         grpc::StatusCode::UNAVAILABLE,
-        absl::StrCat("the model is not known yet: ", board_.server_info().state_detail())));
+        absl::StrCat("the model is not known yet: ", router_.server_info().state_detail())));
   }
   return reactor;
 }
@@ -176,7 +176,7 @@ grpc::ServerUnaryReactor* GenerateService::GetModelInfo(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* GenerateService::GetServerInfo(grpc::CallbackServerContext* context,
                                                          const v1::GetServerInfoRequest*,
                                                          v1::ServerInfo* response) {
-  *response = board_.server_info();
+  *response = router_.server_info();
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
   reactor->Finish(grpc::Status::OK);
   return reactor;

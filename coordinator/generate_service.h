@@ -14,8 +14,8 @@
 #include "absl/status/statusor.h"
 #include "coordinator/admission.h"
 #include "coordinator/generate_session.h"
+#include "coordinator/group_router.h"
 #include "coordinator/metrics.h"
-#include "coordinator/status_board.h"
 #include "grpcpp/server.h"
 #include "proto/endpoint.h"
 #include "proto/generate.grpc.pb.h"
@@ -25,7 +25,7 @@ namespace fathom {
 class GenerateService final : public v1::Generate::CallbackService {
  public:
   // All references outlive this and the server that it is registered with.
-  GenerateService(Admission& admission, const StatusBoard& board, const Metrics& metrics);
+  GenerateService(Admission& admission, const GroupRouter& router, const Metrics& metrics);
 
   // Ends GenerateMany calls as soon as none of their requests runs, and refuses new ones.
   void Close();
@@ -48,7 +48,7 @@ class GenerateService final : public v1::Generate::CallbackService {
   class Stream;
 
   Admission& admission_;
-  const StatusBoard& board_;
+  const GroupRouter& router_;
   const Metrics& metrics_;
 
   std::mutex mutex_;

@@ -20,7 +20,7 @@ grpc::Status Invalid(const std::string& what) {
 
 }  // namespace
 
-// One request of the session, as Engine sees it.
+// One request of the session, as GroupRouter sees it.
 class GenerateSession::Member final : public TokenStream {
  public:
   Member(std::shared_ptr<GenerateSession> session, uint64_t number)
@@ -130,7 +130,7 @@ void GenerateSession::Start(uint64_t number, const v1::GenerateRequest& request)
   if (!is_new) {
     return GiveUp(Invalid(absl::StrCat("stream ", number, " was started a second time")));
   }
-  const absl::StatusOr<SequenceId> id =
+  const absl::StatusOr<RequestId> id =
       admission_.Submit(request, std::make_shared<Member>(self, number));
   bool is_unwanted = false;
   {
@@ -148,7 +148,7 @@ void GenerateSession::Start(uint64_t number, const v1::GenerateRequest& request)
 }
 
 void GenerateSession::CancelStream(uint64_t number) {
-  SequenceId id = 0;
+  RequestId id = 0;
   {
     const std::lock_guard lock(mutex_);
     const auto stream = streams_.find(number);
@@ -164,7 +164,7 @@ void GenerateSession::CancelStream(uint64_t number) {
 }
 
 void GenerateSession::GiveUp(grpc::Status status) {
-  std::vector<SequenceId> ids;
+  std::vector<RequestId> ids;
   {
     const std::lock_guard lock(mutex_);
     for (const auto& [number, stream] : streams_) {
@@ -175,7 +175,7 @@ void GenerateSession::GiveUp(grpc::Status status) {
     if (!final_status_.has_value()) final_status_ = std::move(status);
     Pump();
   }
-  for (const SequenceId id : ids) admission_.Cancel(id);
+  for (const RequestId id : ids) admission_.Cancel(id);
 }
 
 void GenerateSession::List(uint64_t number, Stream& stream) {

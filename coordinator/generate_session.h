@@ -5,7 +5,7 @@
 // tokens and holds up nobody. Commands are read one after the other, and no further while
 // kMaxUnsentEnds streams have ended without the client knowing.
 //
-// Owns itself until gRPC is done with it; the streams that Engine holds keep it as well.
+// Owns itself until gRPC is done with it; the streams that GroupRouter holds keep it as well.
 // Thread-safe.
 #pragma once
 
@@ -39,7 +39,7 @@ class GenerateSession final
  private:
   class Member;
   struct Stream {
-    SequenceId id = 0;  // 0: not queued yet
+    RequestId id = 0;  // 0: not queued yet
     UnsentResponses unsent;
     std::optional<absl::Status> end;
     bool is_listed = false;    // in changed_

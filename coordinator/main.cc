@@ -1,8 +1,9 @@
-// fathom-coordinator: serves fathom.v1.Generate with a group of workers.
+// fathom-coordinator: serves fathom.v1.Generate with groups of workers.
 #include <pthread.h>
 
 #include <chrono>
 #include <csignal>
+#include <cstddef>
 #include <cstdio>
 #include <ctime>
 #include <exception>
@@ -14,14 +15,14 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "coordinator/admission.h"
 #include "coordinator/generate_service.h"
+#include "coordinator/group_router.h"
 #include "coordinator/metrics.h"
-#include "coordinator/status_board.h"
-#include "coordinator/step_loop.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
@@ -33,7 +34,8 @@ constexpr int kExitConfig = 78;  // EX_CONFIG
 
 struct Flags {
   GenerateServer::Options server;
-  StepLoop::Options loop;
+  StepLoop::Options loop;  // of each group, with the workers of all
+  int data_parallel_size = 1;
   std::string collectives = "auto";
   std::string model_name = "model";
   std::string log_level = "info";
@@ -41,6 +43,7 @@ struct Flags {
   double join_timeout_seconds = 60;
   double drain_timeout_seconds = 30;
   double target_itl_ms = 0;
+  double recovery_timeout_seconds = 30;
   uint64_t seed = 0;
   bool check = false;
 };
@@ -53,10 +56,14 @@ void Declare(CLI::App& app, Flags& flags) {
       ->delimiter(',')
       ->expected(1, 1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--workers", group.addresses, "addresses of the workers, by rank")
+  app.add_option("--workers", group.addresses,
+                 "addresses of the workers, by rank; group after group")
       ->required()
       ->delimiter(',');
   app.option_defaults()->always_capture_default();
+  app.add_option("--data-parallel-size", flags.data_parallel_size,
+                 "groups of workers, each with the whole model")
+      ->check(CLI::Range(1, 1024));
   app.add_option("--max-model-len", group.max_model_len,
                  "tokens of prompt and output together; 0: the model's limit, or what fits")
       ->check(CLI::NonNegativeNumber);
@@ -80,7 +87,7 @@ void Declare(CLI::App& app, Flags& flags) {
                  "hosts nccl and gloo")
       ->check(CLI::IsMember({"auto", "peer", "nccl", "shm", "gloo"}));
   app.add_option("--max-queued-requests", flags.loop.max_queued_requests,
-                 "requests that may wait; more are refused")
+                 "requests of each group that may wait; more are refused")
       ->check(CLI::Range(1, 1 << 20));
   app.add_option("--step-timeout-seconds", flags.step_timeout_seconds,
                  "a worker silent for longer is lost")
@@ -90,6 +97,9 @@ void Declare(CLI::App& app, Flags& flags) {
       ->check(CLI::Range(0.1, 86400.0));
   app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
                  "for running requests to finish after SIGTERM")
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--recovery-timeout-seconds", flags.recovery_timeout_seconds,
+                 "how long requests wait while no group can make steps; 0: not at all")
       ->check(CLI::Range(0.0, 86400.0));
   app.add_option("--seed", flags.seed, "what the seeds of requests without one are drawn from");
   app.add_option("--served-model-name", flags.model_name, "label model_name of the metrics");
@@ -137,19 +147,19 @@ sigset_t StopSignals() {
 }
 
 // First signal: drain. Second signal, or the end of patience: stop. Ends after the second, so the
-// caller sends one to it when the loop has ended by itself.
-void HandleSignals(StepLoop& loop, double drain_timeout_seconds) {
+// caller sends one to it when the router has ended by itself.
+void HandleSignals(GroupRouter& router, double drain_timeout_seconds) {
   const sigset_t signals = StopSignals();
   int signal;
   sigwait(&signals, &signal);
   spdlog::info("draining: new requests are refused, running ones have {} s", drain_timeout_seconds);
-  loop.Drain();
+  router.Drain();
   const auto whole_seconds = static_cast<time_t>(drain_timeout_seconds);
   const timespec patience = {
       .tv_sec = whole_seconds,
       .tv_nsec = static_cast<long>((drain_timeout_seconds - whole_seconds) * 1e9)};
   sigtimedwait(&signals, nullptr, &patience);
-  loop.Stop();
+  router.Stop();
 }
 
 // The exit code that says whose fault it was.
@@ -167,20 +177,39 @@ absl::Status CheckWorkerAddresses(const GroupOptions& group) {
   return absl::OkStatus();
 }
 
+// Every group with its own workers.
+absl::StatusOr<std::vector<StepLoop::Options>> GroupsOf(const Flags& flags) {
+  const std::vector<std::string>& addresses = flags.loop.group.addresses;
+  const size_t num_groups = static_cast<size_t>(flags.data_parallel_size);
+  if (addresses.size() % num_groups != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--workers names ", addresses.size(), " workers: they make no ", num_groups,
+                     " groups of the same size (--data-parallel-size)"));
+  }
+  const auto size = static_cast<std::ptrdiff_t>(addresses.size() / num_groups);
+  std::vector<StepLoop::Options> groups(num_groups, flags.loop);
+  auto begin = addresses.begin();
+  for (StepLoop::Options& group : groups) {
+    group.group.addresses.assign(begin, begin + size);
+    begin += size;
+  }
+  return groups;
+}
+
 int Serve(const Flags& flags) {
   if (const absl::Status status = CheckWorkerAddresses(flags.loop.group); !status.ok()) {
     return ReportFailure(status);
   }
+  absl::StatusOr<std::vector<StepLoop::Options>> groups = GroupsOf(flags);
+  if (!groups.ok()) return ReportFailure(groups.status());
   Metrics metrics(flags.model_name);
   GenerateServer* server_for_health = nullptr;  // set before the loop starts
-  v1::ServerInfo initial;
-  initial.set_version(FATHOM_VERSION);
-  initial.set_state(v1::ServerInfo::STATE_STARTING);
-  initial.set_num_workers(static_cast<uint32_t>(flags.loop.group.addresses.size()));
-  StatusBoard board(initial, [&](bool serving) { server_for_health->SetServing(serving); });
-  StepLoop loop(flags.loop, board, metrics);
-  Admission admission(flags.seed, loop, board, metrics);
-  GenerateService service(admission, board, metrics);
+  GroupRouter router({.version = FATHOM_VERSION,
+                      .groups = *std::move(groups),
+                      .recovery_timeout = absl::Seconds(flags.recovery_timeout_seconds)},
+                     metrics, [&](bool serving) { server_for_health->SetServing(serving); });
+  Admission admission(flags.seed, router, metrics);
+  GenerateService service(admission, router, metrics);
   absl::StatusOr<std::unique_ptr<GenerateServer>> server =
       GenerateServer::Start(flags.server, service);
   if (!server.ok()) return ReportFailure(server.status());
@@ -189,9 +218,9 @@ int Serve(const Flags& flags) {
   spdlog::info("fathom-coordinator {} listens on {}", FATHOM_VERSION,
                absl::StrJoin(flags.server.addresses, " and "));
 
-  loop.Start();
-  std::thread signal_thread([&] { HandleSignals(loop, flags.drain_timeout_seconds); });
-  loop.Join();
+  router.Start();
+  std::thread signal_thread([&] { HandleSignals(router, flags.drain_timeout_seconds); });
+  router.Join();
   pthread_kill(signal_thread.native_handle(), SIGTERM);
   signal_thread.join();
   spdlog::info("stopped");

@@ -1,6 +1,7 @@
 #include "coordinator/metrics.h"
 
 #include <map>
+#include <utility>
 
 #include "prometheus/counter.h"
 #include "prometheus/gauge.h"
@@ -16,23 +17,28 @@ using Labels = std::map<std::string, std::string>;
 }  // namespace
 
 struct Metrics::Families {
-  explicit Families(const std::string& model_name)
-      : labels{{"model_name", model_name}, {"engine", "0"}} {}
+  Families(const std::string& model_name, int engine,
+           std::shared_ptr<prometheus::Registry> shared_registry)
+      : labels{{"model_name", model_name}, {"engine", std::to_string(engine)}},
+        registry(std::move(shared_registry)) {}
 
   prometheus::Counter& Counter(const std::string& name, const std::string& help,
                                const Labels& extra = {}) {
-    return prometheus::BuildCounter().Name(name).Help(help).Labels(labels).Register(registry).Add(
-        extra);
+    return prometheus::BuildCounter().Name(name).Help(help).Register(*registry).Add(With(extra));
   }
   prometheus::Gauge& Gauge(const std::string& name, const std::string& help,
                            const Labels& extra = {}) {
-    return prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add(
-        extra);
+    return prometheus::BuildGauge().Name(name).Help(help).Register(*registry).Add(With(extra));
   }
   prometheus::Histogram& Histogram(const std::string& name, const std::string& help,
                                    const prometheus::Histogram::BucketBoundaries& buckets) {
-    return prometheus::BuildHistogram().Name(name).Help(help).Labels(labels).Register(registry).Add(
-        {}, buckets);
+    return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry).Add(labels,
+                                                                                      buckets);
+  }
+  // A family is one for all groups, so their labels are each figure's own.
+  Labels With(Labels extra) const {
+    extra.insert(labels.begin(), labels.end());
+    return extra;
   }
   prometheus::Counter& Refused(const std::string& reason) {
     return Counter("fathom:requests_refused_total", "Requests refused before they were queued.",
@@ -40,7 +46,7 @@ struct Metrics::Families {
   }
 
   const Labels labels;
-  prometheus::Registry registry{prometheus::Registry::InsertBehavior::Merge};
+  const std::shared_ptr<prometheus::Registry> registry;
 
   prometheus::Gauge& running =
       Gauge("vllm:num_requests_running", "Number of requests in model execution batches.");
@@ -81,13 +87,22 @@ struct Metrics::Families {
       Counter("fathom:group_failures_total", "Times the worker group was dissolved by a fault.");
   prometheus::Counter& cancelled =
       Counter("fathom:requests_cancelled_total", "Requests that their client cancelled.");
+  prometheus::Counter& resumed =
+      Counter("fathom:requests_resumed_total",
+              "Requests that lost their worker group and went on with this one.");
   prometheus::Counter& refused_invalid = Refused("invalid");
   prometheus::Counter& refused_queue_full = Refused("queue_full");
   prometheus::Counter& refused_unavailable = Refused("unavailable");
 };
 
 Metrics::Metrics(const std::string& model_name)
-    : families_(std::make_unique<Families>(model_name)) {}
+    : families_(std::make_unique<Families>(
+          model_name, 0,
+          std::make_shared<prometheus::Registry>(prometheus::Registry::InsertBehavior::Merge))) {}
+
+Metrics::Metrics(const Metrics& first, int engine)
+    : families_(std::make_unique<Families>(first.families_->labels.at("model_name"), engine,
+                                           first.families_->registry)) {}
 
 Metrics::~Metrics() = default;
 
@@ -133,8 +148,10 @@ void Metrics::CountRefusedRequest(Refusal refusal) {
 
 void Metrics::CountCancelledRequest() { families_->cancelled.Increment(); }
 
+void Metrics::CountResumedRequest() { families_->resumed.Increment(); }
+
 std::string Metrics::Text() const {
-  return prometheus::TextSerializer().Serialize(families_->registry.Collect());
+  return prometheus::TextSerializer().Serialize(families_->registry->Collect());
 }
 
 }  // namespace fathom

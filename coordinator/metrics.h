@@ -12,7 +12,9 @@ namespace fathom {
 
 class Metrics {
  public:
-  explicit Metrics(const std::string& model_name);
+  explicit Metrics(const std::string& model_name);  // of the group that is engine 0
+  // Of another group; told together with those of `first`, which outlives this.
+  Metrics(const Metrics& first, int engine);
   ~Metrics();
 
   // After each step that was made.
@@ -38,8 +40,10 @@ class Metrics {
   enum class Refusal { kInvalid, kQueueFull, kUnavailable };
   void CountRefusedRequest(Refusal refusal);
   void CountCancelledRequest();
+  // That another group, or an earlier one, had begun.
+  void CountResumedRequest();
 
-  // Prometheus text format 0.0.4.
+  // Of all groups, in the Prometheus text format 0.0.4.
   std::string Text() const;
 
  private:

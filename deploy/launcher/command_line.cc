@@ -91,7 +91,6 @@ constexpr NeedlessFlag kNeedlessFlags[] = {
     {"--distributed-executor-backend", "mp", "workers are processes of this host"},
     {"--pipeline-parallel-size", "1",
      "layers are not split over workers, see --tensor-parallel-size"},
-    {"--data-parallel-size", "1", "attention is not data parallel in this version"},
     {"--nnodes", "1", "this runs on one host; deploy/systemd has units for several"},
     {"--cpu-offload-gb", "0", "weights are held in the workers' own memory"},
     {"--swap-space", "0", "preempted requests are recomputed, not swapped"},
@@ -175,6 +174,11 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
   app.add_option("--tensor-parallel-size", options.tensor_parallel_size,
                  "Workers that share each layer; must divide heads, experts' width and vocabulary; "
                  "-tp for short")
+      ->capture_default_str()
+      ->check(Between(1, 1024));
+  app.add_option("--data-parallel-size", options.data_parallel_size,
+                 "Groups of workers, each with the whole model, that share the requests; "
+                 "-dp for short")
       ->capture_default_str()
       ->check(Between(1, 1024));
   app.add_flag("--enable-expert-parallel", options.enable_expert_parallel,
@@ -282,6 +286,10 @@ void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
                  "Seconds that running requests get to finish after SIGTERM")
       ->capture_default_str()
       ->check(Between(1, 86400));
+  app.add_option("--recovery-timeout-seconds", options.recovery_timeout_seconds,
+                 "Seconds that requests wait for lost workers to come back; 0: not at all")
+      ->capture_default_str()
+      ->check(Between(0, 86400));
 }
 
 void AddServerFlags(CLI::App& app, ServeOptions& options) {
@@ -370,6 +378,7 @@ std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
     const size_t end = std::min(argument.find('='), argument.size());
     std::string name = argument.substr(0, end);
     if (name == "-tp") name = "--tensor-parallel-size";
+    if (name == "-dp") name = "--data-parallel-size";
     if (name == "-q") name = "--quantization";
     if (absl::StartsWith(name, "--")) std::replace(name.begin(), name.end(), '_', '-');
     normalized.push_back(name + argument.substr(end));
@@ -380,10 +389,15 @@ std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
 // What no single flag can know.
 absl::Status CheckTogether(const ServeOptions& options) {
   const auto num_gpus = static_cast<int>(options.gpus.size());
-  if (num_gpus != 0 && num_gpus != options.tensor_parallel_size) {
+  if (NumWorkers(options) > 1024) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--tensor-parallel-size times --data-parallel-size are ", NumWorkers(options),
+                     " workers: expected at most 1024"));
+  }
+  if (num_gpus != 0 && num_gpus != NumWorkers(options)) {
     return absl::InvalidArgumentError(absl::StrCat("--gpus names ", num_gpus,
                                                    " GPUs: expected one for each of the ",
-                                                   options.tensor_parallel_size, " workers"));
+                                                   NumWorkers(options), " workers"));
   }
   const bool wants_gpus = options.collectives == "peer" || options.collectives == "nccl";
   if (options.device != "cuda" && (num_gpus != 0 || wants_gpus)) {

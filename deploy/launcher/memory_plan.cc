@@ -78,8 +78,13 @@ std::vector<std::string> DescribeMemoryPlan(const MemoryPlan& plan, const ServeO
   if (options.load_format == "dummy") lines.push_back("Weights: random (--load-format dummy)");
   const std::string gpus =
       options.gpus.empty() ? "" : absl::StrCat(", GPUs ", absl::StrJoin(options.gpus, " "));
-  lines.push_back(absl::StrCat("Workers: ", options.tensor_parallel_size, " on ", options.device,
-                               gpus, options.enable_expert_parallel ? ", expert parallel" : ""));
+  const std::string groups =
+      options.data_parallel_size == 1
+          ? ""
+          : absl::StrCat(" in ", options.data_parallel_size, " groups of ",
+                         options.tensor_parallel_size, ", the figures below are each group's");
+  lines.push_back(absl::StrCat("Workers: ", NumWorkers(options), " on ", options.device, gpus,
+                               options.enable_expert_parallel ? ", expert parallel" : "", groups));
   if (options.quantization == "fp8" && IsFp8Checkpoint(options.model_dir)) {
     lines.push_back("--quantization fp8 changes nothing: the checkpoint is FP8 already");
   }

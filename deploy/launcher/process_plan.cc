@@ -34,8 +34,8 @@ class Arguments {
   std::vector<std::string> list_;
 };
 
-std::string WorkerSocket(const std::string& run_dir, int rank) {
-  return absl::StrCat(run_dir, "/worker-", rank, ".sock");
+std::string WorkerSocket(const std::string& run_dir, int worker) {
+  return absl::StrCat(run_dir, "/worker-", worker, ".sock");
 }
 
 std::string CoordinatorSocket(const std::string& run_dir) {
@@ -45,14 +45,15 @@ std::string CoordinatorSocket(const std::string& run_dir) {
 int ThreadsPerWorker(const ServeOptions& options) {
   if (options.threads != 0) return options.threads;
   const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(1, cores / options.tensor_parallel_size);
+  return std::max(1, cores / NumWorkers(options));
 }
 
-// What a worker needs to know whether it serves or checks.
-Arguments WorkerArguments(const ServeOptions& options, const std::string& program_dir, int rank) {
+// What a worker needs to know whether it serves or checks. Of a host's memory the workers of a
+// group take their shares themselves.
+Arguments WorkerArguments(const ServeOptions& options, const std::string& program_dir, int worker) {
   const bool has_gpu = options.device == "cuda";
-  const int gpu = GpuOf(options, rank);
-  const int sharing = has_gpu ? WorkersOnGpu(options, gpu) : 1;
+  const int gpu = GpuOf(options, worker);
+  const int sharing = has_gpu ? WorkersOnGpu(options, gpu) : options.data_parallel_size;
   Arguments arguments(program_dir + "/fathom-worker");
   arguments.Add("--model", options.model_dir)
       .Add("--device", options.device)
@@ -70,24 +71,24 @@ Arguments WorkerArguments(const ServeOptions& options, const std::string& progra
 }
 
 // The worker most likely to be refused: of those with the least memory the one with the last GPU.
-int ScarcestRank(const ServeOptions& options) {
+int ScarcestWorker(const ServeOptions& options) {
   if (options.device != "cuda") return 0;
-  const auto scarcity = [&](int rank) {
-    const int gpu = GpuOf(options, rank);
+  const auto scarcity = [&](int worker) {
+    const int gpu = GpuOf(options, worker);
     return std::pair(WorkersOnGpu(options, gpu), gpu);
   };
   int scarcest = 0;
-  for (int rank = 1; rank < options.tensor_parallel_size; ++rank) {
-    if (scarcity(rank) > scarcity(scarcest)) scarcest = rank;
+  for (int worker = 1; worker < NumWorkers(options); ++worker) {
+    if (scarcity(worker) > scarcity(scarcest)) scarcest = worker;
   }
   return scarcest;
 }
 
-ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int rank) {
-  Arguments arguments = WorkerArguments(options, places.program_dir, rank);
-  arguments.Add("--listen", "unix:" + WorkerSocket(places.run_dir, rank))
+ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int worker) {
+  Arguments arguments = WorkerArguments(options, places.program_dir, worker);
+  arguments.Add("--listen", "unix:" + WorkerSocket(places.run_dir, worker))
       .Add("--log-level", options.log_level);
-  return {.name = absl::StrCat("worker ", rank),
+  return {.name = absl::StrCat("worker ", worker),
           .arguments = std::move(arguments).list(),
           .stop_stage = 1};
 }
@@ -96,13 +97,14 @@ ProcessSpec PlanWorker(const ServeOptions& options, const Places& places, int ra
 ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
                             const std::string& own_address) {
   std::vector<std::string> workers;
-  for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
-    workers.push_back("unix:" + WorkerSocket(places.run_dir, rank));
+  for (int worker = 0; worker < NumWorkers(options); ++worker) {
+    workers.push_back("unix:" + WorkerSocket(places.run_dir, worker));
   }
   Arguments arguments(places.program_dir + "/fathom-coordinator");
   arguments.Add("--listen", own_address)
       .AddUnless<std::string>("", "--listen", options.grpc_listen)
       .Add("--workers", absl::StrJoin(workers, ","))
+      .AddUnless(1, "--data-parallel-size", options.data_parallel_size)
       .Add("--served-model-name", ServedModelName(options))
       .Add("--max-model-len", options.max_model_len)
       .Add("--block-size", BlockSizeOf(options))
@@ -116,6 +118,7 @@ ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
       .Add("--step-timeout-seconds", options.step_timeout_seconds)
       .Add("--join-timeout-seconds", options.join_timeout_seconds)
       .Add("--drain-timeout-seconds", options.drain_timeout_seconds)
+      .Add("--recovery-timeout-seconds", options.recovery_timeout_seconds)
       .Add("--seed", options.seed)
       .AddIf(options.grpc_reflection, "--grpc-reflection")
       .AddIf(true, "--plan-is-known")
@@ -147,8 +150,8 @@ ProcessSpec PlanGateway(const ServeOptions& options, const Places& places) {
 
 std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places& places) {
   std::vector<ProcessSpec> processes;
-  for (int rank = 0; rank < options.tensor_parallel_size; ++rank) {
-    processes.push_back(PlanWorker(options, places, rank));
+  for (int worker = 0; worker < NumWorkers(options); ++worker) {
+    processes.push_back(PlanWorker(options, places, worker));
   }
   processes.push_back(
       PlanCoordinator(options, places, "unix:" + CoordinatorSocket(places.run_dir)));
@@ -157,10 +160,10 @@ std::vector<ProcessSpec> PlanProcesses(const ServeOptions& options, const Places
 }
 
 ProcessSpec PlanWorkerCheck(const ServeOptions& options, const std::string& program_dir) {
-  const int rank = ScarcestRank(options);
-  Arguments arguments = WorkerArguments(options, program_dir, rank);
+  const int worker = ScarcestWorker(options);
+  Arguments arguments = WorkerArguments(options, program_dir, worker);
   arguments.AddIf(true, "--check")
-      .Add("--rank", rank)
+      .Add("--rank", worker % options.tensor_parallel_size)
       .Add("--world-size", options.tensor_parallel_size)
       .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
       .Add("--block-size", BlockSizeOf(options))
@@ -185,7 +188,7 @@ ProcessSpec PlanGatewayCheck(const ServeOptions& options, const std::string& pro
 
 size_t LongestSocketPath(const ServeOptions& options, const std::string& run_dir) {
   return std::max(CoordinatorSocket(run_dir).size(),
-                  WorkerSocket(run_dir, options.tensor_parallel_size - 1).size());
+                  WorkerSocket(run_dir, NumWorkers(options) - 1).size());
 }
 
 std::string ServedModelName(const ServeOptions& options) {

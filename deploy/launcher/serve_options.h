@@ -22,8 +22,9 @@ struct ServeOptions {
 
   // How the model is cut and computed.
   std::string device = "cpu";
-  std::string sim_profile;  // with device sim: the file that says how long steps take
-  int tensor_parallel_size = 1;
+  std::string sim_profile;       // with device sim: the file that says how long steps take
+  int tensor_parallel_size = 1;  // workers of a group
+  int data_parallel_size = 1;    // groups, each with the whole model
   bool enable_expert_parallel = false;
   std::string dtype = "auto";                    // of activations: auto, float32, bfloat16
   std::string quantization = "none";             // none, fp8
@@ -52,6 +53,7 @@ struct ServeOptions {
   int step_timeout_seconds = 30;
   int join_timeout_seconds = 60;
   int drain_timeout_seconds = 30;
+  int recovery_timeout_seconds = 30;
 
   // Passed to the coordinator, for --grpc-listen on a network.
   std::string tls_certificate;
@@ -66,9 +68,14 @@ struct ServeOptions {
 
 inline constexpr int kDefaultBlockSize = 16;
 
+// Workers are numbered through all groups: those of group 0 by rank, then those of group 1, …
+inline int NumWorkers(const ServeOptions& options) {
+  return options.tensor_parallel_size * options.data_parallel_size;
+}
+
 // The GPU of a worker, and how many workers it computes for.
-inline int GpuOf(const ServeOptions& options, int rank) {
-  return options.gpus.empty() ? rank : options.gpus[rank];
+inline int GpuOf(const ServeOptions& options, int worker) {
+  return options.gpus.empty() ? worker : options.gpus[worker];
 }
 inline int WorkersOnGpu(const ServeOptions& options, int gpu) {
   if (options.gpus.empty()) return 1;

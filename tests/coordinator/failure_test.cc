@@ -5,11 +5,9 @@
 #include <cstdint>
 #include <functional>
 #include <iostream>
-#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -24,29 +22,18 @@ using ::testing::HasSubstr;
 
 class FailureTest : public ServingTest {
  protected:
-  // Runs eight clients, does `harm` while they are being served, and expects each to be told.
-  void ExpectAllAreTold(const std::function<void()>& harm, const std::string& cause) {
+  // Runs eight clients and does `harm` while they are being served; what they got.
+  std::vector<Answer> AnswersDespite(const std::function<void()>& harm) {
     for (auto& worker : workers_) worker->SetStepDelay(2);
     std::vector<Answer> answers(8);
     std::vector<std::thread> clients;
     for (size_t i = 0; i < answers.size(); ++i) {
-      clients.emplace_back([this, i, &answers] {
-        v1::GenerateRequest request = Asking(10, 480, i + 1);
-        request.set_ignore_eos(true);
-        answers[i] = Generate(request);
-        std::vector<uint32_t> expected = ExpectedTokens(request);
-        expected.resize(answers[i].token_ids.size());
-        EXPECT_EQ(answers[i].token_ids, expected) << "what came before is right";
-      });
+      clients.emplace_back([this, i, &answers] { answers[i] = Generate(RequestOf(i)); });
     }
     WaitUntil("all run", [&] { return ServerInfo().num_running() == answers.size(); });
     const uint64_t epoch = ServerInfo().epoch();
     harm();
     for (std::thread& client : clients) client.join();
-    for (const Answer& answer : answers) {
-      EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::UNAVAILABLE);
-      EXPECT_THAT(answer.status.error_message(), HasSubstr(cause));
-    }
     for (auto& worker : workers_) worker->SetStepDelay(0);
     WaitUntil("a new group serves", [&] {
       return ServerInfo().epoch() > epoch && ServerInfo().state() == v1::ServerInfo::STATE_SERVING;
@@ -54,10 +41,67 @@ class FailureTest : public ServingTest {
     ExpectServed(Asking(20, 20));
     WaitUntilAllIsFree();
     ExpectNoViolations();
+    return answers;
+  }
+  static v1::GenerateRequest RequestOf(size_t client) {
+    v1::GenerateRequest request = Asking(10, 480, client + 1);
+    request.set_ignore_eos(true);
+    return request;
+  }
+
+  // The clients see a pause, no more.
+  void ExpectAllGoOn(const std::function<void()>& harm) {
+    const std::vector<Answer> answers = AnswersDespite(harm);
+    for (size_t i = 0; i < answers.size(); ++i) {
+      EXPECT_TRUE(answers[i].status.ok()) << answers[i].status.error_message();
+      EXPECT_EQ(answers[i].token_ids, ExpectedTokens(RequestOf(i)));
+    }
+  }
+
+  // For servers whose requests do not wait for the workers to come back.
+  void ExpectAllAreTold(const std::function<void()>& harm, const std::string& cause) {
+    const std::vector<Answer> answers = AnswersDespite(harm);
+    for (size_t i = 0; i < answers.size(); ++i) {
+      EXPECT_EQ(answers[i].status.error_code(), grpc::StatusCode::UNAVAILABLE);
+      EXPECT_THAT(answers[i].status.error_message(), HasSubstr(cause));
+      std::vector<uint32_t> expected = ExpectedTokens(RequestOf(i));
+      expected.resize(answers[i].token_ids.size());
+      EXPECT_EQ(answers[i].token_ids, expected) << "what came before is right";
+    }
   }
 };
 
+TEST_F(FailureTest, GoesOnWhenAWorkerBreaksItsStream) {
+  StartAndWait();
+  ExpectAllGoOn([this] {
+    workers_[1]->BreakAtNextStep(grpc::Status(grpc::StatusCode::INTERNAL, "out of luck"));
+  });
+}
+
+TEST_F(FailureTest, GoesOnWhenAWorkerDiesAndComesBack) {
+  StartAndWait();
+  std::thread newcomer;
+  ExpectAllGoOn([&] {
+    workers_[2]->Die();
+    WaitUntil("it is noticed",
+              [this] { return ServerInfo().state() == v1::ServerInfo::STATE_STARTING; });
+    EXPECT_EQ(Health("fathom.v1.Generate"), "NOT_SERVING");
+    newcomer = std::thread([this] { ExpectServed(Asking(3, 3)); });
+    WaitUntil("all wait", [this] { return ServerInfo().num_waiting() == 9; });
+    workers_[2]->ComeBack();
+  });
+  newcomer.join();
+}
+
+TEST_F(FailureTest, GoesOnWhenAWorkerHangs) {
+  options_.group.step_timeout = absl::Milliseconds(500);
+  options_.group.abort_timeout = absl::Milliseconds(200);
+  StartAndWait();
+  ExpectAllGoOn([this] { workers_[1]->HangAtNextStep(); });
+}
+
 TEST_F(FailureTest, TellsAllClientsWhenAWorkerBreaksItsStream) {
+  recovery_timeout_ = absl::ZeroDuration();
   StartAndWait();
   ExpectAllAreTold(
       [this] {
@@ -67,6 +111,7 @@ TEST_F(FailureTest, TellsAllClientsWhenAWorkerBreaksItsStream) {
 }
 
 TEST_F(FailureTest, TellsAllClientsWhenRank0LeavesQuietly) {
+  recovery_timeout_ = absl::ZeroDuration();
   StartAndWait();
   ExpectAllAreTold(
       [this] {
@@ -76,6 +121,7 @@ TEST_F(FailureTest, TellsAllClientsWhenRank0LeavesQuietly) {
 }
 
 TEST_F(FailureTest, TellsAllClientsWhenAWorkerDiesAndServesAgainWhenItIsBack) {
+  recovery_timeout_ = absl::ZeroDuration();
   StartAndWait();
   ExpectAllAreTold(
       [this] {
@@ -92,6 +138,7 @@ TEST_F(FailureTest, TellsAllClientsWhenAWorkerDiesAndServesAgainWhenItIsBack) {
 }
 
 TEST_F(FailureTest, TellsAllClientsWhenAWorkerHangs) {
+  recovery_timeout_ = absl::ZeroDuration();
   options_.group.step_timeout = absl::Milliseconds(500);
   options_.group.abort_timeout = absl::Milliseconds(200);
   StartAndWait();
@@ -100,6 +147,7 @@ TEST_F(FailureTest, TellsAllClientsWhenAWorkerHangs) {
 }
 
 TEST_F(FailureTest, DoesNotTrustAWorkerWhoseResultCannotBe) {
+  recovery_timeout_ = absl::ZeroDuration();
   StartAndWait();
   ExpectAllAreTold(
       [this] {
@@ -130,9 +178,7 @@ TEST_F(FailureTest, SurvivesTheSameFailureManyTimes) {
   StartAndWait();
   for (int i = 0; i < 10; ++i) {
     workers_[i % kNumWorkers]->BreakAtNextStep(grpc::Status(grpc::StatusCode::ABORTED, "again"));
-    EXPECT_EQ(Generate(Asking(5, 50)).status.error_code(), grpc::StatusCode::UNAVAILABLE);
-    WaitUntilServing();
-    ExpectServed(Asking(5, 5));
+    ExpectServed(Asking(5, 50));
   }
   ExpectNoViolations();
 }
@@ -155,8 +201,10 @@ TEST_F(FailureTest, TellsEveryClientTheTruthWhileWorkersBreakAtRandom) {
         if (answer.status.ok()) {
           ++num_served;
         } else {
-          EXPECT_TRUE(answer.status.error_code() == grpc::StatusCode::UNAVAILABLE ||
-                      (must_cancel && answer.status.error_code() == grpc::StatusCode::CANCELLED))
+          // A long prompt may meet three faults before its first token.
+          EXPECT_TRUE((must_cancel && answer.status.error_code() == grpc::StatusCode::CANCELLED) ||
+                      answer.status.error_message().find("while they computed it") !=
+                          std::string::npos)
               << answer.status.error_message();
           ASSERT_LE(answer.token_ids.size(), expected.size());
           expected.resize(answer.token_ids.size());
@@ -180,43 +228,6 @@ TEST_F(FailureTest, TellsEveryClientTheTruthWhileWorkersBreakAtRandom) {
   }
   for (std::thread& client : clients) client.join();
   WaitUntilServing();
-  WaitUntilAllIsFree();
-  ExpectNoViolations();
-}
-
-TEST_F(FailureTest, HandsUnfinishedRequestsToWhoeverGoesOnWithThem) {
-  std::mutex mutex;
-  std::vector<Inbox::Submission> lost;
-  on_lost_ = [&](std::vector<Inbox::Submission> unfinished, const absl::Status& cause) {
-    EXPECT_THAT(std::string(cause.message()), HasSubstr("worker 1"));
-    const std::lock_guard lock(mutex);
-    lost = std::move(unfinished);
-  };
-  StartAndWait();
-  for (auto& worker : workers_) worker->SetStepDelay(2);
-  std::vector<std::thread> clients;
-  for (int i = 0; i < 4; ++i) {
-    clients.emplace_back([this, i] {
-      v1::GenerateRequest request = Asking(10, 200, i + 1);
-      request.set_ignore_eos(true);
-      request.mutable_sampling()->set_num_prompt_logprobs(1);
-      ExpectServed(request);
-    });
-  }
-  WaitUntil("all run", [&] { return ServerInfo().num_running() == clients.size(); });
-  workers_[1]->Die();
-  WaitUntil("they are handed over", [&] {
-    const std::lock_guard lock(mutex);
-    return lost.size() == clients.size();
-  });
-  workers_[1]->ComeBack();
-  WaitUntilServing();
-  for (Inbox::Submission& submission : lost) {
-    EXPECT_EQ(submission.live.num_groups_lost, 1);
-    EXPECT_TRUE(loop_->Resume(std::move(submission.live)).ok());
-  }
-  lost.clear();
-  for (std::thread& client : clients) client.join();
   WaitUntilAllIsFree();
   ExpectNoViolations();
 }

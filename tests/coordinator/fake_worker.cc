@@ -62,8 +62,9 @@ void FakeWorker::ChangeDescription(const std::function<void(v1::DescribeResponse
   change(description_);
 }
 
-void FakeWorker::BreakAtNextStep(grpc::Status status) {
+void FakeWorker::BreakAtNextStep(grpc::Status status, int times) {
   const std::lock_guard lock(mutex_);
+  num_breaks_left_ = times;
   break_status_ = std::move(status);
 }
 
@@ -185,7 +186,10 @@ grpc::Status FakeWorker::Abort(grpc::ServerContext*, const v1::AbortRequest*, v1
 grpc::Status FakeWorker::MakeStep(grpc::ServerContext* context, const v1::StepCommand& command,
                                   v1::StepResult& result) {
   std::unique_lock lock(mutex_);
-  if (!break_status_.ok()) return std::exchange(break_status_, grpc::Status::OK);
+  if (num_breaks_left_ > 0) {
+    --num_breaks_left_;
+    return break_status_;
+  }
   if (std::exchange(must_hang_, false)) {
     while (!is_dying_ && !context->IsCancelled()) {
       changed_.wait_for(lock, std::chrono::milliseconds(10));

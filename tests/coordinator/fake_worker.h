@@ -42,8 +42,8 @@ class FakeWorker final : public v1::Worker::Service {
   void ChangeDescription(const std::function<void(v1::DescribeResponse&)>& change);
 
   // At the next step from now: breaks the stream with this status, hangs, or lets `change` spoil
-  // the result. Each happens once.
-  void BreakAtNextStep(grpc::Status status);
+  // the result. Each happens once; breaking, if so wished, several times in a row.
+  void BreakAtNextStep(grpc::Status status, int times = 1);
   void HangAtNextStep();
   void SpoilNextResult(std::function<void(v1::StepResult&)> change);
   void FailNextJoin(grpc::Status status);
@@ -104,6 +104,7 @@ class FakeWorker final : public v1::Worker::Service {
   int num_joins_ = 0;
   int step_delay_milliseconds_ = 0;
   grpc::Status break_status_;
+  int num_breaks_left_ = 0;
   grpc::Status join_failure_;
   bool must_hang_ = false;
   bool is_dying_ = false;

@@ -259,8 +259,8 @@ TEST_F(GenerateSessionTest, EndsWhenTheServerStops) {
   Session session(*stub_);
   session.Start(1, Asking(5, 5));
   session.ReadUntilAllHaveEnded();
-  loop_->Drain();
-  loop_->Join();
+  router_->Drain();
+  router_->Join();
   session.Start(2, Asking(5, 5));
   session.ReadUntilAllHaveEnded();
   EXPECT_THAT(session.answer(2).status.error_message(), HasSubstr("draining"));

@@ -20,11 +20,7 @@ ServingTest::ServingTest() {
   spdlog::set_level(spdlog::level::off);
   std::string pattern = "/tmp/fathom-serving-XXXXXX";  // short: socket paths are limited
   folder_ = mkdtemp(pattern.data());
-  for (int rank = 0; rank < kNumWorkers; ++rank) {
-    const std::string address = absl::StrCat("unix:", folder_, "/worker-", rank);
-    workers_.push_back(std::make_unique<FakeWorker>(address));
-    options_.group.addresses.push_back(address);
-  }
+  AddGroup();
   options_.group.version = "test";
   options_.group.block_size = 4;
   options_.group.max_tokens_per_step = 64;
@@ -34,6 +30,13 @@ ServingTest::ServingTest() {
   options_.engine.min_backoff = absl::Milliseconds(10);
 }
 
+void ServingTest::AddGroup() {
+  for (int rank = 0; rank < kNumWorkers; ++rank) {
+    workers_.push_back(
+        std::make_unique<FakeWorker>(absl::StrCat("unix:", folder_, "/worker-", workers_.size())));
+  }
+}
+
 ServingTest::~ServingTest() {
   StopServer();
   workers_.clear();
@@ -41,34 +44,35 @@ ServingTest::~ServingTest() {
 }
 
 void ServingTest::StopServer() {
-  if (loop_ != nullptr) {
-    loop_->Stop();
-    loop_->Join();
+  if (router_ != nullptr) {
+    router_->Stop();
+    router_->Join();
   }
   server_.reset();
   service_.reset();
   admission_.reset();
-  loop_.reset();
+  router_.reset();
 }
 
 void ServingTest::Start() {
-  v1::ServerInfo initial;
-  initial.set_version("test");
-  initial.set_state(v1::ServerInfo::STATE_STARTING);
-  initial.set_num_workers(kNumWorkers);
+  GroupRouter::Options router_options{
+      .version = "test", .groups = {}, .recovery_timeout = recovery_timeout_};
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    if (i % kNumWorkers == 0) router_options.groups.push_back(options_);
+    router_options.groups.back().group.addresses.push_back(workers_[i]->address());
+  }
   metrics_ = std::make_unique<Metrics>("a-model");
-  board_ = std::make_unique<StatusBoard>(initial,
-                                         [this](bool serving) { server_->SetServing(serving); });
-  loop_ = std::make_unique<StepLoop>(options_, *board_, *metrics_, on_lost_);
-  admission_ = std::make_unique<Admission>(seed_, *loop_, *board_, *metrics_);
-  service_ = std::make_unique<GenerateService>(*admission_, *board_, *metrics_);
+  router_ = std::make_unique<GroupRouter>(router_options, *metrics_,
+                                          [this](bool serving) { server_->SetServing(serving); });
+  admission_ = std::make_unique<Admission>(seed_, *router_, *metrics_);
+  service_ = std::make_unique<GenerateService>(*admission_, *router_, *metrics_);
   GenerateServer::Options server_options;
   server_options.addresses = {absl::StrCat("unix:", folder_, "/coordinator")};
   auto server = GenerateServer::Start(server_options, *service_);
   CHECK(server.ok()) << server.status();
   server_ = *std::move(server);
   stub_ = NewStub();
-  loop_->Start();
+  router_->Start();
 }
 
 std::unique_ptr<v1::Generate::Stub> ServingTest::NewStub() const {

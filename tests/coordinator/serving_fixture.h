@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "coordinator/generate_service.h"
+#include "coordinator/group_router.h"
 #include "coordinator/metrics.h"
-#include "coordinator/status_board.h"
 #include "coordinator/step_loop.h"
 #include "grpcpp/client_context.h"
 #include "gtest/gtest.h"
@@ -36,6 +36,9 @@ class ServingTest : public ::testing::Test {
 
   ServingTest();
   ~ServingTest() override;
+
+  // Adds workers for a further group, numbered after those that are there.
+  void AddGroup();
 
   // `options_` and the workers may be changed before. Returns at once; see WaitUntilServing.
   void Start();
@@ -63,12 +66,11 @@ class ServingTest : public ::testing::Test {
 
   std::string folder_;
   std::vector<std::unique_ptr<FakeWorker>> workers_;
-  StepLoop::Options options_;
-  Engine::OnLost on_lost_ = Engine::EndLost;
+  StepLoop::Options options_;  // of every group, but for the addresses
+  absl::Duration recovery_timeout_ = absl::Seconds(30);
   uint64_t seed_ = 0;
   std::unique_ptr<Metrics> metrics_;
-  std::unique_ptr<StatusBoard> board_;
-  std::unique_ptr<StepLoop> loop_;
+  std::unique_ptr<GroupRouter> router_;
   std::unique_ptr<Admission> admission_;
   std::unique_ptr<GenerateService> service_;
   std::unique_ptr<GenerateServer> server_;

@@ -235,14 +235,14 @@ TEST_F(ServingTest, DrainsRunningRequestsAndRefusesNewOnes) {
   for (auto& worker : workers_) worker->SetStepDelay(2);
   std::thread client([this] { ExpectServed(Asking(10, 100)); });
   WaitUntil("it runs", [this] { return ServerInfo().num_running() == 1; });
-  loop_->Drain();
+  router_->Drain();
   EXPECT_EQ(ServerInfo().state(), v1::ServerInfo::STATE_DRAINING);
   EXPECT_EQ(Health(""), "NOT_SERVING");
   const Answer refused = Generate(Asking(3, 3));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_THAT(refused.status.error_message(), HasSubstr("draining"));
   client.join();
-  loop_->Join();
+  router_->Join();
 }
 
 TEST_F(ServingTest, EndsRequestsWhenItMustStopAtOnce) {
@@ -255,8 +255,8 @@ TEST_F(ServingTest, EndsRequestsWhenItMustStopAtOnce) {
     answer = Generate(request);
   });
   WaitUntil("it runs", [this] { return ServerInfo().num_running() == 1; });
-  loop_->Stop();
-  loop_->Join();
+  router_->Stop();
+  router_->Join();
   client.join();
   EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::UNAVAILABLE);
   EXPECT_THAT(answer.status.error_message(), HasSubstr("stopping"));
@@ -264,13 +264,13 @@ TEST_F(ServingTest, EndsRequestsWhenItMustStopAtOnce) {
 
 TEST_F(ServingTest, DrainsAtOnceWhenNothingRunsOrNoGroupExists) {
   StartAndWait();
-  loop_->Drain();
-  loop_->Join();
+  router_->Drain();
+  router_->Join();
   StopServer();
   workers_[1]->Die();
   Start();
-  loop_->Drain();
-  loop_->Join();
+  router_->Drain();
+  router_->Join();
 }
 
 TEST_F(ServingTest, AnswersTheStandardHealthCheck) {
@@ -341,12 +341,11 @@ TEST_F(ServingTest, RefusesToListenWhereAnotherServerDoes) {
             absl::StatusCode::kAlreadyExists);
   ExpectServed(Asking(3, 3));
 
-  StatusBoard board({}, nullptr);
-  GenerateService other(*admission_, board, *metrics_);
+  GenerateService other(*admission_, *router_, *metrics_);
   options.addresses = {"127.0.0.1:0"};
   const auto first = GenerateServer::Start(options, other);
   ASSERT_TRUE(first.ok());
-  GenerateService third(*admission_, board, *metrics_);
+  GenerateService third(*admission_, *router_, *metrics_);
   options.addresses = {"127.0.0.1:" + std::to_string((*first)->port())};
   const absl::Status status = GenerateServer::Start(options, third).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kAlreadyExists);
@@ -354,9 +353,8 @@ TEST_F(ServingTest, RefusesToListenWhereAnotherServerDoes) {
 }
 
 TEST_F(ServingTest, ListensInSeveralPlaces) {
-  StatusBoard board({}, nullptr);
   StartAndWait();
-  GenerateService service(*admission_, board, *metrics_);
+  GenerateService service(*admission_, *router_, *metrics_);
   GenerateServer::Options options;
   options.addresses = {"unix:" + folder_ + "/another", "127.0.0.1:0"};
   const auto server = GenerateServer::Start(options, service);

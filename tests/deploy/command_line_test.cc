@@ -104,6 +104,10 @@ TEST(CommandLineTest, ReadsAKnownCommandLine) {
 TEST(CommandLineTest, UnderstandsTheSpellingsOfVllmsOwnParser) {
   EXPECT_EQ(Served({"-tp", "4"}).tensor_parallel_size, 4);
   EXPECT_EQ(Served({"-tp=4"}).tensor_parallel_size, 4);
+  EXPECT_EQ(Served({"-dp", "2", "--gpus", "0,1", "--device", "cuda"}).data_parallel_size, 2);
+  EXPECT_THAT(Refusal({"-dp", "2", "-tp", "2", "--gpus", "0,1", "--device", "cuda"}),
+              HasSubstr("one for each of the 4 workers"));
+  EXPECT_THAT(Refusal({"-dp", "1024", "-tp", "2"}), HasSubstr("expected at most 1024"));
   EXPECT_EQ(Served({"-q=fp8"}).quantization, "fp8");
   EXPECT_EQ(Served({"--max_num_seqs", "7"}).max_num_seqs, 7);
   EXPECT_EQ(Served({"--max_model_len=10"}).max_model_len, 10);

@@ -45,6 +45,14 @@ TEST(MemoryPlanTest, IsReadFromTheWorkersLineAndToldInKnownWords) {
   EXPECT_THAT(lines, Contains(HasSubstr("Block size: 16 tokens per KV block (the default")));
 }
 
+TEST(MemoryPlanTest, SaysHowManyGroupsThereAre) {
+  ServeOptions options;
+  options.tensor_parallel_size = 4;
+  options.data_parallel_size = 2;
+  EXPECT_THAT(DescribeMemoryPlan(*ParseMemoryPlan(kPlan), options),
+              Contains(HasSubstr("Workers: 8 on cpu in 2 groups of 4")));
+}
+
 TEST(MemoryPlanTest, ASimulationHasNoMemoryToTellOf) {
   ServeOptions options;
   options.device = "sim";

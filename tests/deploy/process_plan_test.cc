@@ -129,6 +129,27 @@ TEST(ProcessPlanTest, WorkersHaveTheirGpusAndShareTheMemoryOfOne) {
   EXPECT_THAT(ValuesOf(check, "--gpu-memory-utilization"), ElementsAre("0.45"));
 }
 
+TEST(ProcessPlanTest, EveryGroupHasItsWorkersAndTheyShareTheHost) {
+  ServeOptions options = Workers(2);
+  options.data_parallel_size = 3;
+  const std::vector<ProcessSpec> plan = PlanProcesses(options, kPlaces);
+  ASSERT_EQ(plan.size(), 8);
+  EXPECT_EQ(plan[5].name, "worker 5");
+  EXPECT_THAT(ValuesOf(plan[5].arguments, "--gpu-memory-utilization"), ElementsAre("0.3"));
+  EXPECT_THAT(ValuesOf(plan[6].arguments, "--data-parallel-size"), ElementsAre("3"));
+  const std::vector<std::string> addresses = ValuesOf(plan[6].arguments, "--workers");
+  ASSERT_EQ(addresses.size(), 1);
+  EXPECT_EQ(std::count(addresses[0].begin(), addresses[0].end(), ','), 5);
+
+  options.device = "cuda";
+  options.gpus = {0, 1, 2, 3, 4, 4};
+  EXPECT_THAT(ValuesOf(PlanProcesses(options, kPlaces)[3].arguments, "--gpu"), ElementsAre("3"));
+  const std::vector<std::string> check = PlanWorkerCheck(options, kPlaces.program_dir).arguments;
+  EXPECT_THAT(ValuesOf(check, "--gpu"), ElementsAre("4"));
+  EXPECT_THAT(ValuesOf(check, "--rank"), ElementsAre("0")) << "within its group";
+  EXPECT_THAT(ValuesOf(check, "--world-size"), ElementsAre("2"));
+}
+
 TEST(ProcessPlanTest, EveryWorkerHasAThread) {
   ServeOptions options = Workers(1024);
   const auto threads = [](const ServeOptions& o) {

@@ -1,5 +1,6 @@
-"""kill -9 of any process under load: every client gets a clear end, the system comes back."""
+"""kill -9 of any process under load: streams go on, or get a clear end; the system comes back."""
 
+import concurrent.futures
 import http.client
 import os
 import random
@@ -13,6 +14,8 @@ from fathom_server import FathomServer
 from http_client import StreamBroken
 
 NUM_CLIENTS = 8
+# For the tests of how requests end: none waits for lost workers to come back.
+NO_RECOVERY = ("--recovery-timeout-seconds", 0)
 CLEAR_END_SECONDS = 5
 RECOVERY_SECONDS = 60
 
@@ -96,11 +99,75 @@ def wait_until_served(server):
         time.sleep(0.05)
 
 
+class FiniteClient(threading.Thread):
+    """One stream of tokens that are known; notes what came and the longest pause."""
+
+    def __init__(self, client, body):
+        super().__init__(daemon=True)
+        self.client = client
+        self.body = body
+        self.streaming = threading.Event()  # tokens have come
+        self.tokens = []
+        self.longest_pause = 0
+        self.end = None
+
+    def run(self):
+        """Streams to the end."""
+        try:
+            last = time.monotonic()
+            with self.client.stream("/v1/completions", self.body) as stream:
+                for event in stream:
+                    assert "error" not in event, event
+                    now = time.monotonic()
+                    self.longest_pause = max(self.longest_pause, now - last)
+                    last = now
+                    for choice in event["choices"]:
+                        self.tokens += choice["token_ids"] or []
+                    if len(self.tokens) > 5:
+                        self.streaming.set()
+            self.end = "done"
+        except Exception as error:  # whatever it was, the test reports it
+            self.end = repr(error)
+        finally:
+            self.streaming.set()
+
+
+# Gloo's steps are slow.
+@pytest.mark.parametrize("collectives, num_tokens", [("shm", 400), ("gloo", 80)])
+def test_streams_go_on_after_kill_9_of_a_worker(model, collectives, num_tokens, long, report):
+    """2 rounds (--long: 20): a pause, and the tokens that there would have been."""
+    longest_pause = 0
+    bodies = [dict(prompt=[5 + number] * 20, max_tokens=num_tokens, ignore_eos=True, seed=number,
+                   temperature=number % 2, return_token_ids=True) for number in range(NUM_CLIENTS)]
+    with FathomServer(model, "--collectives", collectives, "--max-model-len", 1000,
+                      tensor_parallel_size=4) as server:
+        with concurrent.futures.ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            answers = list(pool.map(lambda body: server.client.complete(**body), bodies))
+        for _ in range(20 if long else 2):
+            clients = [FiniteClient(server.client, body) for body in bodies]
+            for client in clients:
+                client.start()
+            for client in clients:
+                assert client.streaming.wait(30)
+            assert all(client.end is None for client in clients), "they ended before the kill"
+            server.kill_one("fathom-worker")
+            for client, answer in zip(clients, answers):
+                client.join(2 * RECOVERY_SECONDS)
+                assert client.end == "done", client.end
+                assert client.tokens == answer["choices"][0]["token_ids"]
+                longest_pause = max(longest_pause, client.longest_pause)
+        server.wait_until_idle()
+        resumed = server.client.metric("fathom:requests_resumed_total")
+        assert resumed >= NUM_CLIENTS, resumed
+    report(f"{collectives}: longest pause {longest_pause:.2f} s")
+
+
 @pytest.mark.parametrize("role", ["fathom-worker", "fathom-coordinator", "fathom-gateway"])
 def test_kill_9_is_told_to_every_client_and_healed(model, role, long, report):
     """3 rounds of each kind (--long: 20)."""
     slowest_end = slowest_return = 0
-    with FathomServer(model, "--max-model-len", 5000, tensor_parallel_size=8) as server:
+    with FathomServer(model, "--max-model-len", 5000, *NO_RECOVERY,
+                      tensor_parallel_size=8) as server:
         for round_number in range(20 if long else 3):
             clients = start_load(server)
             killed = server.kill_one(role)
@@ -118,7 +185,8 @@ def test_kill_9_is_told_to_every_client_and_healed(model, role, long, report):
 
 def test_a_worker_killed_among_gloo_peers_is_healed(model, long):
     """TCP between ranks instead of shared memory: the same promise."""
-    with FathomServer(model, "--collectives", "gloo", tensor_parallel_size=4) as server:
+    with FathomServer(model, "--collectives", "gloo", *NO_RECOVERY,
+                      tensor_parallel_size=4) as server:
         for _ in range(20 if long else 3):
             clients = start_load(server)
             server.kill_one("fathom-worker")
@@ -142,7 +210,7 @@ def check_end(end, role):
 
 def test_a_request_while_the_system_is_down_is_refused_clearly(model):
     """Until steps can be made again: 503 with a reason, on /health too."""
-    with FathomServer(model, tensor_parallel_size=8) as server:
+    with FathomServer(model, *NO_RECOVERY, tensor_parallel_size=8) as server:
         server.kill_one("fathom-worker")
         refused = None
         deadline = time.monotonic() + RECOVERY_SECONDS
@@ -158,7 +226,8 @@ def test_a_request_while_the_system_is_down_is_refused_clearly(model):
 
 def test_a_silent_worker_is_noticed_and_taken_back(model):
     """SIGSTOP: clients are told when the step's time is up; SIGCONT: it joins again."""
-    with FathomServer(model, "--step-timeout-seconds", 2, tensor_parallel_size=4) as server:
+    with FathomServer(model, "--step-timeout-seconds", 2, *NO_RECOVERY,
+                      tensor_parallel_size=4) as server:
         clients = start_load(server)
         stopped = random.choice(server.pids("fathom-worker"))
         os.kill(stopped, signal.SIGSTOP)
@@ -178,7 +247,8 @@ def test_kills_at_random_times_are_healed_too(model, long):
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    with FathomServer(model, "--max-model-len", 5000, tensor_parallel_size=4) as server:
+    with FathomServer(model, "--max-model-len", 5000, *NO_RECOVERY,
+                      tensor_parallel_size=4) as server:
         for _ in range(20 if long else 4):
             clients = start_load(server)
             for _ in range(rng.randrange(1, 4)):

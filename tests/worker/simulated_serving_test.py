@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -121,7 +120,7 @@ class SimulatedServingTest(unittest.TestCase):
             server.wait_until_idle()
 
     def test_when_a_worker_dies_under_load_all_tokens_stay_right(self):
-        """Requests that lose their worker end early; what they brought, and all later ones, is right."""
+        """Requests that lose their worker pause, and go on with the tokens that are right."""
         requests = [self.request(index) for index in range(8 * NUM_STREAMS)]
         with self.serve(fixed_us=3000) as server:
             with concurrent.futures.ThreadPoolExecutor(NUM_STREAMS) as pool:
@@ -129,17 +128,9 @@ class SimulatedServingTest(unittest.TestCase):
                 futures[NUM_STREAMS].result()
                 server.kill_one("fathom-worker")
                 answers = [future.result() for future in futures]
-            num_broken = sum(not whole for _, whole in answers)
-            self.assertGreater(num_broken, 0)
-            for request, (tokens, whole) in zip(requests, answers):
-                self.assertEqual(tokens, self.right(request)[:len(tokens)])
-                if whole:
-                    self.assertEqual(len(tokens), request["max_tokens"])
-            while not server.is_healthy():
-                self.assertIsNone(server.process.poll())
-                time.sleep(0.02)
-            request = self.request(0)
-            self.assertEqual(self.stream(server, request), (self.right(request), True))
+            self.assertGreater(server.client.metric("fathom:requests_resumed_total"), 0)
+            for request, answer in zip(requests, answers):
+                self.assertEqual(answer, (self.right(request), True))
 
     def test_logprobs_are_valid(self):
         with self.serve() as server:
