@@ -203,6 +203,8 @@ void Bench::Norms() {
   const Tensor normed = Make(DType::kBF16, {tokens_, kHidden});
   const Tensor weight = Make(DType::kF32, {kHidden});
   const LinearInput quantized = MakeInput(tokens_, kHidden);
+  Row("add_rms_norm, attention's", {.bytes = tokens_ * kHidden * (2.0 * 3 + 1)}, 32,
+      [&](int) { ops_.AddRmsNorm(x, y, weight, 1e-6f, {}, quantized); });
   Row("add_rms_norm", {.bytes = tokens_ * kHidden * (4.0 * 2 + 1)}, 32,
       [&](int) { ops_.AddRmsNorm(x, y, weight, 1e-6f, normed, quantized); });
   memory_.resize(1);

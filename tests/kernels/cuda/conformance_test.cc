@@ -95,6 +95,28 @@ TEST_F(ConformanceTest, AddRmsNormAgrees) {
   }
 }
 
+TEST_F(ConformanceTest, AddRmsNormOfManyRowsAgrees) {
+  for (const int64_t rows : {512, 1301}) {
+    for (const int64_t size : {8, 576, 7168, 8192, 8200}) {
+      for (const bool adds : {false, true}) {
+        SCOPED_TRACE(absl::StrCat(rows, " ", size, " ", adds));
+        const Twin x = Strided(kBF16, rows, size, 16), gain = Floats(kF32, {size});
+        const Twin y = adds ? Strided(kBF16, rows, size, 32) : Twin();
+        const Twin normed = Strided(kBF16, rows, size, 64);
+        const TwinInput quantized = Quantized(rows, size);
+        cpu().AddRmsNorm(x.cpu, y.cpu, gain.cpu, 1e-6f, normed.cpu, quantized.cpu());
+        gpu().AddRmsNorm(x.gpu, y.gpu, gain.gpu, 1e-6f, normed.gpu, quantized.gpu());
+        ExpectEqual(x);
+        const double units = static_cast<double>(size) / 2 + 7;
+        ExpectWithinUnits(normed, units);
+        ExpectQuantizedOf(quantized.gpu(), normed.gpu);
+        gpu().AddRmsNorm(x.gpu, {}, gain.gpu, 1e-6f, x.gpu, {});
+        ExpectWithinUnits({normed.cpu, x.gpu}, units);
+      }
+    }
+  }
+}
+
 TEST_F(ConformanceTest, APrefetchedWeightChangesNothing) {
   const Twin x = Floats(kBF16, {2, 7168}), gain = Floats(kF32, {7168});
   const Twin normed = Floats(kBF16, {2, 7168}), weight = Floats(kBF16, {333, 1000});
