@@ -54,32 +54,38 @@ __device__ void StoreHalf(const float (&total)[kFloats<kN>], const Arguments& ar
   }
 }
 
-// 64 tokens of a tile by kN weight rows, as BF16, by the copy engine, which leaves out what does
-// not exist.
-template <int kN>
+// 64 tokens of a tile by kN weight rows from `row`, as BF16, by the copy engine, which leaves out
+// what does not exist.
+template <typename S, int kN>
 __device__ void StoreTokens(const float (&total)[kFloats<kN>], const CUtensorMap& out_map,
-                            const Tile& tile, const Place& place, unsigned char* staging) {
+                            const Tile& tile, int row, const Place& place, unsigned char* staging) {
   constexpr int kBoxBytes = kHalf * sm90::kSwizzledRowBytes;
-  if (place.thread == 0) sm90::WaitForStoresToRead();
-  SyncThreads(1 + place.group, 128);
+  constexpr int kPass = S::kStagingBytes / kBoxBytes * kHalf;  // weight rows at a time
   const int token = place.warp * 16 + place.lane % 16;
   const uint32_t base = SharedAddress(staging) + token * sm90::kSwizzledRowBytes;
 #pragma unroll
-  for (int j = 0; j < kN / 16; ++j) {
-    const float* d = total + 8 * j;
-    const int piece = j % 4 * 2 + place.lane / 16;
-    sm90::StoreMatrices(base + j / 4 * kBoxBytes + (piece ^ (token & 7)) * 16, PackBf16(d[0], d[1]),
-                        PackBf16(d[2], d[3]), PackBf16(d[4], d[5]), PackBf16(d[6], d[7]));
-  }
-  sm90::FenceForAsyncProxy();
-  SyncThreads(1 + place.group, 128);
-  if (place.thread == 0 && tile.count > 0) {
+  for (int pass = 0; pass < kN; pass += kPass) {
+    constexpr int kEnd = kN < kPass ? kN : kPass;
+    if (place.thread == 0) sm90::WaitForStoresToRead();
+    SyncThreads(1 + place.group, 128);
 #pragma unroll
-    for (int h = 0; h < kN / kHalf; ++h) {
-      sm90::StoreBox(&out_map, tile.row + h * kHalf, tile.token + place.group * kHalf,
-                     staging + h * kBoxBytes);
+    for (int j = 0; j < kEnd / 16; ++j) {
+      const float* d = total + 8 * (pass / 16 + j);
+      const int piece = j % 4 * 2 + place.lane / 16;
+      sm90::StoreMatrices(base + j / 4 * kBoxBytes + (piece ^ (token & 7)) * 16,
+                          PackBf16(d[0], d[1]), PackBf16(d[2], d[3]), PackBf16(d[4], d[5]),
+                          PackBf16(d[6], d[7]));
     }
-    sm90::CommitStores();
+    sm90::FenceForAsyncProxy();
+    SyncThreads(1 + place.group, 128);
+    if (place.thread == 0 && tile.count > 0) {
+#pragma unroll
+      for (int h = 0; h < kEnd / kHalf; ++h) {
+        sm90::StoreBox(&out_map, row + pass + h * kHalf, tile.token + place.group * kHalf,
+                       staging + h * kBoxBytes);
+      }
+      sm90::CommitStores();
+    }
   }
 }
 
@@ -90,7 +96,11 @@ __device__ void ComputeTile(const Arguments& arguments, const CUtensorMap* out_m
   float total[kHalves][kFloats<kN>];
   MultiplyTile<S, kN, kHalves>({0, arguments.k_blocks}, place, ring, shared, total);
   if constexpr (S::kTokensFirst) {
-    StoreTokens<kN>(total[0], *out_map, tile, place, shared.out[place.group]);
+#pragma unroll
+    for (int b = 0; b < kHalves; ++b) {
+      StoreTokens<S, kN>(total[b], *out_map, tile, tile.row + b * kBlock, place,
+                         shared.out[place.group]);
+    }
   } else {
 #pragma unroll
     for (int b = 0; b < kHalves; ++b) {
@@ -116,6 +126,12 @@ __device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
       // The copies' announcement, the lanes that bring factors, the threads that gather.
       sm90::BarrierInit(&shared.full[i], 1 + 32 + S::kGatherThreads);
       sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kPair);
+    }
+    if constexpr (S::kIsDealt) {
+      for (int i = 0; i < TileQueue::kTiles; ++i) {
+        sm90::BarrierInit(&shared.queue.full[i], 1);
+        sm90::BarrierInit(&shared.queue.empty[i], Tiles<S>::kTakers);
+      }
     }
     sm90::BarrierInitFence();
   }
@@ -149,8 +165,8 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
   if (place.group < 2) {
     sm90::TakeRegisters<216>();
     sm90::WaitForPredecessors();
-    Walk<S> walk(arguments);
-    while (walk.Next(tile)) {
+    Tiles<S> tiles(arguments, shared);
+    while (tiles.Take(tile)) {
       const auto compute = [&]<int kN>() {
         if (S::kRowBlocks == 2 && tile.narrow) {
           ComputeTile<S, kN, 1>(arguments, out_map, tile, place, ring, shared);
@@ -158,14 +174,22 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
           ComputeTile<S, kN, S::kRowBlocks>(arguments, out_map, tile, place, ring, shared);
         }
       };
-      if constexpr (S::kWork == Work::kDense) {
+      if constexpr (S::kWork == Work::kDense && S::kRowBlocks == 2) {
+        compute.template operator()<kBlock>();
+      } else if constexpr (S::kWork == Work::kDense) {
         tile.narrow ? compute.template operator()<kHalf>() : compute.template operator()<kBlock>();
       } else if (tile.count <= 32) {
         compute.template operator()<32>();
+      } else if (tile.count <= 48) {
+        compute.template operator()<48>();
       } else if (tile.count <= 64) {
         compute.template operator()<64>();
+      } else if (tile.count <= 80) {
+        compute.template operator()<80>();
       } else if (tile.count <= 96) {
         compute.template operator()<96>();
+      } else if (tile.count <= 112) {
+        compute.template operator()<112>();
       } else {
         compute.template operator()<128>();
       }
@@ -184,19 +208,19 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
           }
         }
         sm90::WaitForPredecessors();
-        Walk<S> walk(arguments);
-        for (; walk.Next(tile); ahead = 0) {
+        Tiles<S> tiles(arguments, shared);
+        for (; tiles.Deal(tile); ahead = 0) {
           CopyTile(weight_map, x_map, arguments, tile, span, ahead, policy, ring, shared);
         }
       }
     } else if (place.warp == 1) {
       sm90::WaitForPredecessors();
-      Walk<S> walk(arguments);
-      while (walk.Next(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
+      Tiles<S> tiles(arguments, shared);
+      while (tiles.Take(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
     } else if constexpr (S::kWork == Work::kGathered) {
       sm90::WaitForPredecessors();
-      Walk<S> walk(arguments);
-      for (int buffer = 0; walk.Next(tile); buffer ^= 1) {
+      Tiles<S> tiles(arguments, shared);
+      for (int buffer = 0; tiles.Take(tile); buffer ^= 1) {
         GatherTile(arguments, tile, span, place.thread - 64, buffer, ring, shared);
       }
     }
@@ -308,6 +332,7 @@ __global__ __launch_bounds__(S::kThreads, kBlocksAtOnce) void SplitKernel(
 // --- the host's side
 
 using Dense = Shape<Work::kDense, 1, 128, 5>;
+using WideDense = Shape<Work::kDense, 2, 128, 4>;
 using Sorted = Shape<Work::kSorted, 1, 128, 6>;
 using Gathered = Shape<Work::kGathered, 2, 128, 4>;
 using Split32 = Shape<Work::kSplit, 1, 32, 4>;
@@ -426,6 +451,7 @@ using fp8_tile::Split128;
 using fp8_tile::Split32;
 using fp8_tile::Split64;
 using fp8_tile::SplitKernel;
+using fp8_tile::WideDense;
 
 bool Fp8TileSm90::Supports(const cudaDeviceProp& device) {
   return device.major == 9 && device.minor == 0;
@@ -436,7 +462,12 @@ bool Fp8TileSm90::Supports(int64_t outputs, int64_t inputs) {
 }
 
 Fp8TileSm90::Fp8TileSm90(int num_multiprocessors) : num_multiprocessors_(num_multiprocessors) {
+  constexpr int kDealtBytes = 2 * sizeof(int);
+  dealt_ = static_cast<int*>(dealt_memory_.Reserve(kDealtBytes));
+  CUDA_CHECK(cudaMemset(dealt_, 0, kDealtBytes));
+  CUDA_CHECK(cudaStreamSynchronize(nullptr));
   fp8_tile::AllowShared<Dense>(DenseKernel<Dense>);
+  fp8_tile::AllowShared<WideDense>(DenseKernel<WideDense>);
   fp8_tile::AllowShared<Sorted>(GroupedKernel<Sorted>);
   fp8_tile::AllowShared<Gathered>(GroupedKernel<Gathered>);
   fp8_tile::CountClusters<Split32>(SplitKernel<Split32, 2>, clusters_[0]);
@@ -444,21 +475,68 @@ Fp8TileSm90::Fp8TileSm90(int num_multiprocessors) : num_multiprocessors_(num_mul
   fp8_tile::CountClusters<Split128>(SplitKernel<Split128, 1>, clusters_[2]);
 }
 
+namespace {
+
+// Outputs [begin, end) of a layer; begin is a multiple of 128.
+Fp8TileSm90::Weight RowsOf(const Fp8TileSm90::Weight& weight, int begin, int end) {
+  Fp8TileSm90::Weight rows = weight;
+  rows.values += int64_t{begin} * weight.inputs;
+  rows.factors += int64_t{begin / kBlock} * (weight.inputs / kBlock);
+  rows.outputs = end - begin;
+  return rows;
+}
+
+}  // namespace
+
 void Fp8TileSm90::Linear(const Input& x, const Weight& weight, const Output& out,
                          cudaStream_t stream) const {
   CHECK_EQ(weight.experts, 1);
   if (x.rows == 0) return;
-  fp8_tile::Arguments arguments = fp8_tile::ArgumentsOf(x, weight, out);
-  const int row_tiles = (weight.outputs + kBlock - 1) / kBlock;
   const int tokens = x.rows <= 32 ? 32 : x.rows <= 64 ? 64 : 128;
-  const int tiles = row_tiles * ((x.rows + tokens - 1) / tokens);
-  if (tiles >= num_multiprocessors_) {
-    const int blocks = std::min(num_multiprocessors_, (tiles + 1) / 2 * 2) / 2 * 2;
-    fp8_tile::Launch<Dense>(DenseKernel<Dense>, blocks, Dense::kPair, stream,
-                            MapWeight(weight, kHalf), MapInput(x, weight.inputs, Dense::kXBoxRows),
-                            fp8_tile::MapOutput(out, x.rows, weight.outputs), arguments);
-    return;
+  const int token_tiles = (x.rows + tokens - 1) / tokens;
+  const int row_tiles = (weight.outputs + kBlock - 1) / kBlock;
+  // Pairs that share weights are worth a few idle blocks.
+  if (row_tiles * token_tiles < num_multiprocessors_ * 4 / 5 || tokens < kBlock) {
+    return LinearOfFewTiles(x, weight, out, tokens, stream);
   }
+  if (row_tiles / 2 * token_tiles < num_multiprocessors_ * 3 / 4) {
+    return LinearOfManyTiles(x, weight, out, stream);
+  }
+  const int whole = weight.outputs / kBlock * kBlock;
+  LinearOfWideTiles(x, RowsOf(weight, 0, whole), out, stream);
+  if (whole == weight.outputs) return;
+  // The last 64 weight rows, which would take a wide tile's time, apart.
+  const Weight rest = RowsOf(weight, whole, weight.outputs);
+  const Output rest_out = {.values = out.values + whole, .stride = out.stride};
+  if (token_tiles < num_multiprocessors_) {
+    LinearOfFewTiles(x, rest, rest_out, tokens, stream);
+  } else {
+    LinearOfManyTiles(x, rest, rest_out, stream);
+  }
+}
+
+void Fp8TileSm90::LinearOfWideTiles(const Input& x, const Weight& weight, const Output& out,
+                                    cudaStream_t stream) const {
+  fp8_tile::Launch<WideDense>(
+      DenseKernel<WideDense>, num_multiprocessors_ / 2 * 2, WideDense::kPair, stream,
+      MapWeight(weight, kHalf), MapInput(x, weight.inputs, WideDense::kXBoxRows),
+      fp8_tile::MapOutput(out, x.rows, weight.outputs), fp8_tile::ArgumentsOf(x, weight, out));
+}
+
+void Fp8TileSm90::LinearOfManyTiles(const Input& x, const Weight& weight, const Output& out,
+                                    cudaStream_t stream) const {
+  const int tiles = (weight.outputs + kBlock - 1) / kBlock * ((x.rows + kBlock - 1) / kBlock);
+  const int blocks = std::min(num_multiprocessors_, (tiles + 1) / 2 * 2) / 2 * 2;
+  fp8_tile::Launch<Dense>(DenseKernel<Dense>, blocks, Dense::kPair, stream,
+                          MapWeight(weight, kHalf), MapInput(x, weight.inputs, Dense::kXBoxRows),
+                          fp8_tile::MapOutput(out, x.rows, weight.outputs),
+                          fp8_tile::ArgumentsOf(x, weight, out));
+}
+
+void Fp8TileSm90::LinearOfFewTiles(const Input& x, const Weight& weight, const Output& out,
+                                   int tokens, cudaStream_t stream) const {
+  fp8_tile::Arguments arguments = fp8_tile::ArgumentsOf(x, weight, out);
+  const int tiles = (weight.outputs + kBlock - 1) / kBlock * ((x.rows + tokens - 1) / tokens);
   const int variant = tokens == 32 ? 0 : tokens == 64 ? 1 : 2;
   arguments.splits = fp8_tile::ChooseSplits(tiles, arguments.k_blocks, clusters_[variant]);
   const auto launch = [&]<typename S, int kBlocksAtOnce>() {
@@ -483,9 +561,11 @@ void Fp8TileSm90::GroupedLinear(const Input& x, const Groups& groups, const Weig
   arguments.notes = groups.notes;
   arguments.rows = groups.rows;
   arguments.divisor = groups.divisor;
+  arguments.dealt = dealt_;
   if (groups.divisor == 0) {
-    fp8_tile::Launch<Sorted>(GroupedKernel<Sorted>, num_multiprocessors_, 1, stream,
-                             MapWeight(weight, kBlock),
+    fp8_tile::Launch<Sorted>(GroupedKernel<Sorted>,
+                             num_multiprocessors_ / Sorted::kPair * Sorted::kPair, Sorted::kPair,
+                             stream, MapWeight(weight, kBlock),
                              MapInput(x, weight.inputs, Sorted::kXBoxRows), arguments);
   } else {
     CHECK(x.rows * x.values_stride < int64_t{1} << 32);

@@ -1,7 +1,10 @@
 // How fp8_tile_sm90.cu's kernels bring a tile of weights and tokens in, stage by stage, and
-// multiply it: a thread runs the copy engine, a warp multiplies factors, two warps gather rows, two
-// warpgroups compute. Everything here is called by all threads of the part it belongs to.
+// multiply it: a thread runs the copy engine (and deals tiles out), a warp multiplies factors, two
+// warps gather rows, two warpgroups compute. Everything here is called by all threads of the part
+// it belongs to.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/cuda/expert_chunks.h"
 #include "kernels/cuda/sm90.cuh"
@@ -33,12 +36,17 @@ struct Shape {
   static constexpr int kTokens = kTokens_;
   static constexpr int kStages = kStages_;
   static constexpr int kRows = kBlock * kRowBlocks;
+  static_assert(kWork != Work::kSorted || kRowBlocks == 1);
   // Which side of the products is the long one, 64 rows for each warpgroup. Weights: any number of
   // tokens will do. Tokens: a thread sees two of them and needs but two factors.
   static constexpr bool kTokensFirst =
       kWork == Work::kDense || (kWork == Work::kSplit && kTokens == 128);
-  // Blocks with the same weight rows, each of which brings half of them for both.
-  static constexpr int kPair = kWork == Work::kDense ? 2 : 1;
+  // Two blocks with the same weight rows (dense) or the same tokens (sorted), each of which brings
+  // half of them for both.
+  static constexpr int kPair = kWork == Work::kDense || kWork == Work::kSorted ? 2 : 1;
+  // Tiles take so different times, and there are so few for each block, that whoever is free takes
+  // the next; which block has computed a tile cannot be seen in it.
+  static constexpr bool kIsDealt = kWork == Work::kGathered;
   static constexpr int kGatherThreads = kWork == Work::kGathered ? 64 : 0;
   static constexpr bool kMovesRegisters = kTokens == 128;
   // One warp runs the copy engine, one multiplies factors, two gather.
@@ -47,12 +55,28 @@ struct Shape {
   static constexpr int kBoxBytes = kBlock * sm90::kSwizzledRowBytes;
   static constexpr int kWeightBytes = kRowBlocks * kBoxBytes;
   static constexpr int kXBytes = kTokens * sm90::kSwizzledRowBytes;
-  static constexpr int kXBoxRows = kWork == Work::kSorted ? 32 : kTokens;
+  static constexpr int kXBoxRows = kWork == Work::kSorted ? 16 : kTokens;
   // Of a warpgroup's output.
-  static constexpr int kStagingBytes = kWork == Work::kSplit   ? 16
-                                       : kWork == Work::kDense ? kBoxBytes
-                                                               : kBoxBytes / 2;
+  static constexpr int kStagingBytes = kWork == Work::kSplit                      ? 16
+                                       : kWork == Work::kDense && kRowBlocks == 1 ? kBoxBytes
+                                                                                  : kBoxBytes / 2;
 };
+
+struct Tile {
+  int expert;
+  int row;      // first weight row, of the expert's
+  int token;    // first row of the output
+  int count;    // of tokens, at most kTokens; may be none
+  bool narrow;  // with half as many weight rows
+};
+
+// Tiles on their way from the copying thread to the warps that work on them.
+struct TileQueue {
+  static constexpr int kTiles = 4;
+  Tile tiles[kTiles];  // no expert: there are no more
+  uint64_t full[kTiles], empty[kTiles];
+};
+struct NoQueue {};
 
 template <typename S>
 struct SharedMemory {
@@ -63,6 +87,7 @@ struct SharedMemory {
   alignas(16) float factors[S::kStages][S::kRowBlocks][S::kTokens];
   uint32_t x_offsets[2][S::kGatherThreads > 0 ? S::kTokens : 1];
   uint64_t full[S::kStages], empty[S::kStages];
+  std::conditional_t<S::kIsDealt, TileQueue, NoQueue> queue;
 };
 
 struct Arguments {
@@ -79,17 +104,10 @@ struct Arguments {
   int splits = 0;  // blocks of a cluster that share a tile's inputs
   __nv_bfloat16* out = nullptr;
   int64_t out_stride = 0;
+  int* dealt = nullptr;  // [2] tiles and blocks without one, zero between kernels
 };
 
 // --- what is to be done
-
-struct Tile {
-  int expert;
-  int row;      // first weight row, of the expert's
-  int token;    // first row of the output
-  int count;    // of tokens, at most kTokens; may be none
-  bool narrow;  // with half as many weight rows
-};
 
 // The tiles of a worker (a block, or a pair), in order; every part of a block walks them on its
 // own.
@@ -102,10 +120,20 @@ class Walk {
       constexpr int kPairTokens = S::kTokens * S::kPair;
       columns_ = (arguments.x_rows + kPairTokens - 1) / kPairTokens;
       rows_ = arguments.outputs / S::kRows;
-      whole_ = rows_ * columns_;
-      num_ = whole_ + (arguments.outputs % S::kRows != 0 ? (columns_ + 1) / 2 : 0);
+      num_ = whole_ = rows_ * columns_;
+      if constexpr (S::kRowBlocks == 1) {
+        if (arguments.outputs % S::kRows != 0) num_ += (columns_ + 1) / 2;
+      } else {  // as below, a round's worth of halves instead of less than half a round
+        const int workers = gridDim.x / S::kPair, last = num_ % workers;
+        if (last * 2 <= workers) {
+          whole_ -= last;
+          num_ += last;
+        }
+        halves_ = num_;
+        if (arguments.outputs % S::kRows != 0) num_ += columns_;
+      }
     } else {
-      rows_ = (arguments.outputs + S::kRows - 1) / S::kRows;
+      rows_ = (arguments.outputs + S::kRows * S::kPair - 1) / (S::kRows * S::kPair);
       num_chunks_ = arguments.notes[0];
       whole_ = num_ = num_chunks_ * rows_;
       // If the last round would leave more than half of the blocks idle, two share a tile.
@@ -114,19 +142,29 @@ class Walk {
         whole_ -= last;
         num_ += last;
       }
-      LoadChunk();
+      if constexpr (!S::kIsDealt) LoadChunk();
     }
   }
 
+  // Of tiles that are dealt: number `at` of all.
+  __device__ bool At(int at, Tile& tile) {
+    at_ = at;
+    LoadChunk();
+    return Next(tile);
+  }
   __device__ bool Next(Tile& tile) {
     if (at_ >= num_) return false;
     if constexpr (S::kWork == Work::kDense) {
       NextDense(tile);
     } else {
-      tile = {ahead_.x, Item() % rows_ * S::kRows, ahead_.y, ahead_.z, at_ >= whole_};
+      const int rank = S::kPair > 1 ? sm90::ClusterRank() : 0;
+      tile = {ahead_.x, (Item() % rows_ * S::kPair + rank) * S::kRows, ahead_.y, ahead_.z,
+              at_ >= whole_};
       if (tile.narrow) tile.row += (at_ - whole_) % 2 * (S::kRows / 2);
-      at_ += gridDim.x;
-      LoadChunk();
+      if constexpr (!S::kIsDealt) {
+        at_ += static_cast<int>(gridDim.x) / S::kPair;
+        LoadChunk();
+      }
     }
     return true;
   }
@@ -136,14 +174,19 @@ class Walk {
   __device__ void NextDense(Tile& tile) {
     constexpr int kGroup = 8;
     const int workers = gridDim.x / S::kPair;
-    int row = rows_, column;
+    int row = rows_, column, half = 0;
     tile.narrow = at_ >= whole_;
-    if (!tile.narrow) {
-      const int group = at_ / (rows_ * kGroup);
-      const int in_group = at_ - group * rows_ * kGroup;
+    if (!tile.narrow || (S::kRowBlocks == 2 && at_ < halves_)) {
+      const int item = Item();
+      const int group = item / (rows_ * kGroup);
+      const int in_group = item - group * rows_ * kGroup;
       const int width = min(kGroup, columns_ - group * kGroup);
       row = in_group / width;
       column = group * kGroup + in_group % width;
+      if (tile.narrow) half = (at_ - whole_) % 2;
+      at_ += workers;
+    } else if (S::kRowBlocks == 2) {  // the last 128 weight rows
+      column = at_ - halves_;
       at_ += workers;
     } else {  // two of the last 64 weight rows take as long as another tile
       column = (at_ - whole_) * 2 + second_;
@@ -152,7 +195,7 @@ class Walk {
     }
     const int rank = S::kPair > 1 ? sm90::ClusterRank() : 0;
     tile.expert = 0;
-    tile.row = row * S::kRows;
+    tile.row = row * S::kRows + half * kBlock;
     tile.token = (column * S::kPair + rank) * S::kTokens;
     tile.count = max(0, min(S::kTokens, arguments_.x_rows - tile.token));
   }
@@ -167,7 +210,7 @@ class Walk {
 
   const Arguments& arguments_;
   int at_, num_, whole_;  // items before `whole_` have all weight rows
-  int rows_, columns_ = 0, second_ = 0, num_chunks_ = 0;
+  int rows_, columns_ = 0, second_ = 0, num_chunks_ = 0, halves_ = 0;
   int4 ahead_ = {};
 };
 
@@ -183,6 +226,62 @@ struct Ring {
   }
 };
 
+// How a warp gets the tiles of a block, and the copying thread deals them out.
+template <typename S>
+class Tiles {
+ public:
+  static constexpr int kTakers = kConsumers / 32 + 1 + S::kGatherThreads / 32;  // warps
+
+  __device__ Tiles(const Arguments& arguments, SharedMemory<S>& shared)
+      : arguments_(arguments), shared_(shared), walk_(arguments) {}
+
+  // All threads of a warp.
+  __device__ bool Take(Tile& tile) {
+    if constexpr (S::kIsDealt) {
+      TileQueue& queue = shared_.queue;
+      BarrierWait(&queue.full[place_.stage], place_.phase);
+      tile = queue.tiles[place_.stage];
+      __syncwarp();
+      sm90::BarrierArriveIf(&queue.empty[place_.stage], threadIdx.x % 32 == 0);
+      place_.Advance();
+      return tile.expert >= 0;
+    } else {
+      return walk_.Next(tile);
+    }
+  }
+  // The copying thread, which is far enough ahead of the others to ask for the next tile only when
+  // it needs it.
+  __device__ bool Deal(Tile& tile) {
+    if constexpr (S::kIsDealt) {
+      TileQueue& queue = shared_.queue;
+      BarrierWait(&queue.empty[place_.stage], place_.phase ^ 1);
+      int at = blockIdx.x;
+      if (!is_first_) at = gridDim.x + atomicAdd(&arguments_.dealt[0], 1);
+      is_first_ = false;
+      const bool exists = walk_.At(at, tile);
+      if (!exists) {
+        tile.expert = -1;
+        if (atomicAdd(&arguments_.dealt[1], 1) == static_cast<int>(gridDim.x) - 1) {
+          arguments_.dealt[0] = arguments_.dealt[1] = 0;  // nobody will ask any more
+        }
+      }
+      queue.tiles[place_.stage] = tile;
+      sm90::BarrierArriveIf(&queue.full[place_.stage], true);
+      place_.Advance();
+      return exists;
+    } else {
+      return walk_.Next(tile);
+    }
+  }
+
+ private:
+  const Arguments& arguments_;
+  SharedMemory<S>& shared_;
+  Walk<S> walk_;
+  Ring<TileQueue::kTiles> place_;
+  bool is_first_ = true;
+};
+
 // Which blocks of 128 inputs.
 struct Span {
   int begin, end;
@@ -194,10 +293,14 @@ template <typename S>
 __device__ void CopyWeight(const CUtensorMap& map, const Arguments& arguments, const Tile& tile,
                            int k, int stage, uint64_t policy, SharedMemory<S>& shared) {
   const int row = tile.expert * arguments.outputs + tile.row;
-  if constexpr (S::kPair == 2) {  // either block brings half of it for both
+  if constexpr (S::kWork == Work::kDense) {  // either block brings half of it for both
     const int rank = sm90::ClusterRank();
-    sm90::CopyBoxToCluster(shared.weight[stage] + rank * (S::kWeightBytes / 2), &map, k * kBlock,
-                           row + rank * kHalf, &shared.full[stage], 3, policy);
+    const int boxes = S::kRowBlocks == 2 && !tile.narrow ? 2 : 1;
+    for (int b = 0; b < boxes; ++b) {
+      const int half = rank * boxes + b;
+      sm90::CopyBoxToCluster(shared.weight[stage] + half * (S::kBoxBytes / 2), &map, k * kBlock,
+                             row + half * kHalf, &shared.full[stage], 3, policy);
+    }
   } else {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
@@ -224,7 +327,13 @@ __device__ void CopyTile(const CUtensorMap& weight_map, const CUtensorMap& x_map
     if (k >= span.begin + ahead) {
       CopyWeight(weight_map, arguments, tile, k, ring.stage, policy, shared);
     }
-    if constexpr (S::kWork != Work::kGathered) {
+    if constexpr (S::kWork == Work::kSorted) {
+      for (int b = sm90::ClusterRank(); b < boxes; b += S::kPair) {
+        sm90::CopyBoxToCluster(shared.x[ring.stage] + b * S::kXBoxRows * sm90::kSwizzledRowBytes,
+                               &x_map, k * kBlock, tile.token + b * S::kXBoxRows, full, 3,
+                               sm90::EvictLastPolicy());
+      }
+    } else if constexpr (S::kWork != Work::kGathered) {
       for (int b = 0; b < boxes; ++b) {
         sm90::CopyBox(shared.x[ring.stage] + b * S::kXBoxRows * sm90::kSwizzledRowBytes, &x_map,
                       k * kBlock, tile.token + b * S::kXBoxRows, full, sm90::EvictLastPolicy());
@@ -481,6 +590,30 @@ __device__ void MultiplyTokens(Span span, Stages<S> stages, float (&total)[kFloa
   }
 }
 
+// The same of 64 tokens by two blocks of 128 weight rows, one after the other.
+template <typename S>
+__device__ void MultiplyTokensWide(Span span, Stages<S> stages,
+                                   float (&total)[2][kFloats<kBlock>]) {
+  const Place& place = stages.place;
+  const int token = place.group * kHalf + place.warp * 16 + place.lane / 4;
+  for (int k = span.begin; k < span.end; ++k) {
+    const int stage = stages.ring.stage;
+    stages.Wait();
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      float sums[kFloats<kBlock>];
+      const float* factors = stages.shared.factors[stage][b] + token;
+      const float f0 = factors[0], f1 = factors[8];
+      BeginProducts<kBlock>(stages.x(place.group), stages.weight(2 * b), sums);
+      sm90::ProductsWait<0>();
+      if (b == 1) stages.Free(stage);
+#pragma unroll
+      for (int i = 0; i < kFloats<kBlock>; ++i) total[b][i] += sums[i] * (i / 2 % 2 == 0 ? f0 : f1);
+    }
+    stages.ring.Advance();
+  }
+}
+
 // 128 rows of a warpgroup: while one half's sums are added up, the other's products run.
 template <typename S, int kN>
 __device__ void MultiplyBlock(Span span, Stages<S> stages, float (&total)[2][kFloats<kN>]) {
@@ -519,7 +652,9 @@ __device__ void MultiplyTile(Span span, const Place& place, Ring<S::kStages>& ri
     for (int i = 0; i < kFloats<kN>; ++i) total[b][i] = 0.0f;
   }
   const Stages<S> stages = {place, shared, ring, kHalves == 2 ? place.group : 0};
-  if constexpr (S::kTokensFirst) {
+  if constexpr (S::kTokensFirst && kHalves == 2) {
+    MultiplyTokensWide<S>(span, stages, total);
+  } else if constexpr (S::kTokensFirst) {
     MultiplyTokens<S, kN>(span, stages, total[0]);
   } else if constexpr (kHalves == 2) {
     MultiplyBlock<S, kN>(span, stages, total);

@@ -5,13 +5,16 @@
 // Products are computed transposed, D[weight rows, tokens] = weight · xᵀ, so that a tile may have
 // any number of tokens and an expert with few of them wastes nothing; every 128 inputs the sums go
 // times both factors into F32 totals. Three kernels:
-//   dense, many tokens   tiles of 128 weight rows × 128 tokens, two blocks share what both need
+//   dense, many tokens   tiles of 256 weight rows × 128 tokens (128 × 128 where there are too few
+//                        of them), two blocks share what both need
 //   dense, few tokens    the blocks of a cluster share a tile's inputs; totals are added in a fixed
 //                        order
-//   experts              tiles of up to 128 rows of one expert, chunk by chunk (expert_chunks.h)
+//   experts              tiles of up to 128 rows of one expert, chunk by chunk (expert_chunks.h);
+//                        of gathered rows whoever is free takes the next
 // All are bit by bit the same on every run.
 //
-// Source of the arithmetic: DeepSeek-V3 report §3.3.2. Thread-safe once made.
+// Source of the arithmetic: DeepSeek-V3 report §3.3.2. Launches of one object must not overlap:
+// they share a counter of tiles.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,6 +24,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/expert_chunks.h"
+#include "kernels/cuda/scratch.h"
 
 namespace fathom {
 
@@ -68,7 +72,16 @@ class Fp8TileSm90 {
  private:
   static constexpr int kMaxSplits = 8;
 
+  void LinearOfFewTiles(const Input& x, const Weight& weight, const Output& out, int tokens,
+                        cudaStream_t stream) const;
+  void LinearOfWideTiles(const Input& x, const Weight& weight, const Output& out,
+                         cudaStream_t stream) const;
+  void LinearOfManyTiles(const Input& x, const Weight& weight, const Output& out,
+                         cudaStream_t stream) const;
+
   int num_multiprocessors_;
+  GrowingMemory dealt_memory_;
+  int* dealt_ = nullptr;  // two numbers that are zero between kernels
   // [tokens of a tile: 32, 64, 128][blocks of a cluster] how many clusters run at once
   int clusters_[3][kMaxSplits + 1] = {};
 };

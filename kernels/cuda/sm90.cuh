@@ -236,7 +236,7 @@ __device__ inline void ProductBf16N16(float (&d)[8], uint64_t a, uint64_t b, boo
         "n"(kOperandA == OperandA::kTransposed ? 1 : 0));
 }
 
-// N = 8, 16, 32, 64, 96 or 128, K = 32, e4m3; d: N / 2 floats.
+// N = 8, 16, or 32 to 128 in steps of 16, K = 32, e4m3; d: N / 2 floats.
 #define FATHOM_FLOATS_8(d, i)                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -264,6 +264,15 @@ __device__ inline void ProductFp8(float* d, uint64_t a, uint64_t b, bool accumul
         "%16, %17, p, 1, 1;\n}"
         : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kN == 48) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n48k32.f32.e4m3.e4m3 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+        "%22,%23}, "
+        "%24, %25, p, 1, 1;\n}"
+        : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8), FATHOM_FLOATS_8(d, 16)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else if constexpr (kN == 64) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -273,6 +282,16 @@ __device__ inline void ProductFp8(float* d, uint64_t a, uint64_t b, bool accumul
         "%32, %33, p, 1, 1;\n}"
         : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8), FATHOM_FLOATS_8(d, 16),
           FATHOM_FLOATS_8(d, 24)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kN == 80) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %42, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n80k32.f32.e4m3.e4m3 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+        "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39}, "
+        "%40, %41, p, 1, 1;\n}"
+        : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8), FATHOM_FLOATS_8(d, 16),
+          FATHOM_FLOATS_8(d, 24), FATHOM_FLOATS_8(d, 32)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else if constexpr (kN == 96) {
     asm volatile(
@@ -284,6 +303,18 @@ __device__ inline void ProductFp8(float* d, uint64_t a, uint64_t b, bool accumul
         "%48, %49, p, 1, 1;\n}"
         : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8), FATHOM_FLOATS_8(d, 16),
           FATHOM_FLOATS_8(d, 24), FATHOM_FLOATS_8(d, 32), FATHOM_FLOATS_8(d, 40)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+  } else if constexpr (kN == 112) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n112k32.f32.e4m3.e4m3 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,"
+        "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,"
+        "%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55}, "
+        "%56, %57, p, 1, 1;\n}"
+        : FATHOM_FLOATS_8(d, 0), FATHOM_FLOATS_8(d, 8), FATHOM_FLOATS_8(d, 16),
+          FATHOM_FLOATS_8(d, 24), FATHOM_FLOATS_8(d, 32), FATHOM_FLOATS_8(d, 40),
+          FATHOM_FLOATS_8(d, 48)
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else {
     static_assert(kN == 128);

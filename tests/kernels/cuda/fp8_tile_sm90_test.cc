@@ -203,6 +203,9 @@ TEST_F(Fp8TileSm90Test, ManyTokensFillEveryMultiprocessor) {
   Dense(1100, 3072, 1536);
   Dense(385, 7168, 2304);
   Dense(2500, 704, 256);
+  Dense(5000, 704, 256);
+  Dense(2048, 7168, 256);
+  Dense(20'000, 192, 384);
 }
 
 TEST_F(Fp8TileSm90Test, SmallestLayers) {
