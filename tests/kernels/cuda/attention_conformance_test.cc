@@ -270,8 +270,12 @@ TEST_F(AttentionConformanceTest, DecodingInDeepSeekV3sShapeAgrees) {
   Check(V3(kBF16, kBF16), lengths);
   Check(V3(kBF16, kFp8), lengths);
   Check(V3(kBF16, kBF16), {{1000, 1}});
-  std::vector<Length> many(100, {77, 1});
-  Check(V3(kBF16, kBF16), many);
+  for (const int count : {40, 100, 150}) {
+    std::vector<Length> many(count, {77, 1});
+    Check(V3(kBF16, kBF16), many);
+    many.insert(many.begin() + 20, {90, 30});  // beside a prompt
+    Check(V3(kBF16, kBF16), many);
+  }
 }
 
 TEST_F(AttentionConformanceTest, AStepOfMoreTokensThanAreTakenAtOnceAgrees) {
