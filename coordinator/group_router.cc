@@ -70,13 +70,19 @@ struct GroupRouter::Group {
   StatusBoard board;
   std::unique_ptr<Metrics> own_metrics;  // null for group 0
   Metrics& metrics;
-  std::unique_ptr<StepLoop> loop = nullptr;
+  std::unique_ptr<GroupLoop> loop = nullptr;
   // Guarded by GroupRouter::mutex_.
   bool is_serving = false;
   int num_requests = 0;
   uint64_t last_choice = 0;
   PrefixIndex prefixes = {};
 };
+
+std::unique_ptr<GroupLoop> GroupRouter::MakeStepLoop(const StepLoop::Options& options,
+                                                     StatusBoard& board, Metrics& metrics,
+                                                     Engine::OnLost on_lost) {
+  return std::make_unique<StepLoop>(options, board, metrics, std::move(on_lost));
+}
 
 GroupRouter::GroupRouter(Options options, Metrics& metrics,
                          std::function<void(bool serving)> on_serving_changed)
@@ -94,7 +100,7 @@ GroupRouter::GroupRouter(Options options, Metrics& metrics,
                   .own_metrics = std::move(own_metrics),
                   .metrics = group_metrics}));
     Group& group = *groups_.back();
-    group.loop = std::make_unique<StepLoop>(
+    group.loop = options_.make_loop(
         options_.groups[i], group.board, group.metrics,
         [this, i](std::vector<Inbox::Submission> unfinished, absl::Status cause) {
           OnLost(i, std::move(unfinished), cause);

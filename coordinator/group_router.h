@@ -34,6 +34,8 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "coordinator/block_hash.h"
+#include "coordinator/engine.h"
+#include "coordinator/group_loop.h"
 #include "coordinator/inbox.h"
 #include "coordinator/live_request.h"
 #include "coordinator/metrics.h"
@@ -53,9 +55,17 @@ class GroupRouter {
   static constexpr int kSlackRequests = 8;
   static constexpr int kMaxFutileLosses = 3;
 
+  using MakeLoop =
+      std::function<std::unique_ptr<GroupLoop>(const StepLoop::Options& options, StatusBoard& board,
+                                               Metrics& metrics, Engine::OnLost on_lost)>;
+  static std::unique_ptr<GroupLoop> MakeStepLoop(const StepLoop::Options& options,
+                                                 StatusBoard& board, Metrics& metrics,
+                                                 Engine::OnLost on_lost);
+
   struct Options {
     std::string version;
-    std::vector<StepLoop::Options> groups;                // at least one
+    std::vector<StepLoop::Options> groups;  // at least one
+    MakeLoop make_loop = MakeStepLoop;
     absl::Duration recovery_timeout = absl::Seconds(30);  // zero: nothing waits
   };
 

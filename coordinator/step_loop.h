@@ -2,8 +2,6 @@
 //
 // The thread forms groups and advances the engine; with nothing to do it sleeps until the inbox or
 // the workers have something. A server with several groups has as many of these.
-//
-// Thread-safe, except that Start and Join are called once each, by the owner.
 #pragma once
 
 #include <memory>
@@ -14,6 +12,7 @@
 #include "coordinator/doorbell.h"
 #include "coordinator/engine.h"
 #include "coordinator/group_formation.h"
+#include "coordinator/group_loop.h"
 #include "coordinator/inbox.h"
 #include "coordinator/live_request.h"
 #include "coordinator/metrics.h"
@@ -21,7 +20,7 @@
 
 namespace fathom {
 
-class StepLoop {
+class StepLoop final : public GroupLoop {
  public:
   struct Options {
     GroupOptions group;
@@ -33,29 +32,15 @@ class StepLoop {
   // lost, on the thread of this, which it must not hold up.
   StepLoop(Options options, StatusBoard& board, Metrics& metrics,
            Engine::OnLost on_lost = Engine::EndLost);
-  ~StepLoop();  // stops and joins
+  ~StepLoop() override;  // stops and joins
 
-  void Start();
-
-  // Queues a new request; its tokens go to its stream. ResourceExhausted when the queue is full,
-  // Unavailable when no steps can be made. Requests are served in the order of the ids returned.
-  absl::StatusOr<SequenceId> Submit(LiveRequest live);
-
-  // Queues one that was let in elsewhere: the queue is never full for it.
-  absl::StatusOr<SequenceId> Resume(LiveRequest live);
-
-  // Forgets a request; its stream hears no more. Does nothing when it has ended or was lost. Its KV
-  // blocks are free before the next step.
-  void Cancel(SequenceId id);
-
-  // From now on requests are refused; the thread ends when the running and waiting ones have.
-  void Drain();
-
-  // Ends the thread now; requests end with Unavailable.
-  void Stop();
-
-  // Waits until the thread has ended, after Drain or Stop.
-  void Join();
+  void Start() override;
+  absl::StatusOr<SequenceId> Submit(LiveRequest live) override;
+  absl::StatusOr<SequenceId> Resume(LiveRequest live) override;
+  void Cancel(SequenceId id) override;
+  void Drain() override;
+  void Stop() override;
+  void Join() override;
 
  private:
   void Run();

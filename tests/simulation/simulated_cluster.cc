@@ -195,6 +195,12 @@ void SimulatedCluster::ReceiveCommand(const std::shared_ptr<Membership>& members
   if (!IsIn(*membership, rank)) return;
   Process& process = *processes_[rank];
   if (process.is_silent || MisbehaveInstead(membership, rank)) return;
+  for (const v1::SequenceAdmission& admission : command->admitted()) {
+    if (rank == 0 && listener_.is_poison(admission.sampling().seed())) {
+      ++world_.tally.poisoned;
+      return Die(rank);
+    }
+  }
   absl::Duration duration = world_.random.Between(absl::Microseconds(100), options_.max_step_time);
   if (world_.random.Chance(options_.faults.slowness)) {
     ++world_.tally.slow_steps;
@@ -344,7 +350,7 @@ void SimulatedCluster::Abort(uint64_t epoch) {
   }
 }
 
-void SimulatedCluster::KillAnyone() {
+void SimulatedCluster::KillSomeone() {
   const int rank = world_.random.Between(0, options_.num_workers - 1);
   if (processes_[rank]->is_alive) Die(rank);
 }

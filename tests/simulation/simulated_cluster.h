@@ -55,6 +55,7 @@ class SimulatedCluster {
     std::function<void(const v1::StepCommand&)> on_step_sent;
     std::function<uint64_t(uint64_t seed)> salt_of;
     std::function<void(uint64_t seed)> on_sequence_fault;
+    std::function<bool(uint64_t seed)> is_poison;  // the worker that takes it up dies
   };
 
   // `world` outlives this.
@@ -69,7 +70,7 @@ class SimulatedCluster {
 
   // From now on everything works.
   void StopFaults() { options_.faults = {}; }
-  void KillAnyone();
+  void KillSomeone();
 
  private:
   struct Process;

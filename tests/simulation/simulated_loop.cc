@@ -4,15 +4,37 @@
 
 namespace fathom {
 
-SimulatedLoop::SimulatedLoop(Options options, World& world, Metrics& metrics,
-                             SimulatedCluster::Listener listener, Engine::OnLost on_lost,
-                             std::function<void()> on_heartbeat)
+SimulatedLoop::SimulatedLoop(const StepLoop::Options& options, SimulatedCluster::Options cluster,
+                             World& world, StatusBoard& board, Metrics& metrics,
+                             Engine::OnLost on_lost, Listener listener)
     : world_(world),
-      board_({}, nullptr),
+      board_(board),
+      listener_(std::move(listener)),
       inbox_(options.max_queued_requests, [this] { Wake(); }),
-      cluster_(std::move(options.cluster), world, std::move(listener)),
-      engine_(options.engine, inbox_, board_, metrics, std::move(on_lost)),
-      on_heartbeat_(std::move(on_heartbeat)) {}
+      cluster_(std::move(cluster), world, listener_.cluster),
+      engine_(options.engine, inbox_, board_, metrics,
+              [this, on_lost = std::move(on_lost)](std::vector<Inbox::Submission> unfinished,
+                                                   const absl::Status& cause) {
+                listener_.on_lost(unfinished);
+                on_lost(std::move(unfinished), cause);
+              }) {}
+
+absl::StatusOr<SequenceId> SimulatedLoop::Submit(LiveRequest live) {
+  const LiveRequest queued = live;
+  const absl::StatusOr<SequenceId> id = inbox_.Submit(std::move(live));
+  if (id.ok()) listener_.on_queued(*id, queued);
+  return id;
+}
+
+absl::StatusOr<SequenceId> SimulatedLoop::Resume(LiveRequest live) {
+  const LiveRequest queued = live;
+  const absl::StatusOr<SequenceId> id = inbox_.Resume(std::move(live));
+  if (id.ok()) {
+    ++world_.tally.resumed;
+    listener_.on_queued(*id, queued);
+  }
+  return id;
+}
 
 bool SimulatedLoop::is_serving() const {
   return board_.server_info().state() == v1::ServerInfo::STATE_SERVING;
@@ -33,7 +55,7 @@ void SimulatedLoop::Advance() {
   if (is_forming_ || has_ended_) return;
   const Engine::Next next = engine_.Advance(world_.clock.now());
   ++num_waits_;
-  on_heartbeat_();
+  listener_.on_heartbeat();
   switch (next.kind) {
     case Engine::Next::Kind::kWait:
       if (next.until == absl::InfiniteDuration()) return;

@@ -10,7 +10,8 @@
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
-#include "coordinator/request_validation.h"
+#include "coordinator/admission.h"
+#include "coordinator/group_router.h"
 #include "tests/simulation/simulated_client.h"
 #include "tests/simulation/simulated_loop.h"
 
@@ -31,15 +32,18 @@ class Simulation {
   std::string last_events() const { return world_.log.Tail(); }
 
  private:
+  static constexpr int kNowhere = -1;
   // A request on its way, and where it is.
   struct Live {
     std::shared_ptr<SimulatedClient> client;
-    std::weak_ptr<const Request> request;
-    size_t loop = 0;
-    SequenceId id = 0;  // there
-    bool is_homeless = false;
+    RequestId request_id = 0;
+    std::weak_ptr<const Request> request = {};
+    int loop = kNowhere;       // or with the router
+    SequenceId id = 0;         // in that loop
     bool is_admitted = false;  // by the group that it is in now
     int num_overtakers = 0;
+    bool is_poison = false;  // to workers
+    int num_losses = 0;      // of groups
   };
 
   // What the workers of a loop were told, as far as fairness goes.
@@ -49,57 +53,73 @@ class Simulation {
     int num_steps_without_oldest = 0;
   };
 
-  SimulatedLoop::Options RandomLoopOptions();
-  void MakeLoop(size_t index, const SimulatedLoop::Options& options);
+  void ChooseOptions();
+  std::unique_ptr<GroupLoop> MakeLoop(const StepLoop::Options& options, StatusBoard& board,
+                                      Metrics& metrics, Engine::OnLost on_lost);
   void PlanTheStory();
+  void Close();
 
   void Arrive();
-  void Submit(const MadeUpRequest& made, const ModelLimits& limits);
+  void TakeRefusal(const MadeUpRequest& made, const absl::Status& refusal, bool was_serving);
   void HangUp(Live& live);
   void HangUpAll();
 
-  void OnStepSent(size_t loop, const v1::StepCommand& command);
-  void CheckNobodyIsOvertaken(size_t loop, const Live& admitted);
+  void OnQueued(int loop, SequenceId id, const LiveRequest& queued);
+  void OnStepSent(int loop, const v1::StepCommand& command);
+  void CheckNobodyIsOvertaken(int loop, const Live& admitted);
   void CheckTheOldestIsServed(const v1::StepCommand& command, Fairness& fairness);
-  void OnLost(size_t loop, std::vector<Inbox::Submission> unfinished, const absl::Status& cause);
-  void OnHeartbeat(size_t loop);
-  void FindHomes();
+  void OnLost(int loop, const std::vector<Inbox::Submission>& unfinished);
+  void OnHeartbeat(int loop);
 
   bool RunUntil(const std::function<bool()>& condition);
   bool AllAreDone() const;
   bool AllIsFree() const;
   void CheckNothingIsLeft();
-  int MostWaiting(size_t loop) const;
+  bool IsFull() const;
+  bool is_serving() const {
+    return absl::c_any_of(loops_, [](const SimulatedLoop* loop) { return loop->is_serving(); });
+  }
 
   World world_;
-  Metrics& metrics_;
-  uint64_t last_seed_ = 0;  // of a request
   bool lost_ones_go_on_ = false;
+  bool has_faults_ = false;
+  int num_loops_ = 1;
+  StepLoop::Options loop_options_;
+  SimulatedCluster::Options cluster_options_;
+
+  uint64_t last_seed_ = 0;   // of a request
   bool is_closing_ = false;  // drains, or stops
   bool story_is_over_ = false;
   int64_t num_events_ = 0;
-  int max_sequences_ = 0;
-  int max_tokens_per_step_ = 0;
-  int max_steps_in_flight_ = 0;
-  int max_queued_requests_ = 0;
   std::map<uint64_t, Live> live_;      // by the request's seed
-  std::vector<LiveRequest> homeless_;  // lost, waiting for workers
   std::vector<Fairness> fairness_;     // by loop
-  std::vector<std::unique_ptr<SimulatedLoop>> loops_;
+  std::vector<SimulatedLoop*> loops_;  // the router's
+  std::unique_ptr<GroupRouter> router_;
+  std::unique_ptr<Admission> admission_;
 };
 
-Simulation::Simulation(uint64_t seed, Metrics& metrics) : world_(seed), metrics_(metrics) {
-  lost_ones_go_on_ = world_.random.OneIn(2);
-  const SimulatedLoop::Options options = RandomLoopOptions();
-  const int num_loops = lost_ones_go_on_ ? world_.random.Between(1, 2) : 1;
-  fairness_.resize(num_loops);
-  for (int i = 0; i < num_loops; ++i) MakeLoop(i, options);
+Simulation::Simulation(uint64_t seed, Metrics& metrics) : world_(seed) {
+  ChooseOptions();
+  fairness_.resize(num_loops_);
+  GroupRouter::Options options{
+      .version = "simulated",
+      .groups = std::vector<StepLoop::Options>(num_loops_, loop_options_),
+      .make_loop =
+          [this](const StepLoop::Options& options, StatusBoard& board, Metrics& metrics,
+                 Engine::OnLost on_lost) {
+            return MakeLoop(options, board, metrics, std::move(on_lost));
+          },
+      // It has no clock here: lost requests wait as long as it takes, or end.
+      .recovery_timeout = lost_ones_go_on_ ? absl::InfiniteDuration() : absl::ZeroDuration()};
+  router_ = std::make_unique<GroupRouter>(std::move(options), metrics, [](bool) {});
+  admission_ = std::make_unique<Admission>(/*seed=*/1, *router_, metrics);
 }
 
-SimulatedLoop::Options Simulation::RandomLoopOptions() {
+void Simulation::ChooseOptions() {
   Random& random = world_.random;
-  SimulatedLoop::Options options;
-  options.engine = {
+  lost_ones_go_on_ = !random.OneIn(3);
+  num_loops_ = random.Between(1, 2);
+  loop_options_.engine = {
       .max_prompt_logprob_rows_per_step = random.OneIn(3) ? random.Between(1, 4) : 256,
       .target_itl = random.OneIn(3) ? random.Between(absl::Milliseconds(1), absl::Milliseconds(20))
                                     : absl::ZeroDuration(),
@@ -109,33 +129,31 @@ SimulatedLoop::Options Simulation::RandomLoopOptions() {
       .max_backoff = absl::Milliseconds(200),
       // Never: then a forgotten wake-up is not made good by the line that is due.
       .log_interval = absl::InfiniteDuration()};
-  max_queued_requests_ = random.OneIn(3) ? random.Between(1, 4) : 64;
-  options.max_queued_requests = max_queued_requests_;
+  loop_options_.max_queued_requests = random.OneIn(3) ? random.Between(1, 4) : 64;
 
-  SimulatedCluster::Options& cluster = options.cluster;
-  max_steps_in_flight_ = options.engine.max_steps_in_flight;
+  SimulatedCluster::Options& cluster = cluster_options_;
   cluster.num_workers = random.Between(1, 4);
-  max_sequences_ = random.Between(1, 12);
-  max_tokens_per_step_ = random.OneIn(3) ? random.Between(1, 8) : random.Between(16, 128);
+  const int max_sequences = random.Between(1, 12);
   constexpr int kBlockSizes[] = {1, 4, 16};
   cluster.plan = {
       .version = "simulated",
       .block_size = kBlockSizes[random.Between(0, 2)],
       .max_tokens_per_step = random.OneIn(3) ? random.Between(1, 8) : random.Between(16, 128),
-      .max_sequences = max_sequences_};
-  cluster.max_logit_rows = max_sequences_ + options.engine.max_prompt_logprob_rows_per_step;
+      .max_sequences = max_sequences};
+  cluster.max_logit_rows = max_sequences + loop_options_.engine.max_prompt_logprob_rows_per_step;
   v1::DescribeResponse& description = cluster.description;
   description.set_version("simulated");
   description.set_vocab_size(random.OneIn(2) ? random.Between(8, 30) : 1000);
   description.set_max_position_embeddings(random.Between(16, 200));
   for (uint32_t token_id = 3; token_id < 6; ++token_id) description.add_eos_token_ids(token_id);
   // From room for little more than one request to room for all.
-  const int most_blocks = max_sequences_ * 200 / cluster.plan.block_size;
+  const int most_blocks = max_sequences * 200 / cluster.plan.block_size;
   description.mutable_plan()->set_kv_block_capacity(
       random.Between(2, random.OneIn(2) ? std::min(most_blocks, 60) : most_blocks) + 1);
   cluster.max_step_time = random.Between(absl::Microseconds(200), absl::Milliseconds(30));
   cluster.max_delay = random.Between(absl::Microseconds(20), absl::Milliseconds(10));
-  if (random.OneIn(4)) return options;  // nothing breaks
+  has_faults_ = !random.OneIn(4);
+  if (!has_faults_) return;
 
   const auto rate = [&random](int n) { return random.OneIn(2) ? 0.0 : 1.0 / n; };
   cluster.faults = {.death = rate(150),
@@ -148,24 +166,30 @@ SimulatedLoop::Options Simulation::RandomLoopOptions() {
                     .sequence_fault = rate(100),
                     .join_failure = rate(4),
                     .other_capacity = rate(4)};
-  return options;
 }
 
-void Simulation::MakeLoop(size_t index, const SimulatedLoop::Options& options) {
-  SimulatedCluster::Listener listener{
+std::unique_ptr<GroupLoop> Simulation::MakeLoop(const StepLoop::Options& options,
+                                                StatusBoard& board, Metrics& metrics,
+                                                Engine::OnLost on_lost) {
+  const int index = static_cast<int>(loops_.size());
+  SimulatedCluster::Listener cluster{
       .on_step_sent = [this, index](const v1::StepCommand& command) { OnStepSent(index, command); },
       .salt_of = [this](uint64_t seed) { return live_.at(seed).client->salt(); },
-      .on_sequence_fault =
-          [this](uint64_t seed) {
-            const auto live = live_.find(seed);
-            if (live != live_.end()) live->second.client->AllowFault();
-          }};
-  loops_.push_back(std::make_unique<SimulatedLoop>(
-      options, world_, metrics_, std::move(listener),
-      [this, index](std::vector<Inbox::Submission> unfinished, const absl::Status& cause) {
-        OnLost(index, std::move(unfinished), cause);
-      },
-      [this, index] { OnHeartbeat(index); }));
+      .on_sequence_fault = [this](uint64_t seed) { live_.at(seed).client->AllowFault(); },
+      .is_poison = [this](uint64_t seed) { return live_.at(seed).is_poison; }};
+  SimulatedLoop::Listener listener{
+      .cluster = std::move(cluster),
+      .on_queued = [this, index](SequenceId id,
+                                 const LiveRequest& queued) { OnQueued(index, id, queued); },
+      .on_lost =
+          [this, index](const std::vector<Inbox::Submission>& unfinished) {
+            OnLost(index, unfinished);
+          },
+      .on_heartbeat = [this, index] { OnHeartbeat(index); }};
+  auto loop = std::make_unique<SimulatedLoop>(options, cluster_options_, world_, board, metrics,
+                                              std::move(on_lost), std::move(listener));
+  loops_.push_back(loop.get());
+  return loop;
 }
 
 // Who comes when, and what happens to everybody at once.
@@ -181,19 +205,22 @@ void Simulation::PlanTheStory() {
     });
   }
   if (random.OneIn(3)) at_some_time(length, [this] { HangUpAll(); });
-  if (random.OneIn(20)) {
-    at_some_time(2 * length, [this] {
-      is_closing_ = true;
-      for (auto& [seed, live] : live_) live.client->AllowUnavailable();
-      for (const auto& loop : loops_) loop->Stop();
-      FindHomes();
+  if (has_faults_ && random.OneIn(3)) {
+    at_some_time(length, [this] {
+      for (SimulatedLoop* const loop : loops_) loop->cluster().KillSomeone();
     });
   }
   if (random.OneIn(20)) {
     at_some_time(2 * length, [this] {
-      is_closing_ = true;
-      for (const auto& loop : loops_) loop->Drain();
-      FindHomes();
+      Close();
+      for (auto& [seed, live] : live_) live.client->AllowUnavailable();
+      router_->Stop();
+    });
+  }
+  if (random.OneIn(20)) {
+    at_some_time(2 * length, [this] {
+      Close();
+      router_->Drain();
     });
   }
   world_.clock.After(length, [this] {
@@ -203,62 +230,68 @@ void Simulation::PlanTheStory() {
   });
 }
 
-// A client comes, to whichever loop it is sent, as a router would.
-void Simulation::Arrive() {
-  ++world_.tally.requests;
-  const size_t loop = world_.random.Between(0, static_cast<int>(loops_.size()) - 1);
-  const std::optional<ModelLimits> limits = loops_[loop]->board().model_limits();
-  if (!limits.has_value()) {
-    ++world_.tally.refused_unavailable;
-    return;
-  }
-  const MadeUpRequest made = MakeUpRequest(world_.random, *limits, ++last_seed_);
-  absl::StatusOr<std::shared_ptr<const Request>> request =
-      ValidateRequest(made.message, *limits, /*default_seed=*/0);
-  if (request.ok() != made.is_valid) {
-    world_.Fail(absl::StrCat("validation says ", request.status().ToString(), " of ",
-                             made.message.ShortDebugString()));
-  }
-  if (!request.ok()) {
-    ++world_.tally.refused_invalid;
-    return;
-  }
-  const int most_waiting = MostWaiting(loop);
-  const bool was_serving = loops_[loop]->is_serving();
-  auto client = std::make_shared<SimulatedClient>(world_, made.message, *limits);
-  Live live{.client = client, .request = *request, .loop = loop};
-  const absl::StatusOr<SequenceId> id =
-      loops_[loop]->inbox().Submit({.request = *std::move(request), .stream = client});
-  if (id.ok()) {
-    world_.Log("comes", client->seed(), loop, *id);
-    live.id = *id;
-    if (world_.random.OneIn(5)) {
-      world_.clock.After(world_.random.Between(absl::ZeroDuration(), absl::Milliseconds(300)),
-                         [this, seed = client->seed()] {
-                           const auto found = live_.find(seed);
-                           if (found != live_.end()) HangUp(found->second);
-                         });
-    }
-    live_.emplace(client->seed(), std::move(live));
-  } else if (absl::IsResourceExhausted(id.status())) {
-    ++world_.tally.refused_full;
-    if (most_waiting < max_queued_requests_) world_.Fail("refused though the queue is not full");
-  } else {
-    ++world_.tally.refused_unavailable;
-    if (was_serving) world_.Fail(absl::StrCat("refused: ", id.status().message()));
+// From now on nobody waits for workers.
+void Simulation::Close() {
+  is_closing_ = true;
+  for (auto& [seed, live] : live_) {
+    if (live.loop == kNowhere) live.client->AllowUnavailable();
   }
 }
 
-// An upper bound: some of these run.
-int Simulation::MostWaiting(size_t loop) const {
-  int count = 0;
+void Simulation::Arrive() {
+  ++world_.tally.requests;
+  const std::optional<ModelLimits> limits = router_->model_limits();
+  if (!limits.has_value()) return world_.Fail("the limits of the model are forgotten");
+  const MadeUpRequest made = MakeUpRequest(world_.random, *limits, ++last_seed_);
+  const bool was_serving = is_serving();
+  auto client = std::make_shared<SimulatedClient>(world_, made.message, *limits);
+  // Before it is submitted: from then on it is heard of.
+  Live& live = live_.emplace(client->seed(), Live{.client = client}).first->second;
+  world_.Log("comes", client->seed());
+  const absl::StatusOr<RequestId> id = admission_->Submit(made.message, client);
+  if (!id.ok()) {
+    live_.erase(client->seed());
+    return TakeRefusal(made, id.status(), was_serving);
+  }
+  if (!made.is_valid) {
+    world_.Fail(absl::StrCat("taken though it is invalid: ", made.message.ShortDebugString()));
+  }
+  live.request_id = *id;
+  live.is_poison = has_faults_ && !story_is_over_ && world_.random.OneIn(100);
+  if (!world_.random.OneIn(5)) return;
+  world_.clock.After(world_.random.Between(absl::ZeroDuration(), absl::Milliseconds(300)),
+                     [this, seed = client->seed()] { HangUp(live_.at(seed)); });
+}
+
+void Simulation::TakeRefusal(const MadeUpRequest& made, const absl::Status& refusal,
+                             bool was_serving) {
+  world_.Log("refused", last_seed_, static_cast<uint64_t>(refusal.code()));
+  if (absl::IsInvalidArgument(refusal)) {
+    ++world_.tally.refused_invalid;
+    if (made.is_valid) world_.Fail(absl::StrCat("refused: ", refusal.message()));
+  } else if (absl::IsResourceExhausted(refusal)) {
+    ++world_.tally.refused_full;
+    if (!IsFull()) world_.Fail("refused though the queue is not full");
+  } else {
+    ++world_.tally.refused_unavailable;
+    if (was_serving && !is_closing_) world_.Fail(absl::StrCat("refused: ", refusal.message()));
+  }
+}
+
+// Whether no queue has room: as many as may wait are there, though some of them may run.
+bool Simulation::IsFull() const {
+  std::map<int, int> num_requests;  // by loop
   for (const auto& [seed, live] : live_) {
     const SimulatedClient& client = *live.client;
-    if (live.loop == loop && !live.is_homeless && !client.has_ended() && !client.is_silenced()) {
-      ++count;
+    if (!client.has_ended() && !client.is_silenced()) ++num_requests[live.loop];
+  }
+  if (!is_serving()) return num_requests[kNowhere] >= loop_options_.max_queued_requests;
+  for (int i = 0; i < num_loops_; ++i) {
+    if (loops_[i]->is_serving() && num_requests[i] < loop_options_.max_queued_requests) {
+      return false;
     }
   }
-  return count;
+  return true;
 }
 
 void Simulation::HangUp(Live& live) {
@@ -266,13 +299,8 @@ void Simulation::HangUp(Live& live) {
   ++world_.tally.cancelled;
   world_.Log("hangs up", live.client->seed());
   live.client->HangUp();
-  if (live.is_homeless) {
-    std::erase_if(homeless_, [&](const LiveRequest& lost) { return lost.stream == live.client; });
-    live.is_homeless = false;
-    live.client->ExpectSilence();
-  } else {
-    loops_[live.loop]->inbox().Cancel(live.id);
-  }
+  admission_->Cancel(live.request_id);
+  if (live.loop == kNowhere) live.client->ExpectSilence();
 }
 
 void Simulation::HangUpAll() {
@@ -281,7 +309,22 @@ void Simulation::HangUpAll() {
   }
 }
 
-void Simulation::OnStepSent(size_t loop, const v1::StepCommand& command) {
+// Of a queued one the request tells which it is.
+void Simulation::OnQueued(int loop, SequenceId id, const LiveRequest& queued) {
+  const auto found = live_.find(queued.request->sampling.seed());
+  if (found == live_.end()) return world_.Fail("somebody unknown is queued");
+  Live& live = found->second;
+  if (live.loop != kNowhere) world_.Fail("a request is in two places");
+  if (live.client->has_hung_up()) world_.Fail("somebody who has hung up is queued");
+  world_.Log("queued", live.client->seed(), loop, id);
+  live.request = queued.request;
+  live.loop = loop;
+  live.id = id;
+  live.is_admitted = false;
+  live.num_overtakers = 0;
+}
+
+void Simulation::OnStepSent(int loop, const v1::StepCommand& command) {
   Fairness& fairness = fairness_[loop];
   if (command.step() == 1) fairness = {};
   for (const uint32_t slot : command.released_slots()) fairness.seeds.erase(slot);
@@ -299,10 +342,9 @@ void Simulation::OnStepSent(size_t loop, const v1::StepCommand& command) {
   CheckTheOldestIsServed(command, fairness);
 }
 
-void Simulation::CheckNobodyIsOvertaken(size_t loop, const Live& admitted) {
+void Simulation::CheckNobodyIsOvertaken(int loop, const Live& admitted) {
   for (auto& [seed, live] : live_) {
-    const bool waits =
-        live.loop == loop && !live.is_homeless && !live.is_admitted && !live.client->is_done();
+    const bool waits = live.loop == loop && !live.is_admitted && !live.client->is_done();
     if (!waits || live.id > admitted.id) continue;
     if (++live.num_overtakers > kMaxOvertakers) {
       world_.Fail(absl::StrCat("request ", seed, " was overtaken by ", admitted.client->seed()));
@@ -321,81 +363,49 @@ void Simulation::CheckTheOldestIsServed(const v1::StepCommand& command, Fairness
     slot_of_oldest = slot;
   }
   if (oldest == nullptr) return;
+  const GroupPlanOptions& plan = cluster_options_.plan;
   const bool is_served = absl::c_linear_search(command.slots(), slot_of_oldest);
   if (is_served || fairness.oldest != oldest->id) fairness.num_steps_without_oldest = 0;
   fairness.oldest = oldest->id;
-  if (is_served || max_tokens_per_step_ <= max_sequences_) return;  // decoding may take it all
-  if (++fairness.num_steps_without_oldest >= max_steps_in_flight_) {
+  if (is_served || plan.max_tokens_per_step <= plan.max_sequences)
+    return;  // decoding may take it all
+  if (++fairness.num_steps_without_oldest >= loop_options_.engine.max_steps_in_flight) {
     world_.Fail(absl::StrCat("request ", oldest->client->seed(), " runs longest and starves"));
   }
 }
 
-void Simulation::OnLost(size_t loop, std::vector<Inbox::Submission> unfinished,
-                        const absl::Status& cause) {
+void Simulation::OnLost(int loop, const std::vector<Inbox::Submission>& unfinished) {
   ++world_.tally.groups_broken;
   world_.Log("group lost", loop, unfinished.size());
   for (auto& [seed, live] : live_) {
-    if (live.loop != loop || live.is_homeless) continue;
-    live.is_admitted = false;
-    if (!lost_ones_go_on_) live.client->AllowUnavailable();
-    if (live.client->has_hung_up()) live.client->ExpectSilence();
+    if (live.loop != loop || live.client->has_ended()) continue;
+    live.loop = kNowhere;
+    if (live.client->has_hung_up()) {
+      live.client->ExpectSilence();
+      continue;
+    }
+    const bool is_futile = ++live.num_losses >= GroupRouter::kMaxFutileLosses;
+    if (is_futile || is_closing_ || !(lost_ones_go_on_ || is_serving())) {
+      live.client->AllowUnavailable();
+    }
   }
-  if (!lost_ones_go_on_) return Engine::EndLost(std::move(unfinished), cause);
-  for (Inbox::Submission& submission : unfinished) {
-    Live& live = live_.at(submission.live.request->sampling.seed());
-    if (live.client->has_hung_up()) world_.Fail("somebody who has hung up is handed over");
-    live.is_homeless = true;
-    homeless_.push_back(std::move(submission.live));
-  }
-  FindHomes();
 }
 
-void Simulation::OnHeartbeat(size_t loop) {
+void Simulation::OnHeartbeat(int loop) {
+  const bool has_emptied_inbox = loops_[loop]->is_serving();
   for (const auto& [seed, live] : live_) {
     if (live.client->has_unflushed())
       world_.Fail(absl::StrCat("request ", seed, " is not flushed"));
-  }
-  if (loops_[loop]->is_serving()) {  // then it has looked into its inbox
-    for (auto& [seed, live] : live_) {
-      if (live.loop == loop && live.client->has_hung_up()) live.client->ExpectSilence();
+    if (live.loop == loop && live.client->has_hung_up() && has_emptied_inbox) {
+      live.client->ExpectSilence();
     }
   }
   // Preempted ones wait again, lost ones besides.
+  const auto most_waiting = static_cast<uint32_t>(loop_options_.max_queued_requests +
+                                                  cluster_options_.plan.max_sequences);
   const uint32_t num_waiting = loops_[loop]->board().server_info().num_waiting();
-  if (!lost_ones_go_on_ &&
-      num_waiting > static_cast<uint32_t>(max_queued_requests_ + max_sequences_)) {
+  if (world_.tally.resumed == 0 && num_waiting > most_waiting) {
     world_.Fail(absl::StrCat(num_waiting, " requests wait"));
-  }
-  FindHomes();
-}
-
-// Gives lost requests to loops that serve.
-void Simulation::FindHomes() {
-  if (homeless_.empty()) return;
-  if (is_closing_) {
-    for (const LiveRequest& lost : std::exchange(homeless_, {})) {
-      Live& live = live_.at(lost.request->sampling.seed());
-      live.client->AllowUnavailable();
-      live.is_homeless = false;
-      lost.stream->OnEnd(absl::UnavailableError("there are no workers any more"));
-      lost.stream->Flush();
-    }
-  }
-  std::vector<size_t> serving;
-  for (size_t i = 0; i < loops_.size(); ++i) {
-    if (loops_[i]->is_serving()) serving.push_back(i);
-  }
-  if (serving.empty()) return;
-  for (LiveRequest& lost : std::exchange(homeless_, {})) {
-    Live& live = live_.at(lost.request->sampling.seed());
-    live.loop = serving[world_.random.Between(0, static_cast<int>(serving.size()) - 1)];
-    const absl::StatusOr<SequenceId> id = loops_[live.loop]->inbox().Resume(std::move(lost));
-    if (!id.ok()) return world_.Fail(absl::StrCat("not resumed: ", id.status().message()));
-    ++world_.tally.resumed;
-    live.id = *id;
-    live.is_homeless = false;
-    live.num_overtakers = 0;
-    world_.Log("goes on", live.client->seed(), live.loop, *id);
   }
 }
 
@@ -425,7 +435,7 @@ SimulationResult Simulation::Run() {
   if (RunUntil([this] { return story_is_over_ && AllAreDone(); }) &&
       RunUntil([this] { return AllIsFree(); })) {
     CheckNothingIsLeft();
-    for (const auto& loop : loops_) loop->Drain();
+    router_->Drain();
     RunUntil([this] {
       return std::all_of(loops_.begin(), loops_.end(),
                          [](const auto& loop) { return loop->has_ended(); });

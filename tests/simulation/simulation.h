@@ -1,13 +1,13 @@
-// One run of the coordinator in a made-up world: the real Engine, Scheduler, WorkerGroup, Inbox and
-// request validation, with no thread, no clock and no wire. Everything that happens follows from
-// the seed, so a seed replays a run exactly.
+// One run of the coordinator in a made-up world: the real Admission, GroupRouter, Engine, Scheduler
+// and WorkerGroup, with no thread, no clock and no wire. Everything that happens follows from the
+// seed, so a seed replays a run exactly.
 //
 // Clients come in bursts with odd and hostile requests, hang up alone and all together; workers
 // misbehave (simulated_cluster). Then the faults stop, everybody is served, and the loops drain.
 // What must hold:
 //   - every token, logprob, count and reason for an end is what the hash of the prefix says;
-//   - every request ends exactly once, and ends badly only if its own worker or sequence failed;
-//     with an owner who goes on with lost requests, none is lost;
+//   - every request ends exactly once, and badly only if its own sequence failed, or its workers
+//     were lost and nothing waits, or too often; none is lost otherwise;
 //   - no command is one that a worker must refuse, and no sequence reads KV that is not its own, of
 //     an epoch that is over, or of another salt;
 //   - no waiting request is overtaken by a later one, but for kMaxOvertakers; of those that run the

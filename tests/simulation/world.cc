@@ -31,6 +31,7 @@ constexpr Named kCounts[] = {
     {"groups_broken", &Tally::groups_broken},
     {"forming_failed", &Tally::forming_failed},
     {"deaths", &Tally::deaths},
+    {"poisoned", &Tally::poisoned},
     {"silences", &Tally::silences},
     {"slow_steps", &Tally::slow_steps},
     {"stale_results", &Tally::stale_results},

@@ -53,6 +53,7 @@ struct Tally {
   int64_t groups_broken = 0;
   int64_t forming_failed = 0;
   int64_t deaths = 0;
+  int64_t poisoned = 0;  // died of a request
   int64_t silences = 0;
   int64_t slow_steps = 0;
   int64_t stale_results = 0;
