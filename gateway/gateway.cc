@@ -51,7 +51,7 @@ struct Gateway::Parts {
 };
 
 absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options) {
-  absl::StatusOr<ModelText> loaded = ModelText::Load(options.model_dir);
+  absl::StatusOr<ModelText> loaded = ModelText::Load(options.model_dir, options.chat_encoding);
   if (!loaded.ok()) return Unusable(loaded.status());
   const absl::StatusOr<SamplingDefaults> defaults = LoadSamplingDefaults(options.model_dir);
   if (!defaults.ok()) return Unusable(defaults.status());
@@ -60,6 +60,8 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options)
     spdlog::info("{} has no tokenizer.json: serving token ids only", options.model_dir);
   } else if (const absl::Status chat = text.CheckHasChat(); !chat.ok()) {
     spdlog::info("serving without chat: {}", std::string(chat.message()));
+  } else {
+    spdlog::info("chats are encoded for {}", text.chat_encoder().layout().what);
   }
   auto parts = std::make_unique<Parts>(std::move(options), std::move(text), *defaults);
   Parts& p = *parts;

@@ -16,6 +16,7 @@ namespace fathom {
 
 struct GatewayOptions {
   std::string model_dir;  // tokenizer.json, tokenizer_config.json, generation_config.json
+  std::string chat_encoding = "auto";  // or one of ChatEncoder::Names
   CoordinatorClientOptions coordinator;
   ServedModelOptions model;
   ServerOptions server;

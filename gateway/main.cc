@@ -12,6 +12,7 @@
 
 #include "CLI/CLI.hpp"
 #include "gateway/gateway.h"
+#include "gateway/openai/model_text.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
@@ -114,6 +115,12 @@ void AddFlags(CLI::App& app, Flags& flags) {
                  "Names that requests may call the model by; the first is the one reported "
                  "(default: the model folder as given)")
       ->check(CheckNotEmpty);
+  std::vector<std::string> encodings = ChatEncoder::Names();
+  encodings.insert(encodings.begin(), kAutoChatEncoding);
+  app.add_option("--chat-encoding", gateway.chat_encoding,
+                 "How chats become prompts; auto: as the model's files say")
+      ->check(CLI::IsMember(encodings))
+      ->capture_default_str();
   AddServerFlags(app, gateway.server);
   AddApiFlags(app, gateway.limits);
   app.add_option("--text-threads", gateway.text_threads, "Threads that tokenize prompts")

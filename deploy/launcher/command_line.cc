@@ -65,12 +65,9 @@ struct RefusedFlag {
 
 constexpr RefusedFlag kRefusedFlags[] = {
     {"--no-enable-chunked-prefill", "prompts are always cut to the token budget"},
-    {"--enable-auto-tool-choice", "tool calls come with a later version"},
-    {"--tool-call-parser", "tool calls come with a later version"},
-    {"--reasoning-parser", "reasoning output comes with a later version"},
     {"--speculative-config", "speculative decoding comes with a later version"},
     {"--tokenizer", "the tokenizer is the tokenizer.json of the model folder"},
-    {"--chat-template", "DeepSeek's encodings are built in, no template is executed"},
+    {"--chat-template", "encodings are built in, no template is executed; see --chat-encoding"},
     {"--api-key", "keys come with a later version; put a proxy in front that checks"},
 };
 
@@ -87,7 +84,13 @@ constexpr NeedlessFlag kNeedlessFlags[] = {
     {"--enforce-eager", "", "there are no graphs to capture on this device"},
     {"--disable-log-requests", "",
      "prompts and parameters are never logged; one line per request is, see --log-level"},
-    {"--tokenizer-mode", "auto", "the tokenizer is chosen by the model folder"},
+    {"--tokenizer-mode", "auto|deepseek_v32",
+     "tokenizer and encoding are chosen by the model folder, see --chat-encoding"},
+    {"--enable-auto-tool-choice", "", "requests with tools may call them"},
+    {"--tool-call-parser", "deepseek_v3|deepseek_v31|deepseek_v32|kimi_k2",
+     "tool calls are read as the chat encoding writes them, see --chat-encoding"},
+    {"--reasoning-parser", "deepseek_r1|deepseek_v3|deepseek_v32|kimi_k2",
+     "thoughts are read as the chat encoding writes them, see --chat-encoding"},
     {"--distributed-executor-backend", "mp", "workers are processes of this host"},
     {"--pipeline-parallel-size", "1",
      "layers are not split over workers, see --tensor-parallel-size"},
@@ -142,6 +145,13 @@ void AddModelFlags(CLI::App& app, ServeOptions& options) {
                  "Names the API answers to, the first is reported [MODEL_DIR]")
       ->expected(1, -1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option("--chat-encoding", options.chat_encoding,
+                 "How chats become prompts: auto, by the model's files, or a name such as "
+                 "deepseek_v31")
+      ->capture_default_str()
+      ->check(OneOf({"auto", "deepseek_v3", "deepseek_v3_0324", "deepseek_r1_first", "deepseek_r1",
+                     "deepseek_r1_0528", "deepseek_v31", "deepseek_v32", "kimi_k2",
+                     "kimi_k2_thinking"}));
   app.add_option("--device", options.device,
                  "Where workers compute: cpu, cuda; or sim: they only take their time")
       ->capture_default_str()

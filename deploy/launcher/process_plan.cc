@@ -134,6 +134,7 @@ ProcessSpec PlanGateway(const ServeOptions& options, const Places& places) {
   Arguments arguments(places.program_dir + "/fathom-gateway");
   arguments.Add("--coordinator", "unix:" + CoordinatorSocket(places.run_dir))
       .Add("--model", options.model_dir)
+      .Add("--chat-encoding", options.chat_encoding)
       .Add("--host", options.host)
       .Add("--port", options.port)
       .Add("--drain-timeout-seconds", options.drain_timeout_seconds)

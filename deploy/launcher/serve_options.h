@@ -12,6 +12,8 @@ struct ServeOptions {
   std::string model_dir;
   std::vector<std::string> served_model_names;  // empty: model_dir as given
 
+  std::string chat_encoding = "auto";  // how chats become prompts; auto: as the model's files say
+
   // The HTTP server's address. Port 0: any free one.
   std::string host = "0.0.0.0";
   int port = 8000;

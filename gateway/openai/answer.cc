@@ -85,7 +85,8 @@ class Progress {
   }
 
   void ObserveEnd(const State& state, std::string_view finish_reason) {
-    metrics_.OnFinished(finish_reason);
+    // vLLM's metric knows the engine's reasons only.
+    metrics_.OnFinished(finish_reason == "tool_calls" ? "stop" : finish_reason);
     metrics_.OnRequestDone({.prompt_tokens = state.prompt_tokens,
                             .generation_tokens = state.choice.num_tokens(),
                             .max_tokens = state.max_tokens,

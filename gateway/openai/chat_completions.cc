@@ -28,6 +28,23 @@ ChatFormatOptions FormatOptionsOf(const ChatRequest& request, ResponseHeader hea
   return options;
 }
 
+OutputParserOptions ParserOptionsOf(const ChatRequest& request, const ChatEncoder& encoder) {
+  OutputParserOptions options;
+  options.syntax = encoder.layout().syntax;
+  options.begins_in_thinking =
+      encoder.EndsInThinking(request.prompt.messages, request.prompt.options);
+  options.include_reasoning = request.include_reasoning;
+  options.calls_tools = request.tool_calls != ToolCalls::kNone;
+  options.only_one_call = request.tool_calls == ToolCalls::kOne;
+  // As vLLM's parsers call them.
+  if (options.syntax.tools == ToolSyntax::kDsml) {
+    options.make_call_id = [] { return "call_" + RandomHex().substr(0, 24); };
+  } else {
+    options.make_call_id = [] { return "chatcmpl-tool-" + RandomHex(); };
+  }
+  return options;
+}
+
 }  // namespace
 
 Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
@@ -82,6 +99,8 @@ Task<> ChatCompletionsHandler::Answer(const ChatRequest& request, std::vector<ui
   AnswerPlan plan;
   plan.calls = MakeCalls({prompt}, parameters, call_options);
   plan.choice_options = ChoiceOptionsOf(parameters);
+  plan.choice_options.parser = ParserOptionsOf(request, api_.text.chat_encoder());
+  plan.choice_options.markers = &api_.text.output_markers();
   plan.delivery = DeliveryOf(parameters);
   ChatFormat format(FormatOptionsOf(request, std::move(header), std::move(prompt)),
                     TokenNames(api_.text.tokenizer(), parameters.token_names));

@@ -43,6 +43,56 @@ void ChatFormat::WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const
   WriteChatLogprobs(tokens, names_, json);
 }
 
+void ChatFormat::WriteMessage(const MessageDelta& message, JsonWriter& json) const {
+  json.Key("message").BeginObject().Key("role").String("assistant").Key("content");
+  const std::string content = options_.echo_text + message.content;
+  const bool has_more = !message.reasoning.empty() || !message.tool_calls.empty();
+  if (content.empty() && has_more) {
+    json.Null();
+  } else {
+    json.String(content);
+  }
+  json.Key("refusal").Null().Key("annotations").Null().Key("audio").Null();
+  json.Key("function_call").Null().Key("tool_calls").BeginArray();
+  for (const ToolCallDelta& call : message.tool_calls) {
+    json.BeginObject().Key("id").String(call.id).Key("type").String("function");
+    json.Key("function").BeginObject().Key("name").String(call.name);
+    json.Key("arguments").String(call.arguments).EndObject().EndObject();
+  }
+  json.EndArray();
+  // Under both names: clients know one or the other.
+  for (const char* name : {"reasoning", "reasoning_content"}) {
+    json.Key(name);
+    if (message.reasoning.empty()) {
+      json.Null();
+    } else {
+      json.String(message.reasoning);
+    }
+  }
+  json.EndObject();
+}
+
+void ChatFormat::WriteDelta(const MessageDelta& message, JsonWriter& json) const {
+  json.Key("delta").BeginObject();
+  if (!message.reasoning.empty()) {
+    json.Key("reasoning").String(message.reasoning);
+    json.Key("reasoning_content").String(message.reasoning);
+  }
+  if (!message.content.empty() || message.empty()) json.Key("content").String(message.content);
+  if (!message.tool_calls.empty()) {
+    json.Key("tool_calls").BeginArray();
+    for (const ToolCallDelta& call : message.tool_calls) {
+      json.BeginObject().Key("index").Int(static_cast<int64_t>(call.index));
+      if (!call.id.empty()) json.Key("id").String(call.id).Key("type").String("function");
+      json.Key("function").BeginObject();
+      if (!call.id.empty()) json.Key("name").String(call.name);
+      json.Key("arguments").String(call.arguments).EndObject().EndObject();
+    }
+    json.EndArray();
+  }
+  json.EndObject();
+}
+
 std::string ChatFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
   JsonWriter json;
   json.BeginObject();
@@ -51,11 +101,7 @@ std::string ChatFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage
   for (size_t i = 0; i < choices.size(); ++i) {
     const ChoiceDelta& choice = choices[i];
     json.BeginObject().Key("index").Int(static_cast<int64_t>(i));
-    json.Key("message").BeginObject().Key("role").String("assistant");
-    json.Key("content").String(options_.echo_text + choice.text);
-    json.Key("refusal").Null().Key("annotations").Null().Key("audio").Null();
-    json.Key("function_call").Null().Key("tool_calls").BeginArray().EndArray();
-    json.Key("reasoning").Null().EndObject();
+    WriteMessage(choice.message, json);
     WriteLogprobs(choice, json);
     WriteFinishReason(choice, json);
     WriteStopReason(choice, json);
@@ -117,7 +163,7 @@ std::string ChatFormat::Event(size_t choice, ChoiceDelta delta,
   json.BeginObject();
   WriteHeader(kChunk, json);
   json.Key("choices").BeginArray().BeginObject().Key("index").Int(static_cast<int64_t>(choice));
-  json.Key("delta").BeginObject().Key("content").String(delta.text).EndObject();
+  WriteDelta(delta.message, json);
   WriteLogprobs(delta, json);
   WriteFinishReason(delta, json);
   if (!delta.finish_reason.empty()) WriteStopReason(delta, json);

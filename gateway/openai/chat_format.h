@@ -38,6 +38,9 @@ class ChatFormat : public AnswerFormat {
 
  private:
   void WriteHeader(std::string_view object, JsonWriter& json) const;
+  // The fields of a message that were written, "content": "" where none was.
+  void WriteDelta(const MessageDelta& message, JsonWriter& json) const;
+  void WriteMessage(const MessageDelta& message, JsonWriter& json) const;
   void WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const;
   std::string RoleEvent(int choice, const std::optional<TokenUsage>& usage) const;
   std::string EchoEvent(int choice, const std::optional<TokenUsage>& usage) const;

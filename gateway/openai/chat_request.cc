@@ -52,13 +52,15 @@ absl::Status ReadToolCalls(const JsonFields& fields, std::vector<ChatToolCall>& 
     const std::optional<dom::element> function = call.Find("function");
     if (!function) return call.WrongType("function", "an object");
     ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*function, call.NameOf("function")));
-    std::optional<std::string> type, name, arguments;
+    std::optional<std::string> id, type, name, arguments;
+    RETURN_IF_ERROR(call.Read("id", id));
     RETURN_IF_ERROR(call.Read("type", type));
     RETURN_IF_ERROR(named.Read("name", name));
     RETURN_IF_ERROR(named.Read("arguments", arguments));
     if (!name) return named.WrongType("name", "a string");
     if (!arguments) return named.WrongType("arguments", "a string");
-    calls.push_back({type.value_or("function"), *std::move(name), *std::move(arguments)});
+    calls.push_back(
+        {id.value_or(""), type.value_or("function"), *std::move(name), *std::move(arguments)});
   }
   return absl::OkStatus();
 }
@@ -74,6 +76,21 @@ absl::StatusOr<ChatMessage::Role> RoleOf(const std::string& role, const JsonFiel
                                                               role, "'."));
 }
 
+// Fields that only some encodings print.
+absl::Status ReadMore(const JsonFields& fields, ChatMessage& message) {
+  std::optional<std::string> name, tool_call_id, reasoning;
+  RETURN_IF_ERROR(fields.Read("name", name));
+  RETURN_IF_ERROR(fields.Read("tool_call_id", tool_call_id));
+  message.name = name.value_or("");
+  message.tool_call_id = tool_call_id.value_or("");
+  if (message.role != ChatMessage::Role::kAssistant) return absl::OkStatus();
+  RETURN_IF_ERROR(fields.Read("reasoning", reasoning));
+  RETURN_IF_ERROR(fields.Read("reasoning_content", reasoning));
+  message.reasoning = reasoning.value_or("");
+  RETURN_IF_ERROR(fields.Read("prefix", message.prefix));
+  return ReadToolCalls(fields, message.tool_calls);
+}
+
 absl::StatusOr<ChatMessage> ReadMessage(dom::element element, std::string name) {
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(element, std::move(name)));
   std::optional<std::string> role;
@@ -82,16 +99,14 @@ absl::StatusOr<ChatMessage> ReadMessage(dom::element element, std::string name) 
   ChatMessage message;
   ASSIGN_OR_RETURN(message.role, RoleOf(*role, fields));
   RETURN_IF_ERROR(ReadContent(fields, message.content));
-  if (message.role == ChatMessage::Role::kAssistant) {
-    RETURN_IF_ERROR(ReadToolCalls(fields, message.tool_calls));
-  }
+  RETURN_IF_ERROR(ReadMore(fields, message));
   const bool may_lack_content = !message.tool_calls.empty();
   if (!message.content && !may_lack_content) return fields.WrongType("content", "a string");
   return message;
 }
 
-// The template of the served model is fixed; its only switches are these, and V3 ignores them.
-absl::Status CheckTemplateFields(const JsonFields& fields) {
+// The template of the served model is fixed; its only switches are these, where it has them.
+absl::Status ReadTemplateFields(const JsonFields& fields, ChatOptions& options) {
   if (fields.Find("chat_template")) {
     return InvalidParameter("chat_template",
                             "Chat template is passed with request, but the server uses only its "
@@ -99,37 +114,31 @@ absl::Status CheckTemplateFields(const JsonFields& fields) {
   }
   const std::optional<dom::element> value = fields.Find("chat_template_kwargs");
   if (!value) return absl::OkStatus();
-  dom::object kwargs;
-  if (value->get(kwargs)) return fields.WrongType("chat_template_kwargs", "an object");
-  for (const dom::key_value_pair field : kwargs) {
+  ASSIGN_OR_RETURN(const JsonFields kwargs, JsonFields::Of(*value, "chat_template_kwargs"));
+  for (const dom::key_value_pair field : dom::object(*value)) {
     if (field.key == "thinking" || field.key == "enable_thinking") continue;
     return InvalidParameter("chat_template_kwargs",
                             absl::StrCat("chat_template_kwargs: '", std::string(field.key),
                                          "' is not known, expected thinking or enable_thinking"));
   }
-  return absl::OkStatus();
+  RETURN_IF_ERROR(kwargs.Read("enable_thinking", options.thinking));
+  return kwargs.Read("thinking", options.thinking);
 }
 
-absl::Status CheckTools(const JsonFields& fields) {
-  const std::optional<dom::element> tools = fields.Find("tools");
-  const std::optional<dom::element> choice = fields.Find("tool_choice");
-  dom::array list;
-  if (tools && tools->get(list)) return fields.WrongType("tools", "a list of tools");
-  const bool has_tools = tools && list.size() > 0;
-  std::string_view choice_name;
-  if (choice && choice->get(choice_name) && !choice->is_object()) {
-    return fields.WrongType("tool_choice", "a string or an object");
+// Which end the prompt has.
+absl::Status ReadPromptEnd(const JsonFields& fields, ChatPrompt& prompt) {
+  RETURN_IF_ERROR(fields.Read("add_generation_prompt", prompt.options.add_generation_prompt));
+  RETURN_IF_ERROR(fields.Read("continue_final_message", prompt.options.continue_final_message));
+  if (prompt.messages.back().prefix) {
+    prompt.options.continue_final_message = true;
+    prompt.options.add_generation_prompt = false;
   }
-  if (!choice) {
-    return has_tools ? NotSupportedYet("tools", "calling tools") : absl::OkStatus();
+  if (prompt.options.continue_final_message && prompt.options.add_generation_prompt) {
+    return InvalidParameter(
+        "continue_final_message",
+        "Cannot set both `continue_final_message` and `add_generation_prompt` to True.");
   }
-  if (choice_name == "none") return absl::OkStatus();
-  if (!has_tools) {
-    // As in vLLM, `required` with an empty list of tools is none.
-    if (choice_name == "required" && tools) return absl::OkStatus();
-    return InvalidParameter("tool_choice", "When using `tool_choice`, `tools` must be set.");
-  }
-  return NotSupportedYet("tool_choice", "calling tools");
+  return absl::OkStatus();
 }
 
 absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
@@ -163,8 +172,8 @@ absl::Status ReadMaxTokens(const JsonFields& fields, ChatRequest& request) {
 }  // namespace
 
 absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits) {
-  RETURN_IF_ERROR(CheckTemplateFields(fields));
   ChatPrompt prompt;
+  RETURN_IF_ERROR(ReadTemplateFields(fields, prompt.options));
   const std::optional<dom::element> value = fields.Find("messages");
   dom::array messages;
   if (!value || value->get(messages)) return fields.WrongType("messages", "a list of messages");
@@ -180,13 +189,8 @@ absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLim
                      ReadMessage(element, absl::StrCat("messages[", prompt.messages.size(), "]")));
     prompt.messages.push_back(std::move(message));
   }
-  RETURN_IF_ERROR(fields.Read("add_generation_prompt", prompt.options.add_generation_prompt));
-  RETURN_IF_ERROR(fields.Read("continue_final_message", prompt.options.continue_final_message));
-  if (prompt.options.continue_final_message && prompt.options.add_generation_prompt) {
-    return InvalidParameter(
-        "continue_final_message",
-        "Cannot set both `continue_final_message` and `add_generation_prompt` to True.");
-  }
+  RETURN_IF_ERROR(ReadPromptEnd(fields, prompt));
+  ASSIGN_OR_RETURN(prompt.options.tools, ReadTools(fields));
   RETURN_IF_ERROR(fields.Read("add_special_tokens", prompt.add_special_tokens));
   return prompt;
 }
@@ -200,7 +204,9 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
   RETURN_IF_ERROR(fields.Read("model", request.model));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   ASSIGN_OR_RETURN(request.prompt, ReadChatPrompt(fields, limits));
-  RETURN_IF_ERROR(CheckTools(fields));
+  ASSIGN_OR_RETURN(request.tool_calls, ReadToolChoice(fields, request.prompt.options.tools));
+  if (request.tool_calls == ToolCalls::kNone) request.prompt.options.tools.clear();
+  RETURN_IF_ERROR(fields.Read("include_reasoning", request.include_reasoning));
   RETURN_IF_ERROR(ReadLogprobs(fields, limits, request));
   RETURN_IF_ERROR(ReadMaxTokens(fields, request));
   RETURN_IF_ERROR(fields.Read("echo", request.echo));

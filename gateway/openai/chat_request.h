@@ -11,10 +11,11 @@
 
 #include "absl/status/statusor.h"
 #include "gateway/openai/api_limits.h"
+#include "gateway/openai/chat_tools.h"
 #include "gateway/openai/generation_config.h"
 #include "gateway/openai/generation_parameters.h"
 #include "gateway/openai/json_fields.h"
-#include "gateway/text/chat_encoding.h"
+#include "gateway/text/chat_message.h"
 
 namespace fathom {
 
@@ -32,14 +33,17 @@ struct ChatRequest {
   std::optional<uint32_t> max_tokens;    // absent: up to the model's limit
   bool echo = false;                     // an assistant's last message comes before the answer
   std::optional<uint32_t> num_logprobs;  // `logprobs` was true: how many `top_logprobs`
+  ToolCalls tool_calls = ToolCalls::kNone;
+  bool include_reasoning = true;
 };
 
 absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
                                              const SamplingDefaults& defaults,
                                              const ApiLimits& limits);
 
-// `messages` and what says how to encode them. Contents are strings or lists of text parts, joined
-// by newlines; the role `developer` is a system message.
+// `messages`, `tools` and what says how to encode them. Contents are strings or lists of text
+// parts, joined by newlines; the role `developer` is a system message. A last message by the
+// assistant with `prefix` is continued.
 absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits);
 
 }  // namespace fathom

@@ -17,6 +17,7 @@ void MoveToEnd(std::vector<T>& from, std::vector<T>& to) {
 
 void ChoiceDelta::Append(ChoiceDelta next) {
   text += next.text;
+  message.Append(std::move(next.message));
   MoveToEnd(next.token_ids, token_ids);
   MoveToEnd(next.logprobs, logprobs);
   MoveToEnd(next.prompt_logprobs, prompt_logprobs);
@@ -28,6 +29,7 @@ Choice::Choice(const Tokenizer* tokenizer, ChoiceOptions options)
     : options_(std::move(options)), stop_matcher_(options_.stop, options_.stop_string) {
   CHECK(tokenizer != nullptr || options_.stop.empty());
   if (tokenizer != nullptr) detokenizer_.emplace(*tokenizer, options_.detokenizer);
+  if (options_.parser) parser_ = std::make_unique<OutputParser>(*options_.parser);
 }
 
 ChoiceDelta Choice::Take(v1::GenerateResponse response) {
@@ -48,37 +50,68 @@ ChoiceDelta Choice::Take(v1::GenerateResponse response) {
     const bool hidden = stopped_by_token && i + 1 == response.token_ids_size() &&
                         options_.stop_string == StopString::kLeaveOut;
     if (hidden) break;
-    delta.text += TextOf(token_id);
+    PushToken(token_id, delta);
     if (const std::optional<size_t> stop = stop_matcher_.stopped()) {
-      finished_ = true;
-      delta.finish_reason = "stop";
+      EndWith("stop", delta);
       delta.stop_reason = options_.stop[*stop];
       return delta;
     }
   }
   if (response.finish_reason() == v1::FINISH_REASON_UNSPECIFIED) return delta;
-  finished_ = true;
-  delta.text += Flush();
+  Flush(delta);
   if (const std::optional<size_t> stop = stop_matcher_.stopped()) {
-    delta.finish_reason = "stop";
+    EndWith("stop", delta);
     delta.stop_reason = options_.stop[*stop];
     return delta;
   }
-  delta.finish_reason = stopped_by_token ? "stop" : "length";
+  EndWith(stopped_by_token ? "stop" : "length", delta);
   if (response.has_stop_token_id()) delta.stop_reason = response.stop_token_id();
   return delta;
 }
 
-std::string Choice::TextOf(uint32_t token_id) {
-  if (!detokenizer_) return {};
-  std::string text = detokenizer_->Push({&token_id, 1});
-  return num_tokens_ <= options_.min_tokens ? text : stop_matcher_.Push(text);
+void Choice::EndWith(std::string_view finish_reason, ChoiceDelta& delta) {
+  finished_ = true;
+  delta.finish_reason = finish_reason;
+  if (parser_ == nullptr) return;
+  parser_->Finish(delta.message);
+  // A call that was cut short must not look complete: "length" stays.
+  if (finish_reason == "stop" && parser_->has_called()) delta.finish_reason = "tool_calls";
 }
 
-std::string Choice::Flush() {
-  if (!detokenizer_) return {};
-  std::string text = stop_matcher_.Push(detokenizer_->Finish());
-  return text + stop_matcher_.Finish();
+void Choice::PushToken(uint32_t token_id, ChoiceDelta& delta) {
+  if (!detokenizer_) return;
+  const std::optional<Marker> marker =
+      parser_ != nullptr ? options_.markers->Find(token_id) : std::nullopt;
+  if (!marker) {
+    const std::string text = detokenizer_->Push({&token_id, 1});
+    if (parser_ != nullptr) held_.AddText(text);
+    return Show(PastStops(text), delta);
+  }
+  const std::string before = detokenizer_->Finish();
+  const std::string text = detokenizer_->Push({&token_id, 1});
+  held_.AddText(before);
+  held_.AddMarker(*marker, text);
+  Show(PastStops(before + text), delta);
+}
+
+void Choice::Flush(ChoiceDelta& delta) {
+  if (!detokenizer_) return;
+  const std::string text = detokenizer_->Finish();
+  if (parser_ != nullptr) held_.AddText(text);
+  std::string shown = stop_matcher_.Push(text);
+  Show(shown += stop_matcher_.Finish(), delta);
+}
+
+std::string Choice::PastStops(std::string_view text) {
+  return num_tokens_ <= options_.min_tokens ? std::string(text) : stop_matcher_.Push(text);
+}
+
+void Choice::Show(const std::string& text, ChoiceDelta& delta) {
+  if (parser_ != nullptr) {
+    held_.Release(text.size(), *parser_, delta.message);
+  } else {
+    delta.text += text;
+  }
 }
 
 }  // namespace fathom

@@ -1,10 +1,12 @@
-// One choice of an answer while it is generated: token ids in, text out.
+// One choice of an answer while it is generated: token ids in, text out, or what a chat's message
+// gains.
 //
 // Tokens are looked at one by one, so what comes out does not depend on how the coordinator cut
 // its stream into messages. Not thread-safe.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -12,6 +14,10 @@
 #include <vector>
 
 #include "gateway/text/detokenizer.h"
+#include "gateway/text/held_output.h"
+#include "gateway/text/message_delta.h"
+#include "gateway/text/output_markers.h"
+#include "gateway/text/output_parser.h"
 #include "gateway/text/stop_matcher.h"
 #include "gateway/text/tokenizer.h"
 #include "proto/generate.pb.h"
@@ -24,11 +30,12 @@ using StopReason = std::variant<std::monostate, std::string, uint32_t>;
 
 // What a choice has gained.
 struct ChoiceDelta {
-  std::string text;
+  std::string text;      // without a parser
+  MessageDelta message;  // with one
   std::vector<uint32_t> token_ids;
   std::vector<v1::TokenLogprobs> logprobs;         // parallel to token_ids, if asked for
   std::vector<v1::TokenLogprobs> prompt_logprobs;  // from the second token on, if asked for
-  std::string_view finish_reason;                  // "" while it goes on; "stop", "length"
+  std::string_view finish_reason;  // "" while it goes on; "stop", "length", "tool_calls"
   StopReason stop_reason;
 
   // Appends `next`, which follows this.
@@ -40,6 +47,9 @@ struct ChoiceOptions {
   std::vector<std::string> stop;
   StopString stop_string = StopString::kLeaveOut;
   uint32_t min_tokens = 0;  // stop strings before are not seen
+  // Takes the output apart; `markers` must outlive the choice. Absent: it is text.
+  std::optional<OutputParserOptions> parser = {};
+  const OutputMarkers* markers = nullptr;
 };
 
 class Choice {
@@ -57,14 +67,21 @@ class Choice {
   uint32_t num_tokens() const { return num_tokens_; }
 
  private:
-  // The text that the token lets out.
-  std::string TextOf(uint32_t token_id);
+  // The text that the token lets out goes into `delta`.
+  void PushToken(uint32_t token_id, ChoiceDelta& delta);
   // The text that was held back; the choice ends without a stop string.
-  std::string Flush();
+  void Flush(ChoiceDelta& delta);
+  void EndWith(std::string_view finish_reason, ChoiceDelta& delta);
+  // `text` may be shown.
+  void Show(const std::string& text, ChoiceDelta& delta);
+  // What stop strings let out of `text`.
+  std::string PastStops(std::string_view text);
 
   const ChoiceOptions options_;
   std::optional<StreamingDetokenizer> detokenizer_;
   StopMatcher stop_matcher_;
+  std::unique_ptr<OutputParser> parser_;
+  HeldOutput held_;  // with a parser
   uint32_t num_tokens_ = 0;
   bool finished_ = false;
 };

@@ -3,14 +3,23 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "gateway/openai/errors.h"
 #include "gateway/text/detokenizer.h"
 
 namespace fathom {
 
-absl::StatusOr<ModelText> ModelText::Load(const std::string& model_dir) {
+absl::StatusOr<ModelText> ModelText::Load(const std::string& model_dir,
+                                          const std::string& chat_encoding) {
   absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer = Tokenizer::Load(model_dir);
-  if (tokenizer.ok()) return ModelText(*std::move(tokenizer));
+  if (tokenizer.ok() && chat_encoding == kAutoChatEncoding) {
+    absl::StatusOr<ChatEncoder> encoder = ChatEncoder::Create(**tokenizer);
+    return ModelText(*std::move(tokenizer), std::move(encoder));
+  }
+  if (tokenizer.ok()) {
+    ASSIGN_OR_RETURN(ChatEncoder encoder, ChatEncoder::Create(**tokenizer, chat_encoding));
+    return ModelText(*std::move(tokenizer), std::move(encoder));
+  }
   if (absl::IsNotFound(tokenizer.status())) {
     return ModelText(absl::NotFoundError(
         "the served model has no tokenizer.json, so it takes and gives token ids only: send "
@@ -22,14 +31,12 @@ absl::StatusOr<ModelText> ModelText::Load(const std::string& model_dir) {
 ModelText::ModelText(absl::Status why_no_text)
     : why_no_text_(why_no_text), why_no_chat_(std::move(why_no_text)) {}
 
-ModelText::ModelText(std::unique_ptr<const Tokenizer> tokenizer)
-    : tokenizer_(std::move(tokenizer)) {
-  absl::StatusOr<ChatEncoder> encoder = ChatEncoder::Create(*tokenizer_);
-  if (encoder.ok()) {
-    chat_encoder_ = *std::move(encoder);
-  } else {
-    why_no_chat_ = encoder.status();
-  }
+ModelText::ModelText(std::unique_ptr<const Tokenizer> tokenizer,
+                     absl::StatusOr<ChatEncoder> encoder)
+    : tokenizer_(std::move(tokenizer)), why_no_chat_(encoder.status()) {
+  if (!encoder.ok()) return;
+  chat_encoder_ = *std::move(encoder);
+  output_markers_.emplace(*tokenizer_, chat_encoder_->layout().syntax);
 }
 
 absl::Status ModelText::CheckHasText(std::string_view param) const {

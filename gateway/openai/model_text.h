@@ -13,20 +13,27 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "gateway/text/chat_encoding.h"
+#include "gateway/text/output_markers.h"
 #include "gateway/text/tokenizer.h"
 
 namespace fathom {
 
+// Recognised by the checkpoint's files.
+inline constexpr char kAutoChatEncoding[] = "auto";
+
 class ModelText {
  public:
-  // InvalidArgument when there is a tokenizer.json and it cannot be used.
-  static absl::StatusOr<ModelText> Load(const std::string& model_dir);
+  // `chat_encoding`: kAutoChatEncoding or one of ChatEncoder::Names. InvalidArgument when there is
+  // a tokenizer.json and it cannot be used, FailedPrecondition when it lacks what that encoding
+  // needs.
+  static absl::StatusOr<ModelText> Load(const std::string& model_dir,
+                                        const std::string& chat_encoding = kAutoChatEncoding);
 
   // Token ids only, for that reason.
   explicit ModelText(absl::Status why_no_text);
 
-  // With a tokenizer, and a chat layout if it has the tokens of one.
-  explicit ModelText(std::unique_ptr<const Tokenizer> tokenizer);
+  // With a tokenizer, and a chat layout if `encoder` is ok.
+  ModelText(std::unique_ptr<const Tokenizer> tokenizer, absl::StatusOr<ChatEncoder> encoder);
 
   // InvalidArgument naming `param` when there is no tokenizer, or no chat layout.
   absl::Status CheckHasText(std::string_view param) const;
@@ -37,10 +44,12 @@ class ModelText {
 
   // CheckHasChat must be ok.
   const ChatEncoder& chat_encoder() const { return *chat_encoder_; }
+  const OutputMarkers& output_markers() const { return *output_markers_; }
 
  private:
   std::unique_ptr<const Tokenizer> tokenizer_;
   std::optional<ChatEncoder> chat_encoder_;
+  std::optional<OutputMarkers> output_markers_;  // of the same layout
   absl::Status why_no_text_;
   absl::Status why_no_chat_;
 };

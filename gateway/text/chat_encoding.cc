@@ -1,33 +1,21 @@
 #include "gateway/text/chat_encoding.h"
 
 #include <algorithm>
-#include <iterator>
-#include <string_view>
-#include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "gateway/text/concat.h"
+#include "gateway/text/deepseek_markers.h"
 
 namespace fathom {
 namespace {
 
-constexpr char kUser[] = "<｜User｜>";
-constexpr char kAssistant[] = "<｜Assistant｜>";
-constexpr char kCallsBegin[] = "<｜tool▁calls▁begin｜>";
-constexpr char kCallsEnd[] = "<｜tool▁calls▁end｜>";
-constexpr char kCallBegin[] = "<｜tool▁call▁begin｜>";
-constexpr char kCallEnd[] = "<｜tool▁call▁end｜>";
-constexpr char kSeparator[] = "<｜tool▁sep｜>";
-constexpr char kOutputsBegin[] = "<｜tool▁outputs▁begin｜>";
-constexpr char kOutputsEnd[] = "<｜tool▁outputs▁end｜>";
-constexpr char kOutputBegin[] = "<｜tool▁output▁begin｜>";
-constexpr char kOutputEnd[] = "<｜tool▁output▁end｜>";
-
-constexpr const char* kToolTokens[] = {kCallsBegin, kCallsEnd,    kCallBegin,
-                                       kCallEnd,    kSeparator,   kOutputsBegin,
-                                       kOutputsEnd, kOutputBegin, kOutputEnd};
-
 using Role = ChatMessage::Role;
+
+constexpr const ChatLayout* kLayouts[] = {
+    &kChatV3,  &kChatV3_0324, &kChatR1First,        &kChatR1, &kChatR1_0528, &kChatV31,
+    &kChatV32, &kChatKimiK2,  &kChatKimiK2Thinking,
+};
 
 std::string_view NameOf(Role role) {
   switch (role) {
@@ -43,85 +31,93 @@ std::string_view NameOf(Role role) {
   return "unknown";
 }
 
-std::string JoinSystemMessages(absl::Span<const ChatMessage> messages) {
-  std::string joined;
-  bool is_first = true;
-  for (const ChatMessage& message : messages) {
-    if (message.role != Role::kSystem) continue;
-    absl::StrAppend(&joined, is_first ? "" : "\n\n", *message.content);
-    is_first = false;
+// The layout that a template's text shows; null for one we do not know.
+const ChatLayout* LayoutOfTemplate(std::string_view text) {
+  const auto mentions = [text](std::string_view part) {
+    return text.find(part) != std::string_view::npos;
+  };
+  if (mentions("<|im_middle|>")) return mentions("<think>") ? &kChatKimiK2Thinking : &kChatKimiK2;
+  if (!mentions(deepseek::kUser) || !mentions(deepseek::kAssistant)) return nullptr;
+  if (mentions(deepseek::kDsml)) return &kChatV32;
+  if (!mentions(deepseek::kThinkEnd)) {
+    // The variables by which the two official templates differ.
+    return mentions("is_output_first") && !mentions("is_last_user") ? &kChatV3 : &kChatV3_0324;
   }
-  return joined;
+  if (mentions("thinking")) return &kChatV31;
+  if (mentions("is_last_user")) return &kChatR1_0528;
+  if (!mentions(deepseek::kThink)) return nullptr;
+  return mentions("is_first_sp") ? &kChatR1 : &kChatR1First;
 }
 
-std::string RenderToolCall(const ChatToolCall& call) {
-  return absl::StrCat(kCallBegin, call.type, kSeparator, call.name, "\n```json\n", call.arguments,
-                      "\n```", kCallEnd);
-}
-
-void AppendToolCalls(const std::vector<ChatToolCall>& calls, std::string& text) {
-  for (size_t i = 0; i < calls.size(); ++i) {
-    absl::StrAppend(&text, i == 0 ? kCallsBegin : "\n", RenderToolCall(calls[i]));
-  }
-  if (!calls.empty()) absl::StrAppend(&text, kCallsEnd);
-}
-
-// The outputs of one round stand together between kOutputsBegin and kOutputsEnd.
-void AppendToolOutput(const std::string& content, bool is_first, std::string& text) {
-  absl::StrAppend(&text, is_first ? kOutputsBegin : "\n", kOutputBegin, content, kOutputEnd);
+// DeepSeek-V3.2 has no template but code; its tokenizer has a token that no other has.
+const ChatLayout& LayoutOfTokens(const Tokenizer& tokenizer) {
+  return tokenizer.FindAddedToken(deepseek::kDsml).has_value() ? kChatV32 : kChatV3_0324;
 }
 
 }  // namespace
 
 absl::StatusOr<ChatEncoder> ChatEncoder::Create(const Tokenizer& tokenizer) {
-  if (!tokenizer.bos().has_value() || !tokenizer.eos().has_value()) {
-    return absl::FailedPreconditionError(
-        "tokenizer_config.json names no bos_token or no eos_token, which DeepSeek's chat layouts "
-        "need");
-  }
-  for (const char* token : {kUser, kAssistant}) {
-    if (tokenizer.FindAddedToken(token).has_value()) continue;
-    return absl::FailedPreconditionError(absl::StrCat(
-        "the tokenizer has no token ", token, ": the model does not use DeepSeek's chat layout"));
-  }
-  const std::string_view chat_template = tokenizer.chat_template();
-  const auto mentions = [&](std::string_view text) {
-    return chat_template.find(text) != std::string_view::npos;
-  };
-  if (mentions("think>") || mentions("DSML")) {
-    return absl::FailedPreconditionError(
-        "the chat_template handles <think>, supported are the layouts of DeepSeek-V3 and V3-0324");
-  }
+  const std::string& text = tokenizer.chat_template();
+  if (text.empty()) return WithLayout(tokenizer, LayoutOfTokens(tokenizer));
+  const ChatLayout* layout = LayoutOfTemplate(text);
+  if (layout != nullptr) return WithLayout(tokenizer, *layout);
+  return absl::FailedPreconditionError(
+      Concat({"the checkpoint's chat_template is none of those that are known; if the model "
+              "speaks one of them all the same, name it with --chat-encoding: ",
+              absl::StrJoin(Names(), ", ")}));
+}
 
-  ChatEncoder encoder;
-  // The variables by which the two official templates differ.
-  const bool is_v3 = mentions("is_output_first") && !mentions("is_last_user");
-  encoder.layout_ = is_v3 ? Layout::kV3 : Layout::kV3_0324;
-  encoder.bos_ = std::string(tokenizer.BytesOf(*tokenizer.bos()));
-  encoder.eos_ = std::string(tokenizer.BytesOf(*tokenizer.eos()));
+absl::StatusOr<ChatEncoder> ChatEncoder::Create(const Tokenizer& tokenizer, std::string_view name) {
+  for (const ChatLayout* layout : kLayouts) {
+    if (layout->name == name) return WithLayout(tokenizer, *layout);
+  }
+  return absl::InvalidArgumentError(Concat(
+      {"there is no chat encoding '", name, "', expected one of ", absl::StrJoin(Names(), ", ")}));
+}
+
+std::vector<std::string> ChatEncoder::Names() {
+  std::vector<std::string> names;
+  for (const ChatLayout* layout : kLayouts) names.emplace_back(layout->name);
+  return names;
+}
+
+absl::StatusOr<ChatEncoder> ChatEncoder::WithLayout(const Tokenizer& tokenizer,
+                                                    const ChatLayout& layout) {
+  const auto is_known = [&](std::string_view token) {
+    return tokenizer.FindAddedToken(token).has_value();
+  };
+  for (const std::string_view token : layout.tokens) {
+    if (is_known(token)) continue;
+    return absl::FailedPreconditionError(
+        Concat({"the tokenizer has no token ", token, ", which the chat encoding ", layout.name,
+                " needs"}));
+  }
+  ChatEncoder encoder(layout);
   encoder.has_tool_tokens_ =
-      std::all_of(std::begin(kToolTokens), std::end(kToolTokens),
-                  [&](const char* token) { return tokenizer.FindAddedToken(token).has_value(); });
+      std::all_of(layout.tool_tokens.begin(), layout.tool_tokens.end(), is_known);
   return encoder;
 }
 
 absl::Status ChatEncoder::Validate(absl::Span<const ChatMessage> messages,
                                    const ChatOptions& options) const {
   if (messages.empty()) return absl::InvalidArgumentError("messages must not be empty");
+  constexpr std::string_view kNoToolTokens = ": the model's tokenizer has no tokens for tool calls";
+  if (!options.tools.empty() && !has_tool_tokens_) {
+    return absl::InvalidArgumentError(Concat({"tools", kNoToolTokens}));
+  }
   for (size_t i = 0; i < messages.size(); ++i) {
     const ChatMessage& message = messages[i];
     const std::string where =
-        absl::StrCat("messages[", i, "] (", std::string(NameOf(message.role)), ")");
+        Concat({"messages[", std::to_string(i), "] (", NameOf(message.role), ")"});
     const bool calls_tools = !message.tool_calls.empty();
     if (calls_tools && message.role != Role::kAssistant) {
-      return absl::InvalidArgumentError(absl::StrCat(where, " has tool_calls"));
+      return absl::InvalidArgumentError(Concat({where, " has tool_calls"}));
     }
     if (!message.content.has_value() && !calls_tools) {
-      return absl::InvalidArgumentError(absl::StrCat(where, " has no content"));
+      return absl::InvalidArgumentError(Concat({where, " has no content"}));
     }
     if ((calls_tools || message.role == Role::kTool) && !has_tool_tokens_) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": the model's tokenizer has no tokens for tool calls"));
+      return absl::InvalidArgumentError(Concat({where, kNoToolTokens}));
     }
   }
   if (!options.continue_final_message) return absl::OkStatus();
@@ -140,88 +136,12 @@ absl::Status ChatEncoder::Validate(absl::Span<const ChatMessage> messages,
 absl::StatusOr<std::string> ChatEncoder::Encode(absl::Span<const ChatMessage> messages,
                                                 const ChatOptions& options) const {
   RETURN_IF_ERROR(Validate(messages, options));
-  return layout_ == Layout::kV3 ? EncodeV3(messages, options) : EncodeV3_0324(messages, options);
+  return layout_->render(messages, options);
 }
 
-std::string ChatEncoder::EncodeV3(absl::Span<const ChatMessage> messages,
-                                  const ChatOptions& options) const {
-  std::string text = absl::StrCat(bos_, JoinSystemMessages(messages));
-  bool is_after_output = false;
-  bool is_first_call = true;  // of the conversation, as in the template; so are outputs
-  bool is_first_output = true;
-  for (const ChatMessage& message : messages) {
-    const std::string content = message.content.value_or("");
-    if (message.role == Role::kUser) {
-      is_after_output = false;
-      absl::StrAppend(&text, kUser, content);
-    } else if (message.role == Role::kTool) {
-      is_after_output = true;
-      AppendToolOutput(content, is_first_output, text);
-      is_first_output = false;
-    } else if (message.role == Role::kAssistant && message.tool_calls.empty()) {
-      absl::StrAppend(&text, is_after_output ? kOutputsEnd : kAssistant, content);
-      is_after_output = false;
-      if (!options.continue_final_message || &message != &messages.back()) {
-        absl::StrAppend(&text, eos_);
-      }
-    } else if (message.role == Role::kAssistant && !content.empty()) {
-      absl::StrAppend(&text, is_after_output ? kOutputsEnd : kAssistant, content);
-      is_after_output = false;
-      AppendToolCalls(message.tool_calls, text);
-      absl::StrAppend(&text, eos_);
-    } else if (message.role == Role::kAssistant) {
-      is_after_output = false;
-      for (const ChatToolCall& call : message.tool_calls) {
-        if (is_first_call) {
-          absl::StrAppend(&text, kAssistant, kCallsBegin, RenderToolCall(call));
-        } else {
-          absl::StrAppend(&text, "\n", RenderToolCall(call), kCallsEnd, eos_);
-        }
-        is_first_call = false;
-      }
-    }
-  }
-  if (is_after_output) {
-    absl::StrAppend(&text, kOutputsEnd);
-  } else if (options.add_generation_prompt) {
-    absl::StrAppend(&text, kAssistant);
-  }
-  return text;
-}
-
-std::string ChatEncoder::EncodeV3_0324(absl::Span<const ChatMessage> messages,
-                                       const ChatOptions& options) const {
-  std::string text = absl::StrCat(bos_, JoinSystemMessages(messages));
-  bool is_after_output = false;
-  bool is_after_user = false;
-  bool is_first_output = true;  // since tools were last called
-  for (const ChatMessage& message : messages) {
-    const bool is_open = options.continue_final_message && &message == &messages.back();
-    const std::string content = message.content.value_or("");
-    if (message.role == Role::kUser) {
-      absl::StrAppend(&text, kUser, content, is_open ? "" : kAssistant);
-      is_after_output = false;
-      is_after_user = true;
-    } else if (message.role == Role::kTool) {
-      AppendToolOutput(content, is_first_output, text);
-      is_first_output = false;
-      is_after_output = true;
-      is_after_user = false;
-    } else if (message.role == Role::kAssistant) {
-      absl::StrAppend(&text, is_after_output ? kOutputsEnd : "", content);
-      is_after_output = false;
-      is_after_user = false;
-      AppendToolCalls(message.tool_calls, text);
-      if (!message.tool_calls.empty()) is_first_output = true;
-      absl::StrAppend(&text, is_open ? "" : eos_);
-    }
-  }
-  if (is_after_output) {
-    absl::StrAppend(&text, kOutputsEnd);
-  } else if (options.add_generation_prompt && !is_after_user) {
-    absl::StrAppend(&text, kAssistant);
-  }
-  return text;
+bool ChatEncoder::EndsInThinking(absl::Span<const ChatMessage> messages,
+                                 const ChatOptions& options) const {
+  return layout_->ends_in_thinking(messages, options);
 }
 
 }  // namespace fathom

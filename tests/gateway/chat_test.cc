@@ -37,7 +37,7 @@ TEST_F(ChatTest, AnswersAsDocumented) {
           R"({"id":"chatcmpl-test","object":"chat.completion","created":0,"model":"tiny",)"
           R"("choices":[{"index":0,"message":{"role":"assistant","content":"hello",)"
           R"("refusal":null,"annotations":null,"audio":null,"function_call":null,"tool_calls":[],)"
-          R"("reasoning":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,)"
+          R"("reasoning":null,"reasoning_content":null},"logprobs":null,"finish_reason":"stop","stop_reason":null,)"
           R"("token_ids":null}],"service_tier":null,"system_fingerprint":null,"usage":{)"));
   EXPECT_THAT(response.body,
               HasSubstr(R"("prompt_tokens_details":{"cached_tokens":0}},"prompt_logprobs":null,)"
@@ -133,7 +133,7 @@ TEST_F(ChatTest, AcceptsToolsThatMayNotBeCalled) {
   EXPECT_EQ(PostChat(std::string("{") + kHello + tools + R"(,"tool_choice":"none"})").status, 200);
   const HttpResponse refused = PostChat(std::string("{") + kHello + tools + "}");
   EXPECT_EQ(refused.status, 400);
-  EXPECT_THAT(refused.body, HasSubstr("not supported yet"));
+  EXPECT_THAT(refused.body, HasSubstr("has no tokens for tool calls"));
 }
 
 TEST_F(ChatTest, TokenizesTextAndChatsAndBack) {

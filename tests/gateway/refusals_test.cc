@@ -234,6 +234,7 @@ TEST_F(RefusalsTest, WhatIsNotSupportedYetAndContradictions) {
 }
 
 TEST_F(RefusalsTest, ChatsThatAreNone) {
+  const std::string kTool = R"("tools":[{"type":"function","function":{"name":"f"}}])";
   const auto with = [](const std::string& field) {
     return absl::StrCat(R"({"messages":[{"role":"user","content":"x"}],)", field, "}");
   };
@@ -258,9 +259,21 @@ TEST_F(RefusalsTest, ChatsThatAreNone) {
         "top_logprobs"},
        {with(R"("tool_choice":"auto")"), "When using `tool_choice`, `tools` must be set.",
         "tool_choice"},
-       {with(R"("tools":[{}],"tool_choice":"required")"), "not supported yet", "tool_choice"},
-       {with(R"("tools":[{}])"), "not supported yet", "tools"},
+       {with(kTool + R"(,"tool_choice":"required")"), "needs structured output", "tool_choice"},
+       {with(kTool + R"(,"tool_choice":{"type":"function","function":{"name":"f"}})"),
+        "needs structured output", "tool_choice"},
+       {with(kTool + R"(,"tool_choice":{"type":"function","function":{"name":"g"}})"),
+        "does not match any of the specified `tools`", "tool_choice"},
+       {with(kTool + R"(,"tool_choice":"maybe")"), "got 'maybe'", "tool_choice"},
+       {with(kTool + R"(,"tool_choice":7)"), "a string or an object", "tool_choice", kMalformed},
+       {with(kTool), "tools: the model's tokenizer has no tokens for tool calls", "messages"},
        {with(R"("tools":7)"), "tools must be a list", "tools", kMalformed},
+       {with(R"("tools":[{}])"), "must be an object", "tools[0].function", kMalformed},
+       {with(R"("tools":[{"function":{}}])"), "must be a string", "tools[0].function.name",
+        kMalformed},
+       {with(R"("tools":[{"type":"browser"}])"), "only tools of type 'function'", "tools[0].type"},
+       {with(R"("chat_template_kwargs":{"thinking":1})"), "must be true or false",
+        "chat_template_kwargs.thinking", kMalformed},
        {with(R"("chat_template":"x")"), "Chat template is passed with request", "chat_template"},
        {with(R"("chat_template_kwargs":{"x":1})"), "'x' is not known", "chat_template_kwargs"},
        {with(R"("continue_final_message":true)"),

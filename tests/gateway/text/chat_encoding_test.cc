@@ -10,15 +10,21 @@
 namespace fathom {
 namespace {
 
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using Role = ChatMessage::Role;
 
-ChatMessage Says(Role role, std::string content) { return {role, std::move(content), {}}; }
+ChatMessage Says(Role role, std::optional<std::string> content) {
+  ChatMessage message;
+  message.role = role;
+  message.content = std::move(content);
+  return message;
+}
 
 ChatMessage Calls(std::optional<std::string> content, std::vector<std::string> arguments) {
-  ChatMessage message{Role::kAssistant, std::move(content), {}};
+  ChatMessage message = Says(Role::kAssistant, std::move(content));
   for (std::string& text : arguments) {
-    message.tool_calls.push_back({.name = "get_weather", .arguments = std::move(text)});
+    message.tool_calls.push_back({"", "function", "get_weather", std::move(text)});
   }
   return message;
 }
@@ -66,7 +72,12 @@ class ChatEncodingTest : public testing::Test {
   }
 };
 
-constexpr ChatOptions kContinue = {.add_generation_prompt = false, .continue_final_message = true};
+ChatOptions Continuing() {
+  ChatOptions options;
+  options.add_generation_prompt = false;
+  options.continue_final_message = true;
+  return options;
+}
 
 TEST_F(ChatEncodingTest, PrintsWhatDeepSeekV3sTemplatePrints) {
   ExpectGolden(V3(), std::string(kGoldenV3) + "/chat.json", 12);
@@ -124,38 +135,43 @@ TEST_F(ChatEncodingTest, NeitherLayoutLosesCallsBesideContent) {
 TEST_F(ChatEncodingTest, ContinuesTheLastMessage) {
   for (const ChatEncoder* encoder : {&V3(), &V3_0324()}) {
     EXPECT_EQ(
-        Text(*encoder, {Says(Role::kUser, "Hi"), Says(Role::kAssistant, "Hello, ")}, kContinue),
+        Text(*encoder, {Says(Role::kUser, "Hi"), Says(Role::kAssistant, "Hello, ")}, Continuing()),
         "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>Hello, ");
-    EXPECT_EQ(Text(*encoder, {Says(Role::kUser, "Once upon")}, kContinue),
+    EXPECT_EQ(Text(*encoder, {Says(Role::kUser, "Once upon")}, Continuing()),
               "<｜begin▁of▁sentence｜><｜User｜>Once upon");
     EXPECT_THAT(Text(*encoder,
                      {Says(Role::kUser, "?"), Calls(std::nullopt, {"{}"}),
                       Says(Role::kTool, "18 C"), Says(Role::kAssistant, "It is")},
-                     kContinue),
+                     Continuing()),
                 HasSubstr("18 C<｜tool▁output▁end｜><｜tool▁outputs▁end｜>It is"));
   }
 }
 
 TEST_F(ChatEncodingTest, RefusesMessagesThatMakeNoSense) {
   EXPECT_EQ(Error({}), "messages must not be empty");
-  EXPECT_EQ(Error({Says(Role::kUser, "x"), {Role::kUser, std::nullopt, {}}}),
+  EXPECT_EQ(Error({Says(Role::kUser, "x"), Says(Role::kUser, std::nullopt)}),
             "messages[1] (user) has no content");
-  EXPECT_EQ(Error({{Role::kAssistant, std::nullopt, {}}}),
+  EXPECT_EQ(Error({Says(Role::kAssistant, std::nullopt)}),
             "messages[0] (assistant) has no content");
   ChatMessage user_calls = Calls("x", {"{}"});
   user_calls.role = Role::kUser;
   EXPECT_EQ(Error({user_calls}), "messages[0] (user) has tool_calls");
 }
 
+ChatOptions Contradictory() {
+  ChatOptions options = Continuing();
+  options.add_generation_prompt = true;
+  return options;
+}
+
 TEST_F(ChatEncodingTest, RefusesToContinueWhatCannotBeContinued) {
-  EXPECT_EQ(Error({Says(Role::kUser, "x")},
-                  {.add_generation_prompt = true, .continue_final_message = true}),
+  EXPECT_EQ(Error({Says(Role::kUser, "x")}, Contradictory()),
             "Cannot set both `continue_final_message` and `add_generation_prompt` to True.");
   const std::string sentence =
       "continue_final_message needs a last message by user or assistant without tool_calls";
-  EXPECT_EQ(Error({Calls("x", {"{}"})}, kContinue), sentence);
-  EXPECT_EQ(Error({Says(Role::kSystem, "x")}, kContinue), sentence);
-  EXPECT_EQ(Error({Says(Role::kUser, "x"), Says(Role::kTool, "x")}, kContinue), sentence);
+  EXPECT_EQ(Error({Calls("x", {"{}"})}, Continuing()), sentence);
+  EXPECT_EQ(Error({Says(Role::kSystem, "x")}, Continuing()), sentence);
+  EXPECT_EQ(Error({Says(Role::kUser, "x"), Says(Role::kTool, "x")}, Continuing()), sentence);
 }
 
 TEST_F(ChatEncodingTest, AModelWithoutToolTokensChatsButCallsNoTools) {
@@ -180,11 +196,47 @@ TEST_F(ChatEncodingTest, RefusesModelsThatSpeakAnotherLayout) {
     EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
     return std::string(status.message());
   };
-  EXPECT_THAT(error(json, "", ""), HasSubstr("no bos_token or no eos_token"));
-  EXPECT_THAT(error(json, config, "{{ '<｜Assistant｜></think>' }}"), HasSubstr("handles <think>"));
+  EXPECT_THAT(error(json, config, "<|im_middle|>{{ message }}"),
+              HasSubstr("has no token <|im_system|>, which the chat encoding kimi_k2 needs"));
+  EXPECT_THAT(error(json, config, "[INST] {{ message }} [/INST]"),
+              HasSubstr("the checkpoint's chat_template is none of those that are known"));
   std::string without_user = json;
   without_user.replace(without_user.find("<｜User｜>"), sizeof("<｜User｜>") - 1, "<|im_user|>");
   EXPECT_THAT(error(without_user, config, ""), HasSubstr("has no token <｜User｜>"));
+}
+
+TEST_F(ChatEncodingTest, AnEncodingCanBeNamed) {
+  const auto named = ChatEncoder::Create(V3Tokenizer(), "deepseek_v3_0324");
+  ASSERT_TRUE(named.ok()) << named.status();
+  EXPECT_EQ(named->layout().name, "deepseek_v3_0324");
+  const absl::Status lacks = ChatEncoder::Create(V3Tokenizer(), "deepseek_v32").status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(lacks)) << lacks;
+  const absl::Status unknown = ChatEncoder::Create(V3Tokenizer(), "deepseek_v9").status();
+  EXPECT_TRUE(absl::IsInvalidArgument(unknown)) << unknown;
+  EXPECT_THAT(std::string(unknown.message()), HasSubstr("expected one of deepseek_v3, "));
+}
+
+// What DeepSeek-V3.1 is left to write: thoughts or an answer.
+TEST_F(ChatEncodingTest, SaysWhetherTheModelGoesOnThinking) {
+  const std::unique_ptr<Tokenizer> tokenizer = ThinkingTokenizer();
+  const auto encoder = ChatEncoder::Create(*tokenizer, "deepseek_v31");
+  ASSERT_TRUE(encoder.ok()) << encoder.status();
+  ChatOptions options;
+  const ChatMessage question = Says(Role::kUser, "1+1?");
+  EXPECT_FALSE(encoder->EndsInThinking({question}, options));
+  options.thinking = true;
+  EXPECT_TRUE(encoder->EndsInThinking({question}, options));
+  EXPECT_FALSE(
+      encoder->EndsInThinking({question, Calls("", {"{}"}), Says(Role::kTool, "2")}, options));
+
+  options.add_generation_prompt = false;
+  options.continue_final_message = true;
+  ChatMessage answer = Says(Role::kAssistant, "It");
+  EXPECT_FALSE(encoder->EndsInThinking({question, answer}, options));
+  EXPECT_THAT(Text(*encoder, {question, answer}, options), EndsWith("<｜Assistant｜></think>It"));
+  answer.prefix = true;
+  EXPECT_TRUE(encoder->EndsInThinking({question, answer}, options));
+  EXPECT_THAT(Text(*encoder, {question, answer}, options), EndsWith("<｜Assistant｜><think>It"));
 }
 
 }  // namespace

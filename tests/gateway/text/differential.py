@@ -2,10 +2,14 @@
 """Compares the tokenizer with Hugging Face's library on random text, until --count strings agree.
 
 Usage: differential.py --program build/cpu/tests/tokenize_lines [--count N] [--seed S] [--time]
+       differential.py --program build/cpu/tests/tokenize_lines --long
 
 Needs the package `tokenizers` (tests/requirements.txt). Three tokenizers are compared: DeepSeek's,
 the tiny one, and tiny ones whose added tokens overlap and take white space in random ways. Ids of
-text, and the text of random ids, must be equal. Exits with 77 (skipped) without the package.
+text, of bytes that are no text, and the text of random ids must be equal, and those of every entry
+of the vocabulary and of a long run of one kind of character. --long means a million strings, the
+whole vocabulary, runs of 1 MB, and the speed of both libraries. Exits with 77 (skipped) without the
+package.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -83,6 +88,17 @@ def random_text(rng, added):
     return "".join(piece(rng, added) for _ in range(rng.randint(1, 12)))
 
 
+def random_bytes(rng, added):
+    """Text with bytes changed, lost and put in."""
+    data = bytearray(random_text(rng, added).encode())
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(data) + 1)
+        data[place:place + rng.randint(0, 2)] = rng.choice(
+            (b"", b"\xff", b"\xc3", b"\xe4\xbd", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80",
+             rng.randbytes(3)))
+    return bytes(data)
+
+
 def random_ids(rng, num_ids):
     return [rng.randrange(num_ids + 10) for _ in range(rng.randint(1, 20))]
 
@@ -103,33 +119,107 @@ def with_random_added_tokens(rng, source, target):
     (target / "tokenizer.json").write_text(json.dumps(data))
 
 
-def answers(program, model, questions):
-    lines = "".join(json.dumps(q, ensure_ascii=False) + "\n" for q in questions)
-    result = subprocess.run([program, str(model)], input=lines.encode(), stdout=subprocess.PIPE, check=True)
-    return [json.loads(line) for line in result.stdout.decode().split("\n")[:-1]]
+class Program:
+    """The program, loaded once, to be asked many things."""
+
+    def __init__(self, path, model):
+        self.process = subprocess.Popen([path, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        assert self.process.wait() == 0
+
+    def answers(self, questions):
+        lines = [{"hex": q.hex()} if isinstance(q, bytes) else q for q in questions]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+        def write():
+            self.process.stdin.write(text)
+            self.process.stdin.flush()
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        result = [json.loads(self.process.stdout.readline()) for _ in questions]
+        writer.join()
+        return result
 
 
-def compare(program, model, rng, count):
-    """Returns how many of `count` texts and as many id lists differ."""
+def expected_answer(theirs, question):
+    if isinstance(question, list):
+        return {"text": theirs.decode(question, skip_special_tokens=False),
+                "skipping": theirs.decode(question, skip_special_tokens=True)}
+    text = question if isinstance(question, str) else question.decode(errors="replace")
+    return {"ids": theirs.encode(text, add_special_tokens=False).ids}
+
+
+def num_different(program, theirs, questions):
+    different = 0
+    for question, ours in zip(questions, program.answers(questions), strict=True):
+        expected = expected_answer(theirs, question)
+        if ours != expected:
+            different += 1
+            if different <= 5:
+                print(f"{str(question)[:300]!a}\n  ours   {str(ours)[:300]}\n  theirs {str(expected)[:300]}")
+    return different
+
+
+def compare(path, model, rng, count):
+    """Returns how many of `count` texts (a tenth of them no UTF-8) and as many id lists differ."""
     theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
     added = [t.content for t in theirs.get_added_tokens_decoder().values()]
     num_ids = theirs.get_vocab_size()
     different = 0
-    for start in range(0, count, BATCH):
-        size = min(BATCH, count - start)
-        questions = [random_text(rng, added) for _ in range(size)]
-        questions += [random_ids(rng, num_ids) for _ in range(size)]
-        for question, ours in zip(questions, answers(program, model, questions), strict=True):
-            if isinstance(question, str):
-                expected = {"ids": theirs.encode(question, add_special_tokens=False).ids}
-            else:
-                expected = {"text": theirs.decode(question, skip_special_tokens=False),
-                            "skipping": theirs.decode(question, skip_special_tokens=True)}
-            if ours != expected:
-                different += 1
-                if different <= 5:
-                    print(f"{question!a}\n  ours   {ours}\n  theirs {expected}")
+    with Program(path, model) as program:
+        for start in range(0, count, BATCH):
+            size = min(BATCH, count - start)
+            questions = [random_bytes(rng, added) if rng.random() < 0.1 else random_text(rng, added)
+                         for _ in range(size)]
+            questions += [random_ids(rng, num_ids) for _ in range(size)]
+            different += num_different(program, theirs, questions)
     return different
+
+
+def compare_vocabulary(path, model):
+    """The text of every id, and the ids of that text."""
+    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    num_ids = 1 + max(theirs.get_vocab(with_added_tokens=True).values())
+    different = 0
+    with Program(path, model) as program:
+        for start in range(0, num_ids, BATCH):
+            ids = range(start, min(start + BATCH, num_ids))
+            texts = [theirs.decode([id], skip_special_tokens=False) for id in ids]
+            different += num_different(program, theirs, [*([id] for id in ids), *texts])
+    print(f"{model.name}: {num_ids} entries of the vocabulary, {different} differ")
+    return different
+
+
+RUNS = {"spaces": " ", "digits": "7", "letters": "a", "CJK": "中", "mixed CJK": "我们的中文文本", "newlines": "\n",
+        "punctuation": "=", "combining marks": "e\u0301", "emoji": "😀"}
+
+
+def compare_runs(path, model, num_bytes):
+    """One kind of character over and over: the same ids, in time that grows with the length."""
+    theirs = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    different = 0
+    with Program(path, model) as program:
+        for name, unit in RUNS.items():
+            texts = [unit * (size // len(unit.encode())) for size in (num_bytes // 4, num_bytes)]
+            different += num_different(program, theirs, texts)
+            seconds = [num_bytes / 1e6 / speed_of(path, model, [text]) * len(text.encode()) / num_bytes
+                       for text in texts]
+            print(f"{num_bytes // 4} and {num_bytes} bytes of {name}: {seconds[0] * 1e3:.1f} and {seconds[1] * 1e3:.1f} ms")
+    print(f"{len(RUNS)} kinds of runs, {different} differ")
+    return different
+
+
+def speed_of(path, model, texts):
+    """MB/s of the program, in one thread; the best of three."""
+    lines = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts)
+    return float(subprocess.run([path, str(model), "--time", "3"], input=lines.encode(),
+                                stdout=subprocess.PIPE, check=True).stdout)
 
 
 def compare_speed(program, model, rng):
@@ -147,16 +237,15 @@ def compare_speed(program, model, rng):
     }
     for name, texts in corpora.items():
         num_bytes = sum(len(t.encode()) for t in texts)
-        lines = "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts)
-        ours = float(subprocess.run([program, str(model), "--time", "3"], input=lines.encode(),
-                                    stdout=subprocess.PIPE, check=True).stdout)
+        ours = speed_of(program, model, texts)
         best = 0
         for _ in range(3):
             start = time.perf_counter()
             for text in texts:
                 theirs.encode(text, add_special_tokens=False)
             best = max(best, num_bytes / 1e6 / (time.perf_counter() - start))
-        print(f"{name}: {ours:.1f} MB/s, tokenizers {tokenizers.__version__} {best:.1f} MB/s, one thread each")
+        print(f"{name}: {ours:.1f} MB/s, tokenizers {tokenizers.__version__} {best:.1f} MB/s, "
+              f"{ours / best:.1f} times, one thread each")
 
 
 def main():
@@ -166,7 +255,10 @@ def main():
     parser.add_argument("--count", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--time", action="store_true", help="also compare the speed")
+    parser.add_argument("--long", action="store_true", help="a million strings, everything else, and the speed")
     options = parser.parse_args()
+    if options.long:
+        options.count, options.time = max(options.count, 1_000_000), True
     rng = random.Random(options.seed)
     print(f"seed {options.seed}")
 
@@ -176,7 +268,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             with_random_added_tokens(rng, GOLDEN / "tokenizer_tiny", pathlib.Path(folder))
             different += compare(options.program, pathlib.Path(folder), rng, options.count // 32)
-    print(f"{options.count} texts and as many lists of ids: {different} differ")
+    print(f"{options.count} texts and as many lists of ids: {different} differ", flush=True)
+    for name in ("tokenizer_v3", "tokenizer_tiny") if options.long else ("tokenizer_tiny",):
+        different += compare_vocabulary(options.program, GOLDEN / name)
+    different += compare_runs(options.program, GOLDEN / "tokenizer_v3", 1_000_000 if options.long else 20_000)
     if options.time:
         compare_speed(options.program, GOLDEN / "tokenizer_v3", rng)
     sys.exit(1 if different else 0)

@@ -50,9 +50,8 @@ ChatMessage MessageFrom(element object) {
   if (!Has(object, "tool_calls")) return message;
   for (const element call : Items(object["tool_calls"])) {
     const element function = call["function"].value();
-    message.tool_calls.push_back({.type = StringAt(call, "type"),
-                                  .name = StringAt(function, "name"),
-                                  .arguments = StringAt(function, "arguments")});
+    message.tool_calls.push_back(
+        {"", StringAt(call, "type"), StringAt(function, "name"), StringAt(function, "arguments")});
   }
   return message;
 }
@@ -105,6 +104,30 @@ std::vector<ChatVector> ReadChatVectors(const std::string& path) {
 const Tokenizer& V3Tokenizer() {
   static const Tokenizer& tokenizer = *LoadOrDie(kGoldenV3).release();
   return tokenizer;
+}
+
+std::unique_ptr<Tokenizer> ThinkingTokenizer() {
+  std::string json = ReadGoldenFile(std::string(kGoldenV3) + "/tokenizer.json");
+  // 128798 and 128799 are what DeepSeek-R1 and later use for thoughts.
+  int place = 799;
+  for (const char* token :
+       {"</think>", "<think>", "｜DSML｜", "<|im_system|>", "<|im_user|>", "<|im_assistant|>",
+        "<|im_middle|>", "<|im_end|>", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
+        "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"}) {
+    const std::string free = "<｜place▁holder▁no▁" + std::to_string(place--) + "｜>";
+    for (size_t at; (at = json.find('"' + free + '"')) != std::string::npos;) {
+      json.replace(at + 1, free.size(), token);
+      constexpr std::string_view kSpecial = "\"special\": true";  // the real ones are not
+      const size_t special = json.find(kSpecial, at);
+      if (special < json.find('}', at)) {
+        json.replace(special, kSpecial.size(), "\"special\": false");
+      }
+    }
+  }
+  absl::StatusOr<std::unique_ptr<Tokenizer>> tokenizer =
+      Tokenizer::Parse(json, ReadGoldenFile(std::string(kGoldenV3) + "/tokenizer_config.json"), "");
+  CHECK(tokenizer.ok()) << tokenizer.status().message();
+  return *std::move(tokenizer);
 }
 
 const Tokenizer& TinyTokenizer() {

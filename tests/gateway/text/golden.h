@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,6 +34,10 @@ std::vector<ChatVector> ReadChatVectors(const std::string& path);
 // DeepSeek-V3's tokenizer, loaded once per program, and the one with 512 tokens.
 const Tokenizer& V3Tokenizer();
 const Tokenizer& TinyTokenizer();
+
+// DeepSeek-V3's tokenizer with the tokens of its successors in places it holds free: <think>,
+// </think>, ｜DSML｜ and Kimi's.
+std::unique_ptr<Tokenizer> ThinkingTokenizer();
 
 // The text of a file that must be there.
 std::string ReadGoldenFile(const std::string& path);

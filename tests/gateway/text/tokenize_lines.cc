@@ -1,6 +1,7 @@
 // tokenize_lines MODEL_DIR: answers JSON lines, for comparison with another tokenizer.
 //
 //   "text"    {"ids":[…]}                     its ids, without BOS
+//   {"hex":"…"}  the same for any bytes
 //   [1,2,3]   {"text":"…","skipping":"…"}     their text, the second without special tokens
 //
 // With --time N all texts are encoded N times in one thread and the best rate in MB/s is printed.
@@ -40,6 +41,15 @@ std::string Quote(std::string_view text) {
 std::string AnswerText(const Tokenizer& tokenizer, std::string_view text) {
   const std::vector<uint32_t> ids = tokenizer.Encode(text, BosPolicy::kNone);
   return absl::StrCat("{\"ids\":[", absl::StrJoin(ids, ","), "]}");
+}
+
+// The bytes that pairs of hexadecimal digits stand for.
+std::string FromHex(std::string_view digits) {
+  std::string bytes;
+  for (size_t i = 0; i + 1 < digits.size(); i += 2) {
+    bytes += static_cast<char>(std::stoi(std::string(digits.substr(i, 2)), nullptr, 16));
+  }
+  return bytes;
 }
 
 std::string AnswerIds(const Tokenizer& tokenizer, simdjson::dom::array elements) {
@@ -82,6 +92,8 @@ int Run(const std::string& model_dir, int num_timings) {
       texts.emplace_back(value.get_string().value());
     } else if (value.is_string()) {
       std::cout << AnswerText(**tokenizer, value.get_string().value()) << "\n";
+    } else if (value.is_object()) {
+      std::cout << AnswerText(**tokenizer, FromHex(value["hex"].get_string().value())) << "\n";
     } else {
       std::cout << AnswerIds(**tokenizer, value.get_array().value()) << "\n";
     }

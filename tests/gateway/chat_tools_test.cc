@@ -1,0 +1,173 @@
+// POST /v1/chat/completions for models that think and call tools.
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "gmock/gmock.h"
+#include "tests/gateway/gateway_fixture.h"
+
+namespace fathom {
+namespace {
+
+using ::testing::EndsWith;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr char kTiny[] = "tests/golden/tokenizer_tiny";
+constexpr char kAsk[] = R"("messages":[{"role":"user","content":"hi"}])";
+constexpr char kTools[] =
+    R"("tools":[{"type":"function","function":{"name":"get","description":"d","parameters":{}}}])";
+constexpr char kCall[] =
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get<｜tool▁sep｜>{\"a\": 1,\n \"b\": \"x\"}"
+    "<｜tool▁call▁end｜><｜tool▁call▁begin｜>get<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+    "<｜tool▁calls▁end｜>";
+
+// The tiny tokenizer with the tokens of DeepSeek-V3.1, in a folder of its own.
+class ChatToolsTest : public GatewayTest {
+ protected:
+  ChatToolsTest() {
+    char folder[] = "/tmp/fathom-chat-tools-XXXXXX";
+    CHECK(mkdtemp(folder) != nullptr);
+    folder_ = folder;
+    std::ostringstream text;
+    text << std::ifstream(std::string(kTiny) + "/tokenizer.json").rdbuf();
+    std::string json = text.str();
+    std::string tokens;
+    uint32_t id = 512;
+    for (const char* part : {"calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep",
+                             "outputs▁begin", "outputs▁end", "output▁begin", "output▁end"}) {
+      absl::StrAppend(&tokens, "{\"id\":", id++, ",\"content\":\"<｜tool▁", part,
+                      "｜>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,"
+                      "\"normalized\":true,\"special\":false},");
+    }
+    constexpr std::string_view kBegin = "\"added_tokens\": [";
+    json.insert(json.find(kBegin) + kBegin.size(), tokens);
+    std::ofstream(folder_ + "/tokenizer.json") << json;
+    std::filesystem::copy(std::string(kTiny) + "/tokenizer_config.json", folder_);
+    tokenizer_ = *Tokenizer::Load(folder_);
+    options_.model_dir = folder_;
+    options_.chat_encoding = "deepseek_v31";
+    coordinator_.model_info().set_vocab_size(id);
+    coordinator_.model_info().set_max_model_len(4096);
+  }
+  ~ChatToolsTest() override { std::filesystem::remove_all(folder_); }
+
+  // The prompt of the last call, as text.
+  std::string LastPrompt() const {
+    std::string text;
+    const v1::GenerateRequest request = coordinator_.requests().back();
+    for (const uint32_t id : request.prompt_token_ids()) text += tokenizer_->BytesOf(id);
+    return text;
+  }
+
+  HttpResponse Chat(const std::string& fields) {
+    return PostChat(absl::StrCat("{", kAsk, fields.empty() ? "" : ",", fields, "}"));
+  }
+
+  std::string folder_;
+};
+
+TEST_F(ChatToolsTest, GivesThoughtsUnderBothNames) {
+  CoordinatorSays("Hmm</think>Hello");
+  const HttpResponse response = Chat(R"("chat_template_kwargs":{"thinking":true})");
+  EXPECT_EQ(response.status, 200) << response.body;
+  EXPECT_THAT(LastPrompt(), EndsWith("<｜Assistant｜><think>"));
+  EXPECT_THAT(response.body, HasSubstr(R"("content":"Hello",)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("reasoning":"Hmm","reasoning_content":"Hmm"})"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"stop")"));
+}
+
+TEST_F(ChatToolsTest, AnAnswerThatIsAllThoughtsHasNoContent) {
+  CoordinatorSays("Hmm, let me");
+  const HttpResponse response =
+      Chat(R"("chat_template_kwargs":{"enable_thinking":true},"max_tokens":4)");
+  EXPECT_THAT(response.body, HasSubstr(R"("content":null,)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("reasoning_content":"Hm)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"length")"));
+}
+
+TEST_F(ChatToolsTest, LeavesThoughtsOutIfAsked) {
+  CoordinatorSays("Hmm</think>Hello");
+  const HttpResponse response =
+      Chat(R"("chat_template_kwargs":{"thinking":true},"include_reasoning":false)");
+  EXPECT_THAT(response.body, HasSubstr(R"("content":"Hello",)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("reasoning":null,"reasoning_content":null})"));
+}
+
+TEST_F(ChatToolsTest, TellsTheModelOfToolsAndGivesItsCalls) {
+  CoordinatorSays(absl::StrCat("Let me see.", kCall));
+  const HttpResponse response = Chat(kTools);
+  EXPECT_EQ(response.status, 200) << response.body;
+  EXPECT_THAT(LastPrompt(), HasSubstr("\n### get\nDescription: d\n\nParameters: {}\n"));
+  EXPECT_THAT(response.body, HasSubstr(R"("content":"Let me see.",)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("tool_calls":[{"id":"chatcmpl-tool-)"));
+  EXPECT_THAT(response.body,
+              HasSubstr(R"(","type":"function","function":{"name":"get",)"
+                        R"("arguments":"{\"a\": 1,\n \"b\": \"x\"}"}},{"id":"chatcmpl-tool-)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("function":{"name":"get","arguments":"{}"}}],)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"tool_calls","stop_reason":null)"));
+}
+
+TEST_F(ChatToolsTest, StreamsCallsPieceByPiece) {
+  CoordinatorSays(kCall);
+  const std::string body = Chat(absl::StrCat(kTools, R"(,"stream":true)")).body;
+  EXPECT_THAT(body, HasSubstr(R"("delta":{"tool_calls":[{"index":0,"id":"chatcmpl-tool-)"));
+  EXPECT_THAT(body, HasSubstr(R"("delta":{"tool_calls":[{"index":0,"function":{"arguments":)"));
+  EXPECT_THAT(body, HasSubstr(R"("delta":{"tool_calls":[{"index":1,"id":"chatcmpl-tool-)"));
+  EXPECT_THAT(body, HasSubstr(R"("finish_reason":"tool_calls")"));
+}
+
+TEST_F(ChatToolsTest, OneCallIsEnoughIfAsked) {
+  CoordinatorSays(kCall);
+  const HttpResponse response = Chat(absl::StrCat(kTools, R"(,"parallel_tool_calls":false)"));
+  EXPECT_THAT(response.body, HasSubstr(R"(\"x\"}"}}],)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"tool_calls")"));
+}
+
+TEST_F(ChatToolsTest, WithoutToolsNothingIsACall) {
+  CoordinatorSays(kCall);
+  const HttpResponse response = Chat(absl::StrCat(kTools, R"(,"tool_choice":"none")"));
+  EXPECT_THAT(LastPrompt(), Not(HasSubstr("### get")));
+  EXPECT_THAT(response.body, HasSubstr(R"("content":"<｜tool▁calls▁begin｜>)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("tool_calls":[],)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"stop")"));
+}
+
+TEST_F(ChatToolsTest, ACallThatIsCutShortSaysSo) {
+  CoordinatorSays(kCall);
+  const HttpResponse response = Chat(absl::StrCat(kTools, R"(,"max_tokens":8)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("function":{"name":"get","arguments":"{)"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"length")"));
+}
+
+TEST_F(ChatToolsTest, StopStringsCountInThoughtsAndMayEndAtATag) {
+  CoordinatorSays("one two</think>three");
+  const std::string thinking = R"("chat_template_kwargs":{"thinking":true},)";
+  const HttpResponse within = Chat(thinking + R"("stop":["two"])");
+  EXPECT_THAT(within.body, HasSubstr(R"("reasoning":"one ",)"));
+  EXPECT_THAT(within.body, HasSubstr(R"("stop_reason":"two")"));
+  const HttpResponse tag = Chat(thinking + R"("stop":["</think>"])");
+  EXPECT_THAT(tag.body, HasSubstr(R"("content":null,)"));
+  EXPECT_THAT(tag.body, HasSubstr(R"("reasoning":"one two",)"));
+  EXPECT_THAT(tag.body, HasSubstr(R"("stop_reason":"</think>")"));
+  // It begins within the tag: what is held back of the tag still ends the thoughts.
+  const HttpResponse past = Chat(thinking + R"("stop":["nk>x"])");
+  EXPECT_THAT(past.body, HasSubstr(R"("content":"three",)"));
+  EXPECT_THAT(past.body, HasSubstr(R"("reasoning":"one two",)"));
+}
+
+TEST_F(ChatToolsTest, ContinuesAPrefix) {
+  CoordinatorSays("4.");
+  PostChat(R"({"messages":[{"role":"user","content":"2+2?"},)"
+           R"({"role":"assistant","content":"It is ","prefix":true}]})");
+  EXPECT_THAT(LastPrompt(), EndsWith("<｜User｜>2+2?<｜Assistant｜></think>It is "));
+}
+
+}  // namespace
+}  // namespace fathom
