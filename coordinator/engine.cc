@@ -56,7 +56,7 @@ Engine::Engine(Options options, Inbox& inbox, StatusBoard& board, Metrics& metri
 Engine::Next Engine::Advance(absl::Duration now) {
   if (group_ == nullptr) return AdvanceWithoutGroup(now);
   const Inbox::Order order = inbox_.order();
-  if (order == Inbox::Order::kStop) return End();
+  if (order == Inbox::Order::kStop) return End(now);
 
   // Once it is broken no answer counts any more.
   absl::Status status = is_serving_ ? CommitAnsweredSteps(now) : absl::OkStatus();
@@ -64,18 +64,19 @@ Engine::Next Engine::Advance(absl::Duration now) {
   if (!status.ok()) return AdvanceWithBrokenGroup(status, now);
 
   if (IsIdle()) throughput_log_.Wake(now);
+  ExpireWaiting(now);
   do {
-    Apply(inbox_.Take());
+    Apply(inbox_.Take(), now);
   } while (SendNextStep(now));
   Deliver();
-  ReportLoad();
+  ReportLoad(now);
   LogThroughput(now);
-  if (IsIdle() && order == Inbox::Order::kDrain) return End();
+  if (IsIdle() && order == Inbox::Order::kDrain) return End(now);
   return {.until = std::min(group_->deadline(), now + throughput_log_.DueIn(now))};
 }
 
 Engine::Next Engine::AdvanceWithoutGroup(absl::Duration now) {
-  if (inbox_.order() != Inbox::Order::kServe) return End();
+  if (inbox_.order() != Inbox::Order::kServe) return End(now);
   if (now < form_at_) return {.until = form_at_};
   return {.kind = Next::Kind::kFormGroup};
 }
@@ -111,6 +112,7 @@ void Engine::BeginServing(absl::Duration now) {
       .num_kv_blocks = plan.num_kv_blocks,
       .num_kv_domains = 1,
       .target_step_us = absl::ToDoubleMicroseconds(options_.target_itl),
+      .policy = options_.policy,
       .share_prefixes = options_.enable_prefix_caching});
   board_.SetGroup(last_epoch_, {.model = plan.model, .kv_cache_tokens = plan.kv_cache_tokens()},
                   plan.block_size, plan.num_kv_blocks);
@@ -142,7 +144,7 @@ Engine::Next Engine::AdvanceWithBrokenGroup(const absl::Status& failure, absl::D
 void Engine::LoseGroup(const absl::Status& cause, absl::Duration now) {
   metrics_.CountGroupFailure();
   spdlog::error("the group of epoch {} broke: {}", last_epoch_, std::string(cause.message()));
-  on_lost_(TakeUnfinished(), cause);
+  on_lost_(TakeUnfinished(now), cause);
   // A group that breaks before its first step must not be formed in a tight loop.
   if (has_made_steps_) backoff_ = options_.min_backoff;
   form_at_ = now + backoff_;
@@ -150,8 +152,8 @@ void Engine::LoseGroup(const absl::Status& cause, absl::Duration now) {
   group_.reset();  // the others must leave the epoch before the next one
 }
 
-std::vector<Inbox::Submission> Engine::TakeUnfinished() {
-  Apply(inbox_.Take());
+std::vector<Inbox::Submission> Engine::TakeUnfinished(absl::Duration now) {
+  Apply(inbox_.Take(), now);
   Deliver();
   std::vector<Inbox::Submission> unfinished;
   for (const Sequence* sequence : scheduler_->Sequences()) {
@@ -165,16 +167,17 @@ std::vector<Inbox::Submission> Engine::TakeUnfinished() {
                   .num_groups_lost = client.num_groups_lost + (was_computed ? 1 : 0)}});
   }
   clients_.clear();
+  begin_by_.clear();
   in_flight_.clear();
   scheduler_.reset();
-  ReportLoad();
+  ReportLoad(now);
   return unfinished;
 }
 
-Engine::Next Engine::End() {
+Engine::Next Engine::End(absl::Duration now) {
   if (group_ != nullptr) {
     metrics_.SetServing(false);
-    EndLost(TakeUnfinished(), absl::UnavailableError("the server is stopping"));
+    EndLost(TakeUnfinished(now), absl::UnavailableError("the server is stopping"));
     group_.reset();
   }
   return {.kind = Next::Kind::kEnd};
@@ -213,13 +216,17 @@ absl::Status Engine::Commit(const StepInFlight& made, v1::StepResult result, abs
   return absl::OkStatus();
 }
 
-void Engine::Apply(Inbox::Content content) {
+void Engine::Apply(Inbox::Content content, absl::Duration now) {
   for (auto& [id, live] : content.submissions) {
     const absl::Status fits = CheckFits(*live.request, group_->plan());
     if (!fits.ok()) {
       live.stream->OnEnd(fits);
       live.stream->Flush();
       continue;
+    }
+    const int most_milliseconds = live.request->max_queue_milliseconds;
+    if (most_milliseconds > 0 && live.num_groups_lost == 0) {
+      begin_by_.emplace(now + absl::Milliseconds(most_milliseconds), id);
     }
     scheduler_->Add(id, std::move(live.request), std::move(live.progress));
     clients_[id] = {.stream = std::move(live.stream), .num_groups_lost = live.num_groups_lost};
@@ -229,6 +236,21 @@ void Engine::Apply(Inbox::Content content) {
     metrics_.CountCancelledRequest();
     clients_.erase(id);
     std::erase_if(deliveries_, [id](const Delivery& delivery) { return delivery.id == id; });
+  }
+}
+
+void Engine::ExpireWaiting(absl::Duration now) {
+  while (!begin_by_.empty() && begin_by_.begin()->first <= now) {
+    const SequenceId id = begin_by_.begin()->second;
+    begin_by_.erase(begin_by_.begin());
+    if (!scheduler_->CancelUnlessStarted(id)) continue;
+    metrics_.CountExpiredRequest();
+    deliveries_.push_back(
+        {.id = id,
+         .stream = std::move(clients_.at(id).stream),
+         .response = {},
+         .end = absl::DeadlineExceededError("the request was not begun within its max_queue_ms")});
+    clients_.erase(id);
   }
 }
 
@@ -327,13 +349,16 @@ ThroughputLog::Load Engine::LoadNow() const {
           .kv_cache_usage = 1 - scheduler_->num_free_blocks() / num_blocks};
 }
 
-void Engine::ReportLoad() {
+void Engine::ReportLoad(absl::Duration now) {
   const ThroughputLog::Load load = LoadNow();
   metrics_.SetLoad(load.num_running, load.num_waiting, load.kv_cache_usage);
   board_.SetLoad({.num_running = load.num_running,
                   .num_waiting = load.num_waiting,
                   .num_free_kv_blocks = scheduler_ == nullptr ? 0 : scheduler_->num_free_blocks()});
-  inbox_.SetNumWaiting(load.num_waiting);
+  if (scheduler_ != nullptr) queue_rate_.Note(now, scheduler_->num_started_tokens());
+  inbox_.SetLoad({.num_requests = load.num_waiting,
+                  .num_tokens = scheduler_ == nullptr ? 0 : scheduler_->num_waiting_tokens(),
+                  .tokens_per_second = queue_rate_.tokens_per_second()});
 }
 
 }  // namespace fathom

@@ -19,7 +19,9 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <set>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -27,6 +29,7 @@
 #include "absl/time/time.h"
 #include "coordinator/inbox.h"
 #include "coordinator/metrics.h"
+#include "coordinator/queue_rate.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/status_board.h"
 #include "coordinator/step_command.h"
@@ -40,6 +43,7 @@ class Engine {
   struct Options {
     int max_prompt_logprob_rows_per_step = 256;
     absl::Duration target_itl = absl::ZeroDuration();  // between tokens of a stream; 0: any
+    SchedulingPolicy policy = SchedulingPolicy::kFirstComeFirstServed;
     bool enable_prefix_caching = true;
     int max_steps_in_flight = 2;  // with 1 the workers wait while a step is scheduled and sent
     absl::Duration min_backoff = absl::Milliseconds(50);  // between attempts to form a group
@@ -98,13 +102,15 @@ class Engine {
   void BeginServing(absl::Duration now);
   void StopServing(const absl::Status& cause);
   void LoseGroup(const absl::Status& cause, absl::Duration now);
-  std::vector<Inbox::Submission> TakeUnfinished();
-  Next End();
+  std::vector<Inbox::Submission> TakeUnfinished(absl::Duration now);
+  Next End(absl::Duration now);
 
   bool IsIdle() const;
   absl::Status CommitAnsweredSteps(absl::Duration now);
   absl::Status Commit(const StepInFlight& made, v1::StepResult result, absl::Duration now);
-  void Apply(Inbox::Content content);
+  void Apply(Inbox::Content content, absl::Duration now);
+  // Ends those that have waited for longer than they were to.
+  void ExpireWaiting(absl::Duration now);
   // Whether another one may follow: there was something to compute, and not as much is in flight
   // as may be.
   bool SendNextStep(absl::Duration now);
@@ -113,7 +119,7 @@ class Engine {
   void CountStep(const StepInFlight& made, const std::vector<SequenceUpdate>& updates,
                  double compute_seconds, absl::Duration now);
   void LogThroughput(absl::Duration now);
-  void ReportLoad();
+  void ReportLoad(absl::Duration now);
   ThroughputLog::Load LoadNow() const;
 
   const Options options_;
@@ -131,12 +137,15 @@ class Engine {
   bool has_made_steps_ = false;  // with it
   std::unique_ptr<Scheduler> scheduler_;
   std::unordered_map<SequenceId, Client> clients_;
+  // When those that must be begun by some time are no longer wanted. May name some that have ended.
+  std::set<std::pair<absl::Duration, SequenceId>> begin_by_;
   std::deque<StepInFlight> in_flight_;
   absl::Duration last_committed_at_;
   std::vector<Delivery> deliveries_;  // of the last commits
 
   int64_t num_preemptions_counted_ = 0;
   Scheduler::PrefixFigures prefix_figures_counted_;
+  QueueRate queue_rate_;
   ThroughputLog throughput_log_;
 };
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/retry_after.h"
 
 namespace fathom {
 namespace {
@@ -241,6 +242,7 @@ void GenerateSession::FillMessage() {
         event.set_stream(number);
         event.mutable_failure()->set_code(static_cast<int>(stream.end->code()));
         event.mutable_failure()->set_message(std::string(stream.end->message()));
+        event.mutable_failure()->set_retry_after_seconds(RetryAfterOf(*stream.end).value_or(0));
       }
       --num_unsent_ends_;
       streams_.erase(found);

@@ -1,13 +1,17 @@
 #include "coordinator/inbox.h"
 
+#include <algorithm>
+#include <cmath>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/retry_after.h"
 
 namespace fathom {
 
-Inbox::Inbox(int max_queued_requests, std::function<void()> on_arrival)
-    : max_queued_requests_(max_queued_requests),
+Inbox::Inbox(Limits limits, std::function<void()> on_arrival)
+    : limits_(limits),
       on_arrival_(std::move(on_arrival)),
       refusal_(absl::UnavailableError("the server is starting")) {}
 
@@ -16,12 +20,7 @@ absl::StatusOr<SequenceId> Inbox::Submit(LiveRequest live) {
   {
     const std::lock_guard lock(mutex_);
     if (!refusal_.ok()) return refusal_;
-    const int num_waiting = num_waiting_ + static_cast<int>(content_.submissions.size());
-    if (num_waiting >= max_queued_requests_) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the queue is full: ", num_waiting,
-                       " requests are waiting (--max-queued-requests); try again later"));
-    }
+    if (absl::Status room = CheckRoom(live.request->num_prompt_tokens()); !room.ok()) return room;
     id = Put(std::move(live));
   }
   on_arrival_();
@@ -39,7 +38,32 @@ absl::StatusOr<SequenceId> Inbox::Resume(LiveRequest live) {
   return id;
 }
 
+absl::Status Inbox::CheckRoom(int num_tokens) const {
+  std::string full;
+  if (waiting_.num_requests >= limits_.max_requests) {
+    full = absl::StrCat(waiting_.num_requests, " requests are waiting (--max-queued-requests)");
+  } else if (limits_.max_tokens > 0 && waiting_.num_tokens > 0 &&
+             waiting_.num_tokens + num_tokens > limits_.max_tokens) {
+    full = absl::StrCat(waiting_.num_tokens, " tokens are waiting, and ", num_tokens,
+                        " more are too many (--max-queued-tokens ", limits_.max_tokens, ")");
+  } else {
+    return absl::OkStatus();
+  }
+  constexpr double kLeastSeconds = 1, kMostSeconds = 600;
+  double seconds = kLeastSeconds;
+  if (waiting_.tokens_per_second > 0) {
+    seconds = std::clamp(static_cast<double>(waiting_.num_tokens) / waiting_.tokens_per_second,
+                         kLeastSeconds, kMostSeconds);
+  }
+  absl::Status status =
+      absl::ResourceExhaustedError(absl::StrCat("the queue is full: ", full, "; try again later"));
+  SetRetryAfter(status, static_cast<int>(std::ceil(seconds)));
+  return status;
+}
+
 SequenceId Inbox::Put(LiveRequest live) {
+  ++waiting_.num_requests;
+  waiting_.num_tokens += live.request->num_prompt_tokens();
   content_.submissions.push_back({.id = ++last_id_, .live = std::move(live)});
   return last_id_;
 }
@@ -70,7 +94,6 @@ bool Inbox::Give(Order order) {
 
 Inbox::Content Inbox::Take() {
   const std::lock_guard lock(mutex_);
-  num_waiting_ += static_cast<int>(content_.submissions.size());  // until SetNumWaiting
   return std::exchange(content_, {});
 }
 
@@ -89,9 +112,13 @@ void Inbox::Close(absl::Status refusal) {
   if (order_ == Order::kServe) refusal_ = std::move(refusal);
 }
 
-void Inbox::SetNumWaiting(int num_waiting) {
+void Inbox::SetLoad(const Load& waiting) {
   const std::lock_guard lock(mutex_);
-  num_waiting_ = num_waiting;
+  waiting_ = waiting;
+  waiting_.num_requests += static_cast<int>(content_.submissions.size());
+  for (const Submission& submission : content_.submissions) {
+    waiting_.num_tokens += submission.live.request->num_prompt_tokens();
+  }
 }
 
 }  // namespace fathom

@@ -4,6 +4,7 @@
 // says how many requests may come in. Thread-safe.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <vector>
@@ -28,10 +29,17 @@ class Inbox {
     std::vector<SequenceId> cancellations;
   };
 
-  // `on_arrival` is called after something was put in, from the thread that did. Starts closed.
-  Inbox(int max_queued_requests, std::function<void()> on_arrival);
+  // Of those that wait; beyond these new ones are refused.
+  struct Limits {
+    int max_requests = 1024;
+    int64_t max_tokens = 0;  // of their prompts together, unless one waits alone; 0: any
+  };
 
-  // Puts a new request in. Unavailable while closed, ResourceExhausted when the queue is full.
+  // `on_arrival` is called after something was put in, from the thread that did. Starts closed.
+  Inbox(Limits limits, std::function<void()> on_arrival);
+
+  // Puts a new request in. Unavailable while closed; when the queue is full ResourceExhausted, with
+  // the time that it takes to begin all that waits (RetryAfterOf).
   absl::StatusOr<SequenceId> Submit(LiveRequest live);
   // Puts one in that was let in elsewhere, even into a full queue. Unavailable while closed.
   absl::StatusOr<SequenceId> Resume(LiveRequest live);
@@ -47,13 +55,19 @@ class Inbox {
   void Open();
   // Requests are refused with this; after an order the order's reason stays.
   void Close(absl::Status refusal);
-  // How many requests wait that were taken out.
-  void SetNumWaiting(int num_waiting);
+  // What waits of that which was taken out, and how fast it is begun.
+  struct Load {
+    int num_requests = 0;
+    int64_t num_tokens = 0;
+    double tokens_per_second = 0;  // 0: unknown
+  };
+  void SetLoad(const Load& waiting);
 
  private:
-  SequenceId Put(LiveRequest live);  // requires mutex_
+  SequenceId Put(LiveRequest live);              // requires mutex_
+  absl::Status CheckRoom(int num_tokens) const;  // requires mutex_
 
-  const int max_queued_requests_;
+  const Limits limits_;
   const std::function<void()> on_arrival_;
 
   mutable std::mutex mutex_;
@@ -62,7 +76,7 @@ class Inbox {
   absl::Status refusal_;  // what new requests are told; OK while they are let in
   Order order_ = Order::kServe;
   SequenceId last_id_ = 0;
-  int num_waiting_ = 0;
+  Load waiting_;  // with all that is in content_
 };
 
 }  // namespace fathom

@@ -38,6 +38,7 @@ struct Flags {
   int data_parallel_size = 1;
   std::string collectives = "auto";
   std::string model_name = "model";
+  std::string scheduling_policy = "fcfs";
   std::string log_level = "info";
   double step_timeout_seconds = 30;
   double join_timeout_seconds = 60;
@@ -86,9 +87,15 @@ void Declare(CLI::App& app, Flags& flags) {
                  "how workers add up; auto: on one host peer for GPUs and shm for CPUs, between "
                  "hosts nccl and gloo")
       ->check(CLI::IsMember({"auto", "peer", "nccl", "shm", "gloo"}));
+  app.add_option("--scheduling-policy", flags.scheduling_policy,
+                 "who comes first: who came first, or whose priority is lower")
+      ->check(CLI::IsMember({"fcfs", "priority"}));
   app.add_option("--max-queued-requests", flags.loop.max_queued_requests,
                  "requests of each group that may wait; more are refused")
       ->check(CLI::Range(1, 1 << 20));
+  app.add_option("--max-queued-tokens", flags.loop.max_queued_tokens,
+                 "tokens of prompts that may wait, unless one waits alone; 0: any")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
   app.add_option("--step-timeout-seconds", flags.step_timeout_seconds,
                  "a worker silent for longer is lost")
       ->check(CLI::Range(0.1, 86400.0));
@@ -133,6 +140,7 @@ void Complete(Flags& flags) {
   group.version = FATHOM_VERSION;
   group.collectives = CollectivesOf(flags.collectives);
   group.max_logit_rows = group.max_sequences + flags.loop.engine.max_prompt_logprob_rows_per_step;
+  if (flags.scheduling_policy == "priority") flags.loop.engine.policy = SchedulingPolicy::kPriority;
   flags.loop.engine.target_itl = absl::Milliseconds(flags.target_itl_ms);
   group.step_timeout = absl::Seconds(flags.step_timeout_seconds);
   group.join_timeout = absl::Seconds(flags.join_timeout_seconds);

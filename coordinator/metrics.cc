@@ -90,6 +90,8 @@ struct Metrics::Families {
   prometheus::Counter& resumed =
       Counter("fathom:requests_resumed_total",
               "Requests that lost their worker group and went on with this one.");
+  prometheus::Counter& expired = Counter("fathom:requests_expired_total",
+                                         "Requests that were not begun within their max_queue_ms.");
   prometheus::Counter& refused_invalid = Refused("invalid");
   prometheus::Counter& refused_queue_full = Refused("queue_full");
   prometheus::Counter& refused_unavailable = Refused("unavailable");
@@ -145,6 +147,8 @@ void Metrics::CountRefusedRequest(Refusal refusal) {
       return families_->refused_unavailable.Increment();
   }
 }
+
+void Metrics::CountExpiredRequest() { families_->expired.Increment(); }
 
 void Metrics::CountCancelledRequest() { families_->cancelled.Increment(); }
 

@@ -42,6 +42,7 @@ class Metrics {
   void CountCancelledRequest();
   // That another group, or an earlier one, had begun.
   void CountResumedRequest();
+  void CountExpiredRequest();
 
   // Of all groups, in the Prometheus text format 0.0.4.
   std::string Text() const;

@@ -20,6 +20,8 @@ struct Request {
   int max_tokens = 0;  // 0: only the prompt is read
   int min_tokens = 0;  // no stop token counts before that many have been generated
   bool wants_prompt_logprobs = false;
+  int priority = 0;                // lower first; among equals, who came first
+  int max_queue_milliseconds = 0;  // for it to be admitted the first time; 0: any
   std::string cache_salt;  // requests share KV with those of the same salt only; may be empty
 
   // Tokens that end the request, each sorted. End-of-sequence comes first where both hold an id.

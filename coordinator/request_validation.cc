@@ -178,6 +178,10 @@ absl::StatusOr<std::shared_ptr<const Request>> ValidateRequest(const v1::Generat
     return Invalid("cache_salt must have at most ", kMaxCacheSaltBytes, " bytes, got ",
                    request.cache_salt().size());
   }
+  if (request.max_queue_ms() > kMaxQueueMilliseconds) {
+    return Invalid("max_queue_ms must be at most ", kMaxQueueMilliseconds, ", got ",
+                   request.max_queue_ms());
+  }
   if (request.prompt_token_ids().empty()) {
     return Invalid("prompt_token_ids must have at least 1 token, got 0");
   }
@@ -196,6 +200,8 @@ absl::StatusOr<std::shared_ptr<const Request>> ValidateRequest(const v1::Generat
   validated->max_tokens = max_tokens;
   validated->min_tokens = static_cast<int>(request.sampling().min_tokens());
   validated->cache_salt = request.cache_salt();
+  validated->priority = request.priority();
+  validated->max_queue_milliseconds = static_cast<int>(request.max_queue_ms());
   validated->wants_prompt_logprobs = request.sampling().has_num_prompt_logprobs();
   if (!request.ignore_eos()) validated->eos_token_ids = Sorted(limits.model.eos_token_ids());
   validated->stop_token_ids = Sorted(request.sampling().stop_token_ids());

@@ -12,7 +12,7 @@ namespace {
 // Of a sequence that waits for room; a long prompt has thousands of blocks to look up.
 constexpr int kStepsBetweenLookups = 8;
 
-// How far ahead loops over sequences and blocks ask for memory.
+// How far ahead loops over sequences ask for memory.
 constexpr size_t kAhead = 8;
 
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
@@ -20,16 +20,19 @@ constexpr double kNoLimit = std::numeric_limits<double>::infinity();
 // server is full, since sequences would not start as fast as others end.
 constexpr double kLeastPromptShare = 0.45;
 
-bool ById(const Sequence* a, const Sequence* b) { return a->id < b->id; }
-
-template <typename Container>
-void InsertById(Container& container, Sequence* sequence) {
-  container.insert(std::upper_bound(container.begin(), container.end(), sequence, ById), sequence);
+bool IsOlder(const Sequence* a, const Sequence* b) {
+  return a->priority != b->priority ? a->priority < b->priority : a->id < b->id;
 }
 
 template <typename Container>
-void EraseById(Container& container, Sequence* sequence) {
-  const auto place = std::lower_bound(container.begin(), container.end(), sequence, ById);
+void InsertByAge(Container& container, Sequence* sequence) {
+  container.insert(std::upper_bound(container.begin(), container.end(), sequence, IsOlder),
+                   sequence);
+}
+
+template <typename Container>
+void EraseByAge(Container& container, Sequence* sequence) {
+  const auto place = std::lower_bound(container.begin(), container.end(), sequence, IsOlder);
   CHECK(place != container.end() && *place == sequence);
   container.erase(place);
 }
@@ -57,15 +60,6 @@ int TokensToCompute(const Sequence& sequence, int token_budget, int row_budget) 
   const int end =
       std::min(sequence.num_computed + num_tokens, sequence.request->num_prompt_tokens() - 1);
   return std::max(0, end - excess - sequence.num_computed);
-}
-
-// How many tokens need not be computed if their KV is there: those whose outcome nobody waits for.
-int MostTokensToSkip(const Sequence& sequence) {
-  const Request& request = *sequence.request;
-  const bool owes_prompt_logprobs =
-      request.wants_prompt_logprobs &&
-      sequence.num_prompt_logprobs_done < request.num_prompt_tokens() - 1;
-  return owes_prompt_logprobs ? sequence.num_prompt_logprobs_done : sequence.num_tokens() - 1;
 }
 
 void StopAt(uint32_t token_id, const Sequence& sequence, SequenceUpdate& update) {
@@ -112,7 +106,10 @@ void Scheduler::Add(SequenceId id, std::shared_ptr<const Request> request,
   last_id_ = id;
   auto sequence = std::make_unique<Sequence>(id, std::move(request), progress);
   CHECK_LE(sequence->num_generated(), sequence->request->max_tokens);
-  waiting_.push_back(sequence.get());
+  if (options_.policy == SchedulingPolicy::kPriority) {
+    sequence->priority = sequence->request->priority;
+  }
+  Enqueue(*sequence);
   sequences_.emplace(id, std::move(sequence));
 }
 
@@ -120,6 +117,18 @@ bool Scheduler::Cancel(SequenceId id) {
   if (sequences_.find(id) == sequences_.end()) return false;
   Forget(id);
   return true;
+}
+
+bool Scheduler::CancelUnlessStarted(SequenceId id) {
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end() || found->second->num_admissions > 0) return false;
+  Forget(id);
+  return true;
+}
+
+void Scheduler::Enqueue(Sequence& sequence) {
+  InsertByAge(waiting_, &sequence);
+  num_waiting_tokens_ += sequence.num_tokens();
 }
 
 Step Scheduler::Schedule() {
@@ -147,16 +156,27 @@ Step Scheduler::Schedule() {
   return step;
 }
 
+// What decoding leaves to the prompts that run. More sequences than a step has tokens are rare.
+int Scheduler::LeastPromptTokens() const {
+  const int most_tokens = options_.max_tokens_per_step;
+  if (num_running() + kLeastPromptTokens <= most_tokens) return 0;
+  const bool has_prompts = std::any_of(running_.begin(), running_.end(),
+                                       [](const Sequence* s) { return s->num_pending() > 1; });
+  return has_prompts ? std::min(kLeastPromptTokens, most_tokens / 2) : 0;
+}
+
 // Those that have one token pending, oldest first.
 void Scheduler::Decode(Step& step, Budget& budget) {
   // Preemption takes from the end of running_, so positions up to i stay what they are.
-  for (size_t i = 0; i < running_.size() && budget.tokens > 0; ++i) {
+  const int tokens_left = LeastPromptTokens();
+  for (size_t i = 0; i < running_.size() && budget.tokens > tokens_left; ++i) {
     if (i + kAhead < running_.size()) Prefetch(running_[i + kAhead]);
     Sequence& sequence = *running_[i];
     if (sequence.num_pending() != 1) continue;
     if (TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows) == 0) continue;
     if (!MakeRoomFor(sequence, 1)) {
-      --i;  // it was the youngest of its domain, and is no longer in running_
+      Preempt(sequence);
+      --i;
       continue;
     }
     Place(sequence, 1, step, budget);
@@ -183,8 +203,12 @@ void Scheduler::ReadPrompts(Step& step, Budget& budget) {
     Sequence& prompt = *prompts[i];
     if (prompt.slot < 0) continue;  // the oldest took its blocks
     int num_tokens = ShareOf(prompt, behind[i], budget);
-    // Only the oldest throws out others, younger ones; what it cannot have now it has later.
-    if (i == 0 && num_tokens > 0 && !MakeRoomFor(prompt, num_tokens)) continue;
+    // Only the oldest throws out others, younger ones, or else itself; the rest have later what
+    // they cannot have now.
+    if (i == 0 && num_tokens > 0 && !MakeRoomFor(prompt, num_tokens)) {
+      Preempt(prompt);
+      continue;
+    }
     num_tokens = std::min(num_tokens, TokensThatFit(prompt));
     if (num_tokens > 0) Place(prompt, num_tokens, step, budget);
   }
@@ -256,6 +280,7 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
       return;
     }
     waiting_.pop_front();
+    num_waiting_tokens_ -= sequence.num_tokens();
     Admit(sequence, *home, step);
     Place(sequence, num_tokens, step, budget);
     Sequence* const placed = &sequence;
@@ -264,42 +289,6 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
                              static_cast<int>(sequence.block_table.size()) +
                              BlocksAboutToBeWanted(sequence);
   }
-}
-
-// The longest run of blocks in that domain that hold the beginning of the sequence.
-Scheduler::Home Scheduler::FindIn(int kv_domain, Sequence& sequence) const {
-  Home home{.kv_domain = kv_domain,
-            .num_wanted = BlocksFor(sequence.num_tokens()),
-            .blocks = {},
-            .prefix = kEmptyPrefix};
-  if (!options_.share_prefixes) return home;
-  const BlockPool& pool = block_pools_[kv_domain];
-  const int most_blocks = MostTokensToSkip(sequence) / options_.block_size;
-  for (int i = 0; i < most_blocks; ++i) {
-    const std::optional<BlockPool::Found> found = pool.Find(
-        {.hash = HashOf(i, sequence), .previous = home.prefix, .token_ids = TokensOf(i, sequence)});
-    if (!found.has_value()) break;
-    home.blocks.push_back(found->block);
-    home.prefix = found->prefix;
-    if (!pool.is_free(found->block)) --home.num_wanted;
-  }
-  return home;
-}
-
-// Of the domains with enough room the one with the most room, where every block that is found
-// counts as one more. None when no domain has enough.
-std::optional<Scheduler::Home> Scheduler::ChooseHome(Sequence& sequence,
-                                                     const std::vector<int>& room) const {
-  std::optional<Home> best;
-  int best_score = 0;
-  for (int kv_domain = 0; kv_domain < options_.num_kv_domains; ++kv_domain) {
-    Home home = FindIn(kv_domain, sequence);
-    const int score = room[kv_domain] + static_cast<int>(home.blocks.size());
-    if (home.num_wanted > room[kv_domain] || (best.has_value() && score <= best_score)) continue;
-    best = std::move(home);
-    best_score = score;
-  }
-  return best;
 }
 
 void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
@@ -316,6 +305,7 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
                                              : HashOf(sequence.num_blocks_published - 1, sequence);
   }
   ++sequence.num_admissions;
+  if (sequence.num_admissions == 1) num_started_tokens_ += sequence.num_tokens();
   if (!sequence.num_cached_tokens.has_value()) {
     sequence.num_cached_tokens = sequence.num_computed;
     if (options_.share_prefixes && !sequence.request->wants_prompt_logprobs) {
@@ -323,7 +313,7 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
       prefix_figures_.num_found += sequence.num_computed;
     }
   }
-  InsertById(running_, &sequence);
+  InsertByAge(running_, &sequence);
   step.admitted.push_back({.sequence = &sequence, .num_computed = sequence.num_computed});
 }
 
@@ -360,8 +350,7 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
 }
 
 // Makes blocks free for `num_tokens` more tokens by preempting the youngest sequences of the
-// domain that have no part in this step. False when there are none but older ones, or it was
-// `sequence` itself.
+// domain that have no part in this step. False when `sequence` is the youngest of them itself.
 bool Scheduler::MakeRoomFor(Sequence& sequence, int num_tokens) {
   const BlockPool& pool = block_pools_[sequence.kv_domain];
   const int num_wanted =
@@ -371,26 +360,18 @@ bool Scheduler::MakeRoomFor(Sequence& sequence, int num_tokens) {
       return s->kv_domain == sequence.kv_domain && s->last_step <= last_step_;
     });
     CHECK(youngest != running_.rend());
-    Sequence& victim = **youngest;
-    Preempt(victim);
-    if (&victim == &sequence) return false;
+    if (*youngest == &sequence) return false;
+    Preempt(**youngest);
   }
   return true;
 }
 
-int Scheduler::TokensThatFit(const Sequence& sequence) const {
-  const int64_t num_blocks = static_cast<int64_t>(sequence.block_table.size()) +
-                             block_pools_[sequence.kv_domain].num_free();
-  const int64_t num_tokens = num_blocks * options_.block_size - sequence.num_computed;
-  return static_cast<int>(std::min<int64_t>(num_tokens, sequence.num_pending()));
-}
-
 void Scheduler::Preempt(Sequence& sequence) {
-  EraseById(running_, &sequence);
+  EraseByAge(running_, &sequence);
   FreeBlocksAndSlot(sequence);
   sequence.num_computed = 0;  // its tokens stay; only their KV is computed again
   sequence.num_unknown = 0;   // and those in flight are sampled again
-  InsertById(waiting_, &sequence);
+  Enqueue(sequence);
   ++num_preemptions_;
 }
 
@@ -406,70 +387,16 @@ void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
   sequence.prefix = kEmptyPrefix;
 }
 
-// The tokens of a full block. Valid until tokens are appended.
-absl::Span<const uint32_t> Scheduler::TokensOf(int block_index, const Sequence& sequence) const {
-  return absl::MakeConstSpan(sequence.tokens)
-      .subspan(size_t{static_cast<unsigned>(block_index)} * options_.block_size,
-               options_.block_size);
-}
-
-// The name of a full block, made when first asked for.
-const BlockHash& Scheduler::HashOf(int block_index, Sequence& sequence) const {
-  std::vector<BlockHash>& hashes = sequence.block_hashes;
-  while (static_cast<int>(hashes.size()) <= block_index) {
-    const BlockHash& last =
-        hashes.empty() ? hasher_.Root(sequence.request->cache_salt) : hashes.back();
-    hashes.push_back(hasher_.Next(last, TokensOf(static_cast<int>(hashes.size()), sequence)));
-  }
-  return hashes[block_index];
-}
-
-void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
-  if (!options_.share_prefixes) return;
-  struct FullBlock {
-    Sequence* sequence;
-    int index;
-    BlockHash hash;
-  };
-  std::vector<FullBlock> full_blocks;
-  full_blocks.reserve(sequences.size());
-  for (Sequence* const sequence : sequences) {
-    const int num_full_blocks =
-        std::min(sequence->num_computed, sequence->num_tokens()) / options_.block_size;
-    for (int i = sequence->num_blocks_published; i < num_full_blocks; ++i) {
-      full_blocks.push_back({.sequence = sequence, .index = i, .hash = {}});
-    }
-  }
-  // The pool's table is large and its places are random, so each is fetched a while before it is
-  // needed.
-  for (size_t k = 0; k < full_blocks.size() + kAhead; ++k) {
-    if (k < full_blocks.size()) {
-      FullBlock& next = full_blocks[k];
-      BlockHash& last_hash = next.sequence->last_hash;
-      last_hash = hasher_.Next(last_hash, TokensOf(next.index, *next.sequence));
-      next.hash = last_hash;
-      block_pools_[next.sequence->kv_domain].Prefetch(next.hash);
-    }
-    if (k < kAhead) continue;
-    const FullBlock& full = full_blocks[k - kAhead];
-    Sequence& sequence = *full.sequence;
-    sequence.prefix = block_pools_[sequence.kv_domain].Publish(
-        sequence.block_table[full.index], {.hash = full.hash,
-                                           .previous = sequence.prefix,
-                                           .token_ids = TokensOf(full.index, sequence)});
-    sequence.num_blocks_published = full.index + 1;
-  }
-}
-
 void Scheduler::Forget(SequenceId id) {
   const auto found = sequences_.find(id);
   CHECK(found != sequences_.end());
   Sequence& sequence = *found->second;
   if (sequence.slot >= 0) {
-    EraseById(running_, &sequence);
+    EraseByAge(running_, &sequence);
     FreeBlocksAndSlot(sequence);
   } else {
-    EraseById(waiting_, &sequence);
+    EraseByAge(waiting_, &sequence);
+    num_waiting_tokens_ -= sequence.num_tokens();
   }
   sequences_.erase(found);
 }
@@ -556,36 +483,12 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const Sequen
   return update;
 }
 
-int Scheduler::BlocksFor(int num_tokens) const {
-  return (num_tokens + options_.block_size - 1) / options_.block_size;
-}
-
-int Scheduler::BlocksAboutToBeWanted(const Sequence& sequence) const {
-  const int wanted = std::min(BlocksFor(sequence.num_tokens()) + 1,
-                              BlocksFor(sequence.num_prompt_tokens + sequence.max_tokens));
-  return std::max(0, wanted - static_cast<int>(sequence.block_table.size()));
-}
-
-std::vector<int> Scheduler::RoomOfDomains() const {
-  std::vector<int> room;
-  for (const BlockPool& pool : block_pools_) room.push_back(pool.num_free());
-  for (const Sequence* sequence : running_) {
-    room[sequence->kv_domain] -= BlocksAboutToBeWanted(*sequence);
-  }
-  return room;
-}
-
 std::vector<const Sequence*> Scheduler::Sequences() const {
   std::vector<const Sequence*> all;
   for (const auto& [id, sequence] : sequences_) all.push_back(sequence.get());
-  std::sort(all.begin(), all.end(), ById);
+  std::sort(all.begin(), all.end(),
+            [](const Sequence* a, const Sequence* b) { return a->id < b->id; });
   return all;
-}
-
-int Scheduler::num_free_blocks() const {
-  int num_free = 0;
-  for (const BlockPool& pool : block_pools_) num_free += pool.num_free();
-  return num_free;
 }
 
 }  // namespace fathom

@@ -5,10 +5,13 @@
 // are thereby cut into chunks and mixed with decoding, which comes first: a sequence with a single
 // pending token decodes, oldest first; one with more is a prompt.
 //
-// Prompts get what is left of the step's tokens and, while others decode and a target is set, of
-// the time that the step may take (step_cost): until the target, or 45 % of what decoding takes if
-// that is more, or kLeastPromptTokens. So prompts make a gap between tokens longer than the target
-// only when decoding alone takes two thirds of it, and never by half. They share it so:
+// With SchedulingPolicy::kPriority "older" means: of lower priority, or the same and come earlier.
+//
+// Prompts get what is left of the step's tokens, kLeastPromptTokens or half of them at least, and,
+// while others decode and a target is set, of the time that the step may take (step_cost): until
+// the target, or 45 % of what decoding takes if that is more, or kLeastPromptTokens. So prompts
+// make a gap between tokens longer than the target only when decoding alone takes two thirds of it,
+// and never by half. They share it so:
 //   - the oldest prompt comes first, then the running ones with the fewest pending tokens, then the
 //     waiting ones in order of arrival;
 //   - each takes all it can, unless it cannot finish in this step and one behind it is at most half
@@ -62,6 +65,9 @@
 
 namespace fathom {
 
+// Who comes first: who came first, or who has the lower priority, and among those who came first.
+enum class SchedulingPolicy { kFirstComeFirstServed, kPriority };
+
 enum class EndReason { kStop, kLength, kFault };
 
 // What a committed step did to one sequence.
@@ -90,6 +96,7 @@ class Scheduler {
     int num_kv_blocks = 0;  // of each domain
     int num_kv_domains = 1;
     double target_step_us = 0;  // that a step should take at most while sequences decode; 0: any
+    SchedulingPolicy policy = SchedulingPolicy::kFirstComeFirstServed;
     bool share_prefixes = false;
     BlockHasher::Options hash = {};
   };
@@ -105,6 +112,9 @@ class Scheduler {
   // there is none (it ended before).
   bool Cancel(SequenceId id);
 
+  // The same if it waits and has never been admitted.
+  bool CancelUnlessStarted(SequenceId id);
+
   // The next step; empty when there is nothing to compute.
   Step Schedule();
 
@@ -117,8 +127,10 @@ class Scheduler {
 
   int num_running() const { return static_cast<int>(running_.size()); }
   int num_waiting() const { return static_cast<int>(waiting_.size()); }
+  int64_t num_waiting_tokens() const { return num_waiting_tokens_; }  // theirs, generated included
   int num_blocks() const { return options_.num_kv_blocks * options_.num_kv_domains; }
   int num_free_blocks() const;
+  int64_t num_started_tokens() const { return num_started_tokens_; }  // when first admitted
   int64_t num_preemptions() const { return num_preemptions_; }
 
   // Of sequences when they were first admitted, but for those that want prompt logprobs: tokens,
@@ -168,6 +180,7 @@ class Scheduler {
   int BlocksAboutToBeWanted(const Sequence& sequence) const;
   std::vector<int> RoomOfDomains() const;
 
+  int LeastPromptTokens() const;
   void Decode(Step& step, Budget& budget);
   void ReadPrompts(Step& step, Budget& budget);
   void AdmitWaiting(Step& step, Budget& budget);
@@ -184,6 +197,7 @@ class Scheduler {
   int TokensThatFit(const Sequence& sequence) const;
   void Preempt(Sequence& sequence);
   void FreeBlocksAndSlot(Sequence& sequence);
+  void Enqueue(Sequence& sequence);
   void Forget(SequenceId id);
   // The sequence that a step in flight scheduled, if it is still there and was not preempted since.
   Sequence* Find(const ScheduledSequence& scheduled) const;
@@ -202,14 +216,16 @@ class Scheduler {
   std::vector<Sequence*> by_slot_;      // who is in it; null: free
 
   std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
-  std::deque<Sequence*> waiting_;   // by id
-  std::vector<Sequence*> running_;  // by id
+  std::deque<Sequence*> waiting_;   // oldest first
+  std::vector<Sequence*> running_;  // oldest first
+  int64_t num_waiting_tokens_ = 0;
   std::deque<StepInFlight> in_flight_;
   StepCost step_cost_;
 
   SequenceId last_id_ = 0;
   uint64_t last_step_ = 0;
   int64_t num_preemptions_ = 0;
+  int64_t num_started_tokens_ = 0;
   PrefixFigures prefix_figures_;
 
   // The first in the queue did not fit while the roomiest domain had so much room. It is looked up

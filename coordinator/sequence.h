@@ -45,6 +45,7 @@ struct Sequence {
   }
 
   const SequenceId id;
+  int priority = 0;  // as far as the scheduler heeds it
   // The request's, beside what changes: every step reads them.
   const int max_tokens;
   const int num_prompt_tokens;

@@ -18,7 +18,8 @@ absl::Duration MonotonicNow() {
 StepLoop::StepLoop(Options options, StatusBoard& board, Metrics& metrics, Engine::OnLost on_lost)
     : group_options_(std::move(options.group)),
       board_(board),
-      inbox_(options.max_queued_requests, [this] { doorbell_.Ring(); }),
+      inbox_({.max_requests = options.max_queued_requests, .max_tokens = options.max_queued_tokens},
+             [this] { doorbell_.Ring(); }),
       engine_(options.engine, inbox_, board, metrics, std::move(on_lost)) {}
 
 StepLoop::~StepLoop() {

@@ -4,6 +4,7 @@
 // the workers have something. A server with several groups has as many of these.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <stop_token>
 #include <thread>
@@ -26,6 +27,7 @@ class StepLoop final : public GroupLoop {
     GroupOptions group;
     Engine::Options engine;
     int max_queued_requests = 1024;  // that wait; beyond it requests are refused
+    int64_t max_queued_tokens = 0;   // of their prompts, unless one waits alone; 0: any
   };
 
   // `board` and `metrics` outlive this. `on_lost` gets the unfinished requests when the workers are

@@ -275,6 +275,15 @@ void AddSchedulingFlags(CLI::App& app, ServeOptions& options) {
       ->type_name("COUNT")
       ->default_str(absl::StrCat(options.max_queued_requests))
       ->check(CountInto(&options.max_queued_requests, 1, kMostAtOnce));
+  app.add_option("--max-queued-tokens",
+                 "Tokens of prompts that may wait, unless one waits alone; 0: any number")
+      ->type_name("COUNT")
+      ->default_str(absl::StrCat(options.max_queued_tokens))
+      ->check(CountInto(&options.max_queued_tokens, 0, int64_t{1} << 40));
+  app.add_option("--scheduling-policy", options.scheduling_policy,
+                 "Who comes first: fcfs (who came first), priority (whose `priority` is lower)")
+      ->capture_default_str()
+      ->check(OneOf({"fcfs", "priority"}));
   app.add_option("--target-itl-ms", options.target_itl_ms,
                  "Milliseconds between tokens of a stream: prompts are read in pieces so small "
                  "that steps take no longer; 0: any time")

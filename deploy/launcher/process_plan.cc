@@ -115,6 +115,8 @@ ProcessSpec PlanCoordinator(const ServeOptions& options, const Places& places,
       .AddIf(options.enable_expert_parallel, "--enable-expert-parallel")
       .Add("--collectives", options.collectives)
       .Add("--max-queued-requests", options.max_queued_requests)
+      .AddUnless<int64_t>(0, "--max-queued-tokens", options.max_queued_tokens)
+      .AddUnless<std::string>("fcfs", "--scheduling-policy", options.scheduling_policy)
       .Add("--step-timeout-seconds", options.step_timeout_seconds)
       .Add("--join-timeout-seconds", options.join_timeout_seconds)
       .Add("--drain-timeout-seconds", options.drain_timeout_seconds)

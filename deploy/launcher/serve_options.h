@@ -49,7 +49,9 @@ struct ServeOptions {
   int64_t max_num_seqs = 256;
   int64_t max_num_batched_tokens = 2048;
   int64_t max_queued_requests = 1024;
-  double target_itl_ms = 0;  // between tokens of a stream; 0: any
+  int64_t max_queued_tokens = 0;           // 0: any
+  std::string scheduling_policy = "fcfs";  // fcfs, priority
+  double target_itl_ms = 0;                // between tokens of a stream; 0: any
 
   // Time limits in seconds.
   int step_timeout_seconds = 30;

@@ -164,5 +164,15 @@ TEST_F(PromptSharesTest, PromptsGoOnByAFewTokensWhereTheirTimeIsNotEnoughForOne)
   EXPECT_GE(TokensOf(prompt, MakeStep()), Scheduler::kLeastPromptTokens);
 }
 
+TEST_F(PromptSharesTest, PromptsGoOnWhenMoreDecodeThanAStepHasTokens) {
+  Start({.max_tokens_per_step = 40, .max_sequences = 64});
+  const SequenceId prompt = Add(1000);
+  MakeStep();
+  for (int i = 0; i < 60; ++i) Add(1, 1000);
+  for (int i = 0; i < 10; ++i) MakeStep();
+  EXPECT_EQ(scheduler_->num_running(), 61);
+  EXPECT_EQ(TokensOf(prompt, MakeStep()), Scheduler::kLeastPromptTokens);
+}
+
 }  // namespace
 }  // namespace fathom

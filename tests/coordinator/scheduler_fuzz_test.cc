@@ -148,6 +148,7 @@ class SchedulerFuzz {
     options.block_size = 1 << Between(0, 4);
     options.num_kv_domains = Between(0, 3) == 0 ? Between(2, 3) : 1;
     options.num_kv_blocks = Between(1, std::max(2, 150 / options.block_size));
+    if (Between(0, 2) == 0) options.policy = SchedulingPolicy::kPriority;
     options.share_prefixes = Between(0, 3) > 0;
     if (Between(0, 2) == 0) options.hash.num_bits = Between(0, 4);
     return options;
@@ -168,6 +169,7 @@ class SchedulerFuzz {
       request.prompt_token_ids.push_back(TokenAt(i < num_shared_tokens ? family : id, i));
     }
     if (draw(0, 7) == 0) request.cache_salt = "salt";
+    request.priority = draw(-2, 2);
     request.min_tokens = draw(0, request.max_tokens);
     request.wants_prompt_logprobs = draw(0, 3) == 0;
     if (draw(0, 1) == 0) request.eos_token_ids = {kEos};
@@ -214,11 +216,15 @@ class SchedulerFuzz {
     EXPECT_LE(num_rows, options_.max_prompt_logprob_rows_per_step);
     EXPECT_LE(scheduler_.num_running(), options_.max_sequences);
     EXPECT_LE(slots.size(), static_cast<size_t>(options_.max_sequences));
-    // First come, first served: nobody starts before someone who came earlier.
+    // Nobody starts before someone who came earlier, or whose priority is lower if that counts.
     for (const AdmittedSequence& a : step.admitted) {
       live_.at(a.sequence->id).started = true;
       for (const auto& [id, live] : live_) {
-        EXPECT_TRUE(id > a.sequence->id || live.started) << id << " was overtaken";
+        const bool comes_first = options_.policy == SchedulingPolicy::kPriority &&
+                                         live.request->priority != a.sequence->request->priority
+                                     ? live.request->priority < a.sequence->request->priority
+                                     : id < a.sequence->id;
+        EXPECT_TRUE(!comes_first || live.started) << id << " was overtaken";
       }
     }
   }

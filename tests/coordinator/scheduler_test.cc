@@ -510,5 +510,56 @@ TEST_F(SchedulerTest, SamplesAgainWhatWasInFlightWhenTheSequenceWasPreempted) {
   EXPECT_THAT(Commit(again, 11)[0].token_ids, ElementsAre(11));
 }
 
+TEST_F(SchedulerTest, ServesLowPrioritiesFirstAndPreemptsTheHighest) {
+  Start({.max_tokens_per_step = 64,
+         .max_sequences = 2,
+         .block_size = 1,
+         .num_kv_blocks = 8,
+         .policy = SchedulingPolicy::kPriority});
+  for (const int priority : {5, 0, -1, 0}) {
+    Request request = Asking(2, 4);
+    request.priority = priority;
+    Add(std::move(request));
+  }
+  const Step first = scheduler_->Schedule();
+  EXPECT_THAT(Story(first), ElementsAre("3:2*", "2:2*"));
+  Commit(first);
+  while (scheduler_->num_preemptions() == 0 && scheduler_->num_running() == 2) MakeStep();
+  EXPECT_EQ(scheduler_->num_preemptions(), 1);
+  std::vector<SequenceId> admitted;
+  for (Step step = scheduler_->Schedule(); !step.empty(); step = scheduler_->Schedule()) {
+    for (const AdmittedSequence& a : step.admitted) admitted.push_back(a.sequence->id);
+    Commit(step);
+  }
+  ASSERT_GE(admitted.size(), 3u);
+  admitted.resize(3);
+  EXPECT_THAT(admitted, ElementsAre(2, 4, 1)) << "the one that was thrown out came before the last";
+  ExpectAllFree();
+}
+
+TEST_F(SchedulerTest, HeedsNoPrioritiesUnlessToldTo) {
+  Start({.max_sequences = 1, .num_kv_blocks = 8});
+  Add(2, 2);
+  Request request = Asking(2, 2);
+  request.priority = -9;
+  Add(std::move(request));
+  EXPECT_THAT(Story(scheduler_->Schedule()), ElementsAre("1:2*"));
+}
+
+TEST_F(SchedulerTest, CountsTheTokensThatWait) {
+  Start({.max_sequences = 1, .num_kv_blocks = 8});
+  Add(2, 2);
+  Add(3, 2);
+  Add(4, 2);
+  EXPECT_EQ(scheduler_->num_waiting_tokens(), 9);
+  MakeStep();
+  EXPECT_EQ(scheduler_->num_waiting_tokens(), 7);
+  EXPECT_EQ(scheduler_->num_started_tokens(), 2);
+  EXPECT_FALSE(scheduler_->CancelUnlessStarted(1));
+  EXPECT_TRUE(scheduler_->CancelUnlessStarted(2));
+  EXPECT_FALSE(scheduler_->CancelUnlessStarted(2));
+  EXPECT_EQ(scheduler_->num_waiting_tokens(), 4);
+}
+
 }  // namespace
 }  // namespace fathom

@@ -7,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/coordinator/serving_fixture.h"
@@ -212,9 +213,31 @@ TEST_F(ServingTest, RefusesRequestsAtOnceWhenTheQueueIsFull) {
   const Answer answer = Generate(Asking(3, 100));
   EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
   EXPECT_THAT(answer.status.error_message(), HasSubstr("the queue is full: 2 requests"));
+  int retry_after = 0;
+  EXPECT_TRUE(absl::SimpleAtoi(answer.status.error_details(), &retry_after));
+  EXPECT_GE(retry_after, 1);
   for (auto& worker : workers_) worker->SetStepDelay(0);
   for (std::thread& client : clients) client.join();
   ExpectServed(Asking(3, 10));
+}
+
+TEST_F(ServingTest, EndsARequestThatHasWaitedForTooLong) {
+  options_.group.max_sequences = 1;
+  StartAndWait();
+  for (auto& worker : workers_) worker->SetStepDelay(5);
+  std::thread client([this] { ExpectServed(Asking(3, 100)); });
+  WaitUntil("the request has arrived", [this] { return ServerInfo().num_running() == 1; });
+  v1::GenerateRequest impatient = Asking(3, 100);
+  impatient.set_max_queue_ms(1);
+  const Answer answer = Generate(impatient);
+  EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_THAT(answer.status.error_message(), HasSubstr("max_queue_ms"));
+  for (auto& worker : workers_) worker->SetStepDelay(0);
+  client.join();
+  impatient.set_max_queue_ms(60'000);
+  ExpectServed(impatient);
+  EXPECT_THAT(metrics_->Text(), HasSubstr("fathom:requests_expired_total{engine=\"0\","
+                                          "model_name=\"a-model\"} 1"));
 }
 
 TEST_F(ServingTest, FreesTheBlocksOfACancelledRequest) {

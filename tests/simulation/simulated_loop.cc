@@ -10,7 +10,7 @@ SimulatedLoop::SimulatedLoop(const StepLoop::Options& options, SimulatedCluster:
     : world_(world),
       board_(board),
       listener_(std::move(listener)),
-      inbox_(options.max_queued_requests, [this] { Wake(); }),
+      inbox_({.max_requests = options.max_queued_requests}, [this] { Wake(); }),
       cluster_(std::move(cluster), world, listener_.cluster),
       engine_(options.engine, inbox_, board_, metrics,
               [this, on_lost = std::move(on_lost)](std::vector<Inbox::Submission> unfinished,
