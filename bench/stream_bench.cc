@@ -10,10 +10,12 @@
 // event, so that 1,024 streams at 50 tokens per second do not measure this program.
 //
 // Every client makes --rounds requests one after the other, with prompts of random tokens that no
-// other one has. Reported are TTFT, the gaps between the events of a stream (ITL), and, of the time
-// in which every client was generating its first answer, the steps delivered: tokens per stream,
-// and their share of what steps of --ideal-step-ms would deliver. --process adds the CPU time that
-// a process spent from the first request to the last event, per million tokens.
+// other one has. Reported are TTFT, the gaps between the events of a stream (ITL), and of the
+// steady time the tokens per second, the steps delivered (tokens per stream), and their share of
+// what steps of --ideal-step-ms would deliver. The steady time ends when the first client has made
+// all its requests; with one round it begins when all have their first token, else when the last
+// one has its first answer. --process adds the CPU time that a process spent from the first request
+// to the last event, per million tokens.
 //
 // Exit code 1 when a token is wrong, or a request fails or is not complete.
 #include <arpa/inet.h>
@@ -137,10 +139,7 @@ class Clients {
     last_event_ = now;
     if (client.num_tokens == static_cast<int>(token_ids.size())) {
       ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
-      if (client.rounds == 1) ++num_started_;
-      if (num_started_ == flags_.streams && !full_from_.has_value()) {
-        full_from_ = {now, num_tokens_};
-      }
+      if (flags_.rounds == 1) CountReady();
     } else {
       itls_.push_back(SecondsBetween(client.last, now) * 1e3);
     }
@@ -151,8 +150,10 @@ class Clients {
   void OnEnd(int index, const std::string& error) {
     Client& client = clients_[index];
     --num_running_;
-    if (full_from_.has_value() && !full_until_.has_value())
-      full_until_ = {last_event_, num_tokens_};
+    if (flags_.rounds > 1 && client.rounds == 1) CountReady();
+    if (client.rounds == flags_.rounds && steady_from_.has_value() && !steady_until_.has_value()) {
+      steady_until_ = {last_event_, num_tokens_};
+    }
     if (error.empty() && client.num_tokens == flags_.output_tokens) return;
     if (++num_failed_ <= 10) {
       std::fprintf(stderr, "stream %d ended after %d tokens: %s\n", index, client.num_tokens,
@@ -178,15 +179,18 @@ class Clients {
         {"ttft_ms_p99", Percentile(ttfts_, 99)},
         {"itl_ms_p50", Percentile(itls_, 50)},
         {"itl_ms_p99", Percentile(itls_, 99)}};
-    if (full_from_.has_value() && full_until_.has_value()) {
-      const double full_seconds = SecondsBetween(full_from_->time, full_until_->time);
+    if (steady_from_.has_value() && steady_until_.has_value()) {
+      const double steady_seconds = SecondsBetween(steady_from_->time, steady_until_->time);
       const double steps =
-          static_cast<double>(full_until_->num_tokens - full_from_->num_tokens) / flags_.streams;
+          static_cast<double>(steady_until_->num_tokens - steady_from_->num_tokens) /
+          flags_.streams;
+      figures.emplace_back("steady_seconds", steady_seconds);
+      figures.emplace_back("steady_tokens_per_second", steps * flags_.streams / steady_seconds);
       figures.emplace_back("steps_delivered", steps);
-      figures.emplace_back("step_ms", full_seconds * 1e3 / steps);
+      figures.emplace_back("step_ms", steady_seconds * 1e3 / steps);
       if (flags_.ideal_step_ms > 0) {
         figures.emplace_back("share_of_ideal_percent",
-                             100 * steps * flags_.ideal_step_ms * 1e-3 / full_seconds);
+                             100 * steps * flags_.ideal_step_ms * 1e-3 / steady_seconds);
       }
     }
     for (const auto& [name, cpu] : cpu_seconds) {
@@ -209,6 +213,11 @@ class Clients {
     int64_t num_tokens = 0;
   };
 
+  // A client has come as far as the steady time asks.
+  void CountReady() {
+    if (++num_ready_ == flags_.streams) steady_from_ = {last_event_, num_tokens_};
+  }
+
   void Print(const std::vector<std::pair<std::string, double>>& figures) const {
     std::vector<std::string> words;
     for (const auto& [name, value] : figures) {
@@ -223,13 +232,13 @@ class Clients {
   std::mt19937_64 random_;
   std::vector<Client> clients_;
   int num_running_ = 0;
-  int num_started_ = 0;
+  int num_ready_ = 0;
   int64_t num_tokens_ = 0;
   int64_t num_events_ = 0;
   int num_wrong_ = 0;
   int num_failed_ = 0;
   Clock::time_point first_request_, last_event_;
-  std::optional<Moment> full_from_, full_until_;
+  std::optional<Moment> steady_from_, steady_until_;
   std::vector<double> ttfts_, itls_;
 };
 

@@ -3,10 +3,12 @@
 Bitwise: the texts of the JSON numbers are compared, never their values.
 """
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import checkpoints
 from fathom_server import FathomServer
 from invariance_test import TOKEN_BYTES, prompt_of
 
@@ -97,3 +99,30 @@ def test_prompt_logprobs_and_salts_share_less(model):
         salted = dict(question, cache_salt="mine")
         assert [ask(server.client, salted) for _ in range(2)] == [(first, 0), (first, 96)]
         assert ask(server.client, question) == (first, 96)
+
+
+def answers_and_computed_tokens(*flags):
+    """64 clients at once with 8 system prompts of 1,500 tokens: tokens, prompt tokens computed."""
+    rng = random.Random(7)
+    system_prompts = [[rng.randrange(2, 129000) for _ in range(1500)] for _ in range(8)]
+    bodies = [dict(prompt=system_prompts[number % 8] + [rng.randrange(2, 129000) for _ in range(50)],
+                   max_tokens=20, seed=number, return_token_ids=True) for number in range(64)]
+    with FathomServer(checkpoints.ROOT / "bench/models/DeepSeek-V3", "--device", "sim",
+                      "--sim-profile", checkpoints.ROOT / "bench/profiles/constant-2ms.json",
+                      *flags) as server:
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            answers = list(pool.map(lambda body: server.client.complete(**body), bodies))
+        computed = server.client.metric("vllm:iteration_tokens_total_sum")
+    tokens = [answer["choices"][0]["token_ids"] for answer in answers]
+    assert [len(ids) for ids in tokens] == [20] * 64
+    return tokens, computed - 64 * 19  # the last token of an answer is never computed
+
+
+def test_what_64_clients_of_8_system_prompts_compute_falls_by_the_ideal_factor():
+    """Every system prompt and every question once, within 5 %; the same tokens."""
+    tokens_apart, computed_apart = answers_and_computed_tokens("--no-enable-prefix-caching")
+    tokens, computed = answers_and_computed_tokens()
+    assert tokens == tokens_apart
+    assert computed_apart == 64 * 1550
+    ideal = 8 * 1500 + 64 * 50
+    assert ideal <= computed <= 1.05 * ideal, (computed, ideal)
