@@ -225,7 +225,8 @@ void Engine::Apply(Inbox::Content content, absl::Duration now) {
       continue;
     }
     const int most_milliseconds = live.request->max_queue_milliseconds;
-    if (most_milliseconds > 0 && live.num_groups_lost == 0) {
+    const bool was_begun = live.progress.num_cached_tokens.has_value();  // elsewhere
+    if (most_milliseconds > 0 && !was_begun) {
       begin_by_.emplace(now + absl::Milliseconds(most_milliseconds), id);
     }
     scheduler_->Add(id, std::move(live.request), std::move(live.progress));

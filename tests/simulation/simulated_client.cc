@@ -15,7 +15,7 @@ namespace {
 void Spoil(Random& random, const ModelLimits& limits, v1::GenerateRequest& request) {
   const uint32_t vocab_size = limits.model.vocab_size();
   v1::SamplingParams& sampling = *request.mutable_sampling();
-  switch (random.Between(0, 11)) {
+  switch (random.Between(0, 12)) {
     case 0:
       request.clear_prompt_token_ids();
       break;
@@ -46,6 +46,9 @@ void Spoil(Random& random, const ModelLimits& limits, v1::GenerateRequest& reque
       break;
     case 9:
       sampling.add_logit_bias()->set_token_id(UINT32_MAX);
+      break;
+    case 11:
+      request.set_max_queue_ms(UINT32_MAX);
       break;
     case 10:
       request.set_request_id(std::string(1000, 'x'));
@@ -91,6 +94,8 @@ MadeUpRequest MakeUpRequest(Random& random, const ModelLimits& limits, uint64_t 
   }
   if (random.OneIn(8)) request.set_cache_salt(absl::StrCat("salt ", random.Between(0, 1)));
   request.set_ignore_eos(random.OneIn(3));
+  if (random.OneIn(2)) request.set_priority(random.Between(-2, 2));
+  if (random.OneIn(6)) request.set_max_queue_ms(random.Between(1, 200));
 
   sampling.set_seed(seed);
   if (random.OneIn(3)) {
@@ -262,6 +267,12 @@ void SimulatedClient::OnEnd(const absl::Status& status) {
     case absl::StatusCode::kUnavailable:
       ++world_.tally.lost;
       if (!may_be_unavailable_) Fail(absl::StrCat("is lost: ", status.message()));
+      return;
+    case absl::StatusCode::kDeadlineExceeded:
+      ++world_.tally.expired;
+      if (request_.max_queue_ms() == 0 || num_tokens_ + num_prompt_logprobs_ > 0) {
+        Fail("expires though it was begun, or is to wait for any time");
+      }
       return;
     case absl::StatusCode::kInvalidArgument:
       ++world_.tally.outgrown;

@@ -45,6 +45,8 @@ class SimulatedClient final : public TokenStream {
   bool has_ended() const { return has_ended_; }
   // Ended or hung up.
   bool is_done() const { return has_ended_ || has_hung_up_; }
+  int most_tokens() const { return request_.prompt_token_ids_size() + max_tokens_; }
+  const v1::GenerateRequest& request() const { return request_; }
   bool has_unflushed() const { return has_unflushed_; }
 
  private:

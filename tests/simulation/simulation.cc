@@ -38,7 +38,8 @@ class Simulation {
     std::shared_ptr<SimulatedClient> client;
     RequestId request_id = 0;
     std::weak_ptr<const Request> request = {};
-    int loop = kNowhere;       // or with the router
+    int loop = kNowhere;  // or with the router
+    absl::Duration queued_at = {};
     SequenceId id = 0;         // in that loop
     bool is_admitted = false;  // by the group that it is in now
     int num_overtakers = 0;
@@ -75,7 +76,9 @@ class Simulation {
   bool AllAreDone() const;
   bool AllIsFree() const;
   void CheckNothingIsLeft();
-  bool IsFull() const;
+  bool IsFull(int num_prompt_tokens) const;
+  // Whether it comes first where both wait or run.
+  bool IsBefore(const Live& a, const Live& b) const;
   bool is_serving() const {
     return absl::c_any_of(loops_, [](const SimulatedLoop* loop) { return loop->is_serving(); });
   }
@@ -129,7 +132,9 @@ void Simulation::ChooseOptions() {
       .max_backoff = absl::Milliseconds(200),
       // Never: then a forgotten wake-up is not made good by the line that is due.
       .log_interval = absl::InfiniteDuration()};
+  if (random.OneIn(3)) loop_options_.engine.policy = SchedulingPolicy::kPriority;
   loop_options_.max_queued_requests = random.OneIn(3) ? random.Between(1, 4) : 64;
+  loop_options_.max_queued_tokens = random.OneIn(4) ? random.Between(20, 400) : 0;
 
   SimulatedCluster::Options& cluster = cluster_options_;
   cluster.num_workers = random.Between(1, 4);
@@ -271,27 +276,45 @@ void Simulation::TakeRefusal(const MadeUpRequest& made, const absl::Status& refu
     if (made.is_valid) world_.Fail(absl::StrCat("refused: ", refusal.message()));
   } else if (absl::IsResourceExhausted(refusal)) {
     ++world_.tally.refused_full;
-    if (!IsFull()) world_.Fail("refused though the queue is not full");
+    if (!IsFull(made.message.prompt_token_ids_size()))
+      world_.Fail("refused though the queue is not full");
   } else {
     ++world_.tally.refused_unavailable;
     if (was_serving && !is_closing_) world_.Fail(absl::StrCat("refused: ", refusal.message()));
   }
 }
 
-// Whether no queue has room: as many as may wait are there, though some of them may run.
-bool Simulation::IsFull() const {
-  std::map<int, int> num_requests;  // by loop
+// Whether no queue has room for it: as much as may wait is there, though some of that may run.
+bool Simulation::IsFull(int num_prompt_tokens) const {
+  std::map<int, std::pair<int, int64_t>> loads;  // requests and tokens, by loop
   for (const auto& [seed, live] : live_) {
     const SimulatedClient& client = *live.client;
-    if (!client.has_ended() && !client.is_silenced()) ++num_requests[live.loop];
+    if (client.has_ended() || client.is_silenced()) continue;
+    auto& [num_requests, num_tokens] = loads[live.loop];
+    ++num_requests;
+    num_tokens += client.most_tokens();
   }
-  if (!is_serving()) return num_requests[kNowhere] >= loop_options_.max_queued_requests;
+  const auto is_full = [&](int loop) {
+    const auto& [num_requests, num_tokens] = loads[loop];
+    const int64_t max_tokens = loop_options_.max_queued_tokens;
+    return num_requests >= loop_options_.max_queued_requests ||
+           (max_tokens > 0 && num_tokens + num_prompt_tokens > max_tokens);
+  };
+  if (!is_serving()) return is_full(kNowhere);
   for (int i = 0; i < num_loops_; ++i) {
-    if (loops_[i]->is_serving() && num_requests[i] < loop_options_.max_queued_requests) {
-      return false;
-    }
+    if (loops_[i]->is_serving() && !is_full(i)) return false;
   }
   return true;
+}
+
+bool Simulation::IsBefore(const Live& a, const Live& b) const {
+  const int priority_of_a = a.client->request().priority();
+  const int priority_of_b = b.client->request().priority();
+  if (loop_options_.engine.policy == SchedulingPolicy::kPriority &&
+      priority_of_a != priority_of_b) {
+    return priority_of_a < priority_of_b;
+  }
+  return a.id < b.id;
 }
 
 void Simulation::HangUp(Live& live) {
@@ -320,6 +343,7 @@ void Simulation::OnQueued(int loop, SequenceId id, const LiveRequest& queued) {
   live.request = queued.request;
   live.loop = loop;
   live.id = id;
+  live.queued_at = world_.clock.now();
   live.is_admitted = false;
   live.num_overtakers = 0;
 }
@@ -345,20 +369,24 @@ void Simulation::OnStepSent(int loop, const v1::StepCommand& command) {
 void Simulation::CheckNobodyIsOvertaken(int loop, const Live& admitted) {
   for (auto& [seed, live] : live_) {
     const bool waits = live.loop == loop && !live.is_admitted && !live.client->is_done();
-    if (!waits || live.id > admitted.id) continue;
+    if (!waits || !IsBefore(live, admitted)) continue;
+    const int64_t most_milliseconds = live.client->request().max_queue_ms();
+    const absl::Duration waited = world_.clock.now() - live.queued_at;
+    if (most_milliseconds > 0 && waited >= absl::Milliseconds(most_milliseconds)) continue;
     if (++live.num_overtakers > kMaxOvertakers) {
       world_.Fail(absl::StrCat("request ", seed, " was overtaken by ", admitted.client->seed()));
     }
   }
 }
 
-// Of those that run it is part of every step, unless steps in flight end it.
+// Of those that run it is part of every step, unless steps in flight end it, or younger ones decode
+// in blocks that it needs: each of these wants another one, and gives way, within block_size steps.
 void Simulation::CheckTheOldestIsServed(const v1::StepCommand& command, Fairness& fairness) {
   uint32_t slot_of_oldest = 0;
   const Live* oldest = nullptr;
   for (const auto& [slot, seed] : fairness.seeds) {
     const Live& live = live_.at(seed);
-    if (live.client->is_done() || (oldest != nullptr && oldest->id < live.id)) continue;
+    if (live.client->is_done() || (oldest != nullptr && IsBefore(*oldest, live))) continue;
     oldest = &live;
     slot_of_oldest = slot;
   }
@@ -369,7 +397,9 @@ void Simulation::CheckTheOldestIsServed(const v1::StepCommand& command, Fairness
   fairness.oldest = oldest->id;
   if (is_served || plan.max_tokens_per_step <= plan.max_sequences)
     return;  // decoding may take it all
-  if (++fairness.num_steps_without_oldest >= loop_options_.engine.max_steps_in_flight) {
+  const int most_steps =
+      loop_options_.engine.max_steps_in_flight + plan.block_size * plan.max_sequences;
+  if (++fairness.num_steps_without_oldest >= most_steps) {
     world_.Fail(absl::StrCat("request ", oldest->client->seed(), " runs longest and starves"));
   }
 }

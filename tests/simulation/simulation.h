@@ -10,8 +10,9 @@
 //     were lost and nothing waits, or too often; none is lost otherwise;
 //   - no command is one that a worker must refuse, and no sequence reads KV that is not its own, of
 //     an epoch that is over, or of another salt;
-//   - no waiting request is overtaken by a later one, but for kMaxOvertakers; of those that run the
-//     oldest is part of every step, so that none starves;
+//   - no waiting request is overtaken by one that comes after it by time, or priority where that
+//     counts, but for kMaxOvertakers; the oldest of those that run goes on within a bounded number
+//     of steps, so that none starves;
 //   - no more wait than may, and none is refused for a full queue that is not;
 //   - in the end all KV blocks are free, and nothing holds on to a request or its stream.
 #pragma once

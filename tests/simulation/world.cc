@@ -25,6 +25,7 @@ constexpr Named kCounts[] = {
     {"faulty", &Tally::faulty},
     {"lost", &Tally::lost},
     {"resumed", &Tally::resumed},
+    {"expired", &Tally::expired},
     {"outgrown", &Tally::outgrown},
     {"preemptions", &Tally::preemptions},
     {"found_in_cache", &Tally::found_in_cache},
