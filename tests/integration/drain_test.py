@@ -65,7 +65,8 @@ def test_sigterm_lets_running_streams_finish(model):
 
 def test_new_requests_are_refused_while_draining(model):
     """503, or no connection at all; and /health says so."""
-    with FathomServer(model, "--max-model-len", 5000, tensor_parallel_size=2) as server:
+    with FathomServer(model, "--max-model-len", 5000, "--drain-timeout-seconds", 200,
+                      tensor_parallel_size=2) as server:
         streamers = start_streams(server, 2, 1500)
         server.terminate()
         wait_until(lambda: not server.is_healthy())
@@ -75,7 +76,7 @@ def test_new_requests_are_refused_while_draining(model):
         except OSError:
             pass  # the port is closed already
         assert any(streamer.is_alive() for streamer in streamers), "make the streams longer"
-        server.process.wait(60)
+        server.process.wait(220)
         for streamer in streamers:
             streamer.join(5)
             assert not streamer.errors and streamer.num_tokens == 1500
