@@ -5,6 +5,7 @@
 #include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "gateway/openai/json_writer.h"
+#include "proto/retry_after.h"
 
 namespace fathom {
 namespace {
@@ -91,7 +92,7 @@ Response ErrorResponse(const absl::Status& status) {
   response.status = KindOf(status).http_status;
   response.body = ErrorJson(status);
   if (response.status == 429 || response.status == 503) {
-    response.headers.emplace_back("Retry-After", "1");
+    response.headers.emplace_back("Retry-After", absl::StrCat(RetryAfterOf(status).value_or(1)));
   }
   return response;
 }

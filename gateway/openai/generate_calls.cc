@@ -25,6 +25,7 @@ std::vector<v1::GenerateRequest> MakeCalls(const std::vector<std::vector<uint32_
       if (options.max_tokens) call.set_max_tokens(*options.max_tokens);
       call.set_ignore_eos(parameters.ignore_eos);
       call.set_cache_salt(parameters.cache_salt);
+      call.set_priority(parameters.priority);
       calls.push_back(std::move(call));
     }
   }

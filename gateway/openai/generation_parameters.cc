@@ -34,7 +34,6 @@ constexpr std::array kUnsupportedFields = {
     "kv_transfer_params",
     "logits_processors",
     "mm_processor_kwargs",
-    "priority",
     "prompt_embeds",
     "structured_outputs",
     "suffix",
@@ -337,6 +336,13 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
   bool include_stop = false;
   RETURN_IF_ERROR(fields.Read("include_stop_str_in_output", include_stop));
   if (include_stop) parameters.stop_string = StopString::kInclude;
+  int64_t priority = 0;
+  RETURN_IF_ERROR(fields.Read("priority", priority));
+  if (priority < INT32_MIN || priority > INT32_MAX) {
+    return InvalidParameter("priority", absl::StrCat("priority must be in [", INT32_MIN, ", ",
+                                                     INT32_MAX, "], got ", priority, "."));
+  }
+  parameters.priority = static_cast<int32_t>(priority);
   std::optional<std::string> cache_salt;
   RETURN_IF_ERROR(fields.Read("cache_salt", cache_salt));
   if (cache_salt && cache_salt->empty()) {

@@ -24,6 +24,7 @@ struct GenerationParameters {
   v1::SamplingParams sampling;  // all but the numbers of logprobs
   int n = 1;
   bool ignore_eos = false;
+  int32_t priority = 0;    // lower first, where the coordinator heeds it
   std::string cache_salt;  // KV is shared among requests of the same salt; empty: those without
 
   std::vector<std::string> stop;

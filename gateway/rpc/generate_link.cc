@@ -144,8 +144,11 @@ void GenerateLink::Take(const v1::GenerateEvents& events) {
     if (event.has_response()) {
       Deliver(event.stream(), event.response());
     } else {
-      Fail(event.stream(), absl::Status(static_cast<absl::StatusCode>(event.failure().code()),
-                                        event.failure().message()));
+      absl::Status failure(static_cast<absl::StatusCode>(event.failure().code()),
+                           event.failure().message());
+      const auto seconds = static_cast<int>(event.failure().retry_after_seconds());
+      if (seconds > 0) SetRetryAfter(failure, seconds);
+      Fail(event.stream(), std::move(failure));
     }
   }
 }

@@ -64,9 +64,10 @@ TEST_F(CompletionsTest, SaysHowManyTokensWereFoundEvenWhenAStopStringEndsIt) {
     return grpc::Status::OK;
   });
   const HttpResponse response =
-      PostCompletion(R"({"prompt":[5,6,7],"n":2,"stop":"a","cache_salt":"mine"})");
+      PostCompletion(R"({"prompt":[5,6,7],"n":2,"stop":"a","cache_salt":"mine","priority":-3})");
   EXPECT_THAT(response.body, HasSubstr(R"("prompt_tokens_details":{"cached_tokens":2}})"));
   EXPECT_EQ(coordinator_.requests().at(0).cache_salt(), "mine");
+  EXPECT_EQ(coordinator_.requests().at(0).priority(), -3);
 }
 
 TEST_F(CompletionsTest, SaysTheUsageInEveryChunkWhenAsked) {
