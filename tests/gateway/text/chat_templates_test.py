@@ -2,16 +2,19 @@
 """Compares the chat encodings with the official templates on random conversations, byte for byte.
 
 Usage: chat_templates_test.py --program build/cpu/tests/encode_chats [--count N] [--seed S]
-       chat_templates_test.py … --dsv32-encoder FILE [--write]
+       chat_templates_test.py … [--templates FOLDER] [--dsv32-encoder FILE] [--write]
 
-The templates lie in tests/golden (chat_templates/README.md says where each is from) and are rendered
-by Jinja2 as Hugging Face's transformers does. DeepSeek-V3.2 has code instead of a template: its
-answers to 240 conversations are in tests/golden/chat_v32, and --dsv32-encoder compares with a copy of
-encoding_dsv32.py itself; --write makes the file anew. Exits with 77 (skipped) without Jinja2.
+Templates are rendered by Jinja2 as Hugging Face's transformers does. Those of V3 and V3-0324 lie in
+tests/golden. Of the others it holds what they made of 240 conversations (chat_templates/README.md),
+and --templates FOLDER compares with the templates themselves, FOLDER/deepseek_v31.jinja and so on.
+DeepSeek-V3.2 has code instead of a template: its answers are in tests/golden/chat_v32, and
+--dsv32-encoder compares with a copy of encoding_dsv32.py. --write makes these answers anew. Exits
+with 77 (skipped) without Jinja2.
 """
 
 import argparse
 import copy
+import gzip
 import importlib.util
 import json
 import pathlib
@@ -47,26 +50,34 @@ SCHEMAS = [{"type": "object", "properties": {}},
 
 # What stands at the end of a rendered message and not of one that is left open.
 OPEN_ENDS = (EOS, "<|im_end|>")
-# name: (the template's file or the tokenizer_config.json that holds it, calls beside null content,
-# calls beside a text, whether the model has a thinking mode to choose)
+# name: (calls beside null content, calls beside a text, whether the model has a thinking mode to choose)
 FORMATS = {
-    "deepseek_v3": ("tokenizer_v3/tokenizer_config.json", True, False, False),
-    "deepseek_v3_0324": ("chat_v3_0324/tokenizer_config.json", True, True, False),
-    "deepseek_r1_first": ("chat_templates/deepseek_r1_first.jinja", True, False, False),
-    "deepseek_r1": ("chat_templates/deepseek_r1.jinja", True, True, False),
-    "deepseek_r1_0528": ("chat_templates/deepseek_r1_0528.jinja", False, True, False),
-    "deepseek_v31": ("chat_templates/deepseek_v31.jinja", True, True, True),
-    "kimi_k2": ("chat_templates/kimi_k2.jinja", True, True, False),
-    "kimi_k2_thinking": ("chat_templates/kimi_k2_thinking.jinja", True, True, False),
+    "deepseek_v3": (True, False, False),
+    "deepseek_v3_0324": (True, True, False),
+    "deepseek_r1_first": (True, False, False),
+    "deepseek_r1": (True, True, False),
+    "deepseek_r1_0528": (False, True, False),
+    "deepseek_v31": (True, True, True),
+    "kimi_k2": (True, True, False),
+    "kimi_k2_thinking": (True, True, False),
 }
+# Where a template lies in tests/golden.
+CONFIGS = {"deepseek_v3": "tokenizer_v3", "deepseek_v3_0324": "chat_v3_0324"}
 CALL_WITH_TYPE = ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>tool_call_name\n```json\ntool_call_arguments\n```"
                   "<｜tool▁call▁end｜>")
 CALL_OF_V31 = "<｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>"
 
 
-def read_template(path):
-    text = (GOLDEN / path).read_text()
-    return json.loads(text)["chat_template"] if path.endswith(".json") else text
+def read_template(name, folder):
+    """None when it is not there."""
+    if name in CONFIGS:
+        return json.loads((GOLDEN / CONFIGS[name] / "tokenizer_config.json").read_text())["chat_template"]
+    file = pathlib.Path(folder or "/nonexistent") / f"{name}.jinja"
+    return file.read_text() if file.exists() else None
+
+
+def chats_file(name):
+    return GOLDEN / "chat_templates" / f"{name}.json.gz"
 
 
 def environment():
@@ -244,16 +255,40 @@ def report(name, requests, answers, expected):
     return different
 
 
-def check_template(program, name, rng, count):
-    path, null_content, content, has_modes = FORMATS[name]
-    template, env = read_template(path), environment()
-    requests = [random_request(rng, name, null_content, content, has_modes) for _ in range(count)]
-    expected = [expected_text(env, template, name, request) for request in requests]
+def check_template(program, name, template, requests, expected):
+    """A template is to be recognised; without one the encoding is asked for by name."""
     with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, template)
-        layout, answers = encode(program, folder, "auto", requests)
+        write_model(folder, template or "{{ messages }}")
+        layout, answers = encode(program, folder, "auto" if template else name, requests)
         assert layout == name, f"the template of {name} was taken for that of {layout}"
     return report(name, requests, answers, expected)
+
+
+def check_format(options, name, rng):
+    template = read_template(name, options.templates)
+    different = 0
+    if template is not None:
+        env = environment()
+        requests = [random_request(rng, name, *FORMATS[name]) for _ in range(options.count)]
+        expected = [expected_text(env, template, name, request) for request in requests]
+        different += check_template(options.program, name, template, requests, expected)
+        if options.write and name not in CONFIGS:
+            chats_file(name).write_bytes(gzip.compress(chats_json(requests, expected), mtime=0))
+    if name not in CONFIGS:
+        chats = json.loads(gzip.decompress(chats_file(name).read_bytes()))
+        assert len(chats) >= 200
+        different += check_template(options.program, name, None, *requests_and_texts(chats))
+    return different
+
+
+def chats_json(requests, expected):
+    lines = ",\n".join(json.dumps({"request": request, "text": text}, ensure_ascii=False)
+                       for request, text in zip(requests, expected))
+    return f"[\n{lines}\n]\n".encode()
+
+
+def requests_and_texts(chats):
+    return [chat["request"] for chat in chats], [chat["text"] for chat in chats]
 
 
 def v32_expected(encoder, request):
@@ -313,25 +348,24 @@ def main():
     parser.add_argument("--bin", help="unused: where the programs are")
     parser.add_argument("--count", type=int, default=240, help="conversations for each format")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--templates", help="a folder with NAME.jinja of the formats")
     parser.add_argument("--dsv32-encoder")
-    parser.add_argument("--write", action="store_true", help="write tests/golden/chat_v32/chat.json")
+    parser.add_argument("--write", action="store_true", help="write what these make of conversations to tests/golden")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     print(f"seed {options.seed}")
 
-    different = sum(check_template(options.program, name, rng, options.count) for name in FORMATS)
+    different = sum(check_format(options, name, rng) for name in FORMATS)
     if options.dsv32_encoder:
         encoder = load_module(options.dsv32_encoder)
         requests = v32_requests(rng, options.count)
         expected = [v32_expected(encoder, request) for request in requests]
         different += check_v32(options.program, requests, expected)
         if options.write:
-            lines = ",\n".join(json.dumps({"request": request, "text": text}, ensure_ascii=False)
-                               for request, text in zip(requests, expected))
-            V32_CHATS.write_text(f"[\n{lines}\n]\n")
+            V32_CHATS.write_bytes(chats_json(requests, expected))
     chats = json.loads(V32_CHATS.read_text())
     assert len(chats) >= 200
-    different += check_v32(options.program, [chat["request"] for chat in chats], [chat["text"] for chat in chats])
+    different += check_v32(options.program, *requests_and_texts(chats))
     sys.exit(1 if different else 0)
 
 
