@@ -31,7 +31,7 @@ ScheduledSequence Scheduled(SequenceId id, int slot, int num_tokens) {
 // with two rows of prompt logprobs, slot 0 decodes.
 class StepCommandTest : public ::testing::Test {
  protected:
-  StepCommandTest() : sequence_(9, MakeRequest()) {
+  StepCommandTest() : sequence_(9, MakeRequest(), {}) {
     sequence_.slot = 2;
     sequence_.num_prompt_logprobs_done = 1;
     sequence_.tokens.push_back(60);  // generated before it was preempted
