@@ -9,6 +9,7 @@
 #include "coordinator/scheduler.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/coordinator/step_story.h"
 
 namespace fathom {
 namespace {
@@ -49,14 +50,6 @@ class PromptSharesTest : public ::testing::Test {
     }
     if (!step.empty()) scheduler_->Commit(outcome);
     return step;
-  }
-  static std::vector<std::string> Story(const Step& step) {
-    std::vector<std::string> story;
-    for (const ScheduledSequence& s : step.scheduled) {
-      story.push_back(std::to_string(s.id) + ":" + std::to_string(s.num_tokens) +
-                      (s.samples ? "*" : ""));
-    }
-    return story;
   }
   std::vector<std::string> NextStory() { return Story(MakeStep()); }
   static int TokensOf(SequenceId id, const Step& step) {

@@ -8,6 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/coordinator/step_story.h"
 
 namespace fathom {
 namespace {
@@ -50,16 +51,6 @@ class SchedulerTest : public ::testing::Test {
   // One whole step.
   std::vector<SequenceUpdate> MakeStep(uint32_t token_id = kToken) {
     return Commit(scheduler_->Schedule(), token_id);
-  }
-
-  // "id:tokens" of each scheduled sequence, with a '*' when it samples.
-  static std::vector<std::string> Story(const Step& step) {
-    std::vector<std::string> story;
-    for (const ScheduledSequence& s : step.scheduled) {
-      story.push_back(std::to_string(s.id) + ":" + std::to_string(s.num_tokens) +
-                      (s.samples ? "*" : ""));
-    }
-    return story;
   }
 
   void ExpectAllFree() {
