@@ -20,10 +20,13 @@ int64_t AttentionBytes(const StepLimits& limits) {
   return bytes;
 }
 
-// Parts of the router's logits: in so many parts that all multiprocessors have 128 rows.
+// Parts of the router's logits: in so many parts that all multiprocessors have 128 rows. And the
+// rows of each expert in each block.
 int64_t RouteBytes(const StepLimits& limits, int num_multiprocessors) {
   const int64_t rows = std::max<int64_t>(limits.max_tokens, int64_t{num_multiprocessors} * 128);
-  return cuda::AlignUp(rows * limits.n_routed_experts * static_cast<int64_t>(sizeof(float)));
+  const int64_t counts = CudaOps::kMostChooseBlocks * limits.num_experts;
+  return cuda::AlignUp((rows * limits.n_routed_experts + counts) *
+                       static_cast<int64_t>(sizeof(float)));
 }
 
 // What the hungriest operation needs.

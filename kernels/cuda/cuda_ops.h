@@ -30,6 +30,8 @@ int64_t RouteSlotBytes(int num_multiprocessors);
 
 class CudaOps final : public Ops {
  public:
+  static constexpr int kMostChooseBlocks = 128;  // of Route, which sort rows together
+
   // `stream` must outlive this.
   CudaOps(const cudaDeviceProp& device, cudaStream_t stream);
 
@@ -95,7 +97,8 @@ class CudaOps final : public Ops {
 
   // What was to be prefetched, for a kernel of a step of this many tokens to carry.
   cuda::PrefetchList TakePrefetches(int64_t num_tokens);
-  // Of Route, between kernels: counter_ is zero, and behind it stand slots with all bits set.
+  // Of Route, between kernels: two counters are zero, and behind them stand slots with all bits
+  // set.
   static constexpr int64_t kCounterBytes = 256;
   uint32_t* route_slots() const {
     return reinterpret_cast<uint32_t*>(counter_) + kCounterBytes / sizeof(uint32_t);

@@ -1,5 +1,6 @@
-// Sorting the rows of a step by expert, by one block of threads: a counting sort that keeps the
-// order, because each warp counts and later places a contiguous part of the rows.
+// Sorting the rows of a step by expert, by one block of threads or by all of a kernel: a counting
+// sort that keeps the order, because each warp counts and later places a contiguous part of the
+// rows.
 #pragma once
 
 #include "kernels/cuda/elements.cuh"
@@ -21,6 +22,10 @@ struct Grouping {
   static constexpr int SharedInts(int experts, int warps) {
     return (experts + 2) * warps + 2 * kWarp;
   }
+  // The same where several blocks group rows together: sums of the blocks, too.
+  static constexpr int SharedIntsTogether(int experts, int warps) {
+    return SharedInts(experts, warps) + 2 * experts;
+  }
 };
 
 // The sum of the values of the threads before this one, and of all threads. All threads.
@@ -38,13 +43,20 @@ __device__ inline int2 ScanBlock(int2 value, int* warp_sums, int2* total) {
     warp_sums[2 * warp + 1] = sum.y;
   }
   __syncthreads();
-  int2 before = make_int2(sum.x - value.x, sum.y - value.y);
-  *total = make_int2(0, 0);
-  for (int w = 0; w < static_cast<int>(blockDim.x) / kWarp; ++w) {
-    if (w == warp) before = make_int2(before.x + total->x, before.y + total->y);
-    *total = make_int2(total->x + warp_sums[2 * w], total->y + warp_sums[2 * w + 1]);
+  // Every warp adds up the warps' sums, one to a lane.
+  const bool exists = lane < static_cast<int>(blockDim.x) / kWarp;
+  int2 sums = exists ? make_int2(warp_sums[2 * lane], warp_sums[2 * lane + 1]) : make_int2(0, 0);
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    const int x = __shfl_up_sync(kAllLanes, sums.x, lanes);
+    const int y = __shfl_up_sync(kAllLanes, sums.y, lanes);
+    if (lane >= lanes) sums = make_int2(sums.x + x, sums.y + y);
   }
-  return before;
+  *total = make_int2(__shfl_sync(kAllLanes, sums.x, kWarp - 1),
+                     __shfl_sync(kAllLanes, sums.y, kWarp - 1));
+  const int2 warps_before = make_int2(__shfl_sync(kAllLanes, sums.x, max(warp - 1, 0)),
+                                      __shfl_sync(kAllLanes, sums.y, max(warp - 1, 0)));
+  if (warp == 0) return make_int2(sum.x - value.x, sum.y - value.y);
+  return make_int2(warps_before.x + sum.x - value.x, warps_before.y + sum.y - value.y);
 }
 
 // For at most 32 tokens whose rows of an expert fit into a chunk: bit t of an expert's mask says
@@ -97,86 +109,132 @@ __device__ inline void GroupFewRows(const Grouping& grouping, int choices, const
   }
 }
 
-// By a whole block of at most 1,024 threads, all of its warps full.
-__device__ inline void GroupRows(const Grouping& grouping, int* shared) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int experts = grouping.num_experts;
-  const int warps =
-      max(1, min(static_cast<int>(blockDim.x) / kWarp, (grouping.num_rows + kWarp - 1) / kWarp));
-  int* counts = shared;  // [warps][experts]
-  int* warp_sums = counts + experts * warps;
-  const int part = (grouping.num_rows + warps * kWarp - 1) / (warps * kWarp) * kWarp;
-  const int begin = min(warp * part, grouping.num_rows);
-  const int end = min(begin + part, grouping.num_rows);
-  // Experts of a batch of this warp's rows, a row to a lane, all loads in flight at once; from the
-  // L2, where other blocks have just put them. Behind the last row, and another rank's: -1.
-  constexpr int kBatch = 18;  // all of 2,048 tokens of nine rows
+// Consecutive rows of a step, divided among the warps of a block, each of which has a contiguous
+// part. kBatch: how many of a lane's rows are asked for at once.
+template <int kBatch>
+class BlockRows {
+ public:
+  // Rows [first, end), which at most `warps` warps will do.
+  __device__ BlockRows(const Grouping& grouping, int first, int end) : grouping_(grouping) {
+    const int warp = threadIdx.x / kWarp;
+    warps_ = max(1, min(static_cast<int>(blockDim.x) / kWarp, (end - first + kWarp - 1) / kWarp));
+    const int part = (end - first + warps_ * kWarp - 1) / (warps_ * kWarp) * kWarp;
+    begin_ = min(first + warp * part, end);
+    end_ = min(begin_ + part, end);
+    first_batch_ = Load(begin_);
+  }
+
+  __device__ int warps() const { return warps_; }
+  __device__ bool Has(int row) const { return row < end_; }
+  // Calls fn(row, expert) for all rows of this warp in order, a row to a lane; -1: another rank's
+  // expert, or no row.
+  template <typename Fn>
+  __device__ void Visit(const Fn& fn) const {
+    for (int first = begin_; first < end_; first += kBatch * kWarp) {
+      const Batch batch = first == begin_ ? first_batch_ : Load(first);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i * kWarp >= end_) break;
+        fn(first + i * kWarp + static_cast<int>(threadIdx.x) % kWarp, batch.experts[i]);
+      }
+    }
+  }
+  // counts[warp][expert] = how many of a warp's rows go to an expert. All threads.
+  __device__ void Count(int* counts) const {
+    const int experts = grouping_.num_experts, warp = threadIdx.x / kWarp;
+    for (int i = threadIdx.x; i < experts * warps_; i += blockDim.x) counts[i] = 0;
+    __syncthreads();
+    Visit([&](int, int expert) {
+      if (expert >= 0) atomicAdd(&counts[warp * experts + expert], 1);
+    });
+    __syncthreads();
+  }
+  __device__ int CountOf(int expert, const int* counts) const {
+    int count = 0;
+#pragma unroll 8
+    for (int w = 0; w < warps_; ++w) count += counts[w * grouping_.num_experts + expert];
+    return count;
+  }
+  // Counts of an expert become places of each warp's first row of it, from `place` on.
+  __device__ void Place(int expert, int place, int* counts) const {
+    constexpr int kWarpsAtOnce = 8;
+    int* of_expert = counts + expert;
+    for (int w = 0; w < warps_; w += kWarpsAtOnce) {
+      int of_warp[kWarpsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kWarpsAtOnce; ++i) {
+        of_warp[i] = w + i < warps_ ? of_expert[(w + i) * grouping_.num_experts] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kWarpsAtOnce; ++i) {
+        if (w + i < warps_) of_expert[(w + i) * grouping_.num_experts] = place;
+        place += of_warp[i];
+      }
+    }
+  }
+  // Writes where each row stands. All threads; `counts` as Place left them.
+  __device__ void Store(int* counts) const {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    int* places = counts + warp * grouping_.num_experts;
+    Visit([&](int row, int expert) {
+      const unsigned same = __match_any_sync(kAllLanes, expert);
+      int place = -1;
+      if (expert >= 0) {
+        place = places[expert] + __popc(same & ((1u << lane) - 1));
+        grouping_.rows[place] = row;
+      }
+      __syncwarp();
+      if (expert >= 0 && (same >> lane) == 1) places[expert] = place + 1;
+      __syncwarp();
+      if (grouping_.notes != nullptr && Has(row)) {
+        grouping_.notes[grouping_.places_at + row] = place;
+      }
+    });
+  }
+
+ private:
   struct Batch {
     int experts[kBatch];
   };
-  const auto load = [&](int first) {
+
+  // Experts of a batch of this warp's rows, all loads in flight at once; from the L2, where other
+  // blocks have just put them.
+  __device__ Batch Load(int first) const {
     Batch batch;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int row = first + i * kWarp + lane;
-      batch.experts[i] = row < end ? __ldcg(grouping.experts + row) - grouping.first_expert : -1;
+      const int row = first + i * kWarp + static_cast<int>(threadIdx.x) % kWarp;
+      batch.experts[i] = row < end_ ? __ldcg(grouping_.experts + row) - grouping_.first_expert : -1;
     }
 #pragma unroll
     for (int& expert : batch.experts) {
-      if (expert >= experts || expert < 0) expert = -1;
+      if (expert >= grouping_.num_experts || expert < 0) expert = -1;
     }
     return batch;
-  };
-  const Batch first_batch = load(begin);  // of few rows all
-  // Calls fn(row, expert) for all rows of this warp in order.
-  const auto visit = [&](const auto& fn) {
-    for (int first = begin; first < end; first += kBatch * kWarp) {
-      const Batch batch = first == begin ? first_batch : load(first);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i * kWarp >= end) break;
-        fn(first + i * kWarp + lane, batch.experts[i]);
-      }
-    }
-  };
+  }
 
-  for (int i = threadIdx.x; i < experts * warps; i += blockDim.x) counts[i] = 0;
-  __syncthreads();
-  visit([&](int, int expert) {
-    if (expert >= 0) atomicAdd(&counts[warp * experts + expert], 1);
-  });
-  __syncthreads();
+  const Grouping& grouping_;
+  int warps_, begin_, end_;
+  Batch first_batch_;  // of few rows all
+};
 
-  // Counts become places: of an expert's first row, and of each warp's first row of it.
+// The first row of each expert, from how many it has: writes offsets and chunks if `writes`, and
+// calls fn(expert, first row). All threads; count_of(expert) is the number of its rows.
+template <typename CountOf, typename Fn>
+__device__ void ScanExperts(const Grouping& grouping, int* warp_sums, bool writes,
+                            const CountOf& count_of, const Fn& fn) {
+  const int experts = grouping.num_experts, chunk_rows = grouping.rows_per_chunk;
   int2 first = make_int2(0, 0);  // row, chunk
   for (int base = 0; base < experts; base += blockDim.x) {
     const int expert = base + threadIdx.x;
-    int count = 0;
-    if (expert < experts) {
-#pragma unroll 8
-      for (int w = 0; w < warps; ++w) count += counts[w * experts + expert];
-    }
-    const int chunk_rows = grouping.rows_per_chunk;
+    const int count = expert < experts ? count_of(expert) : 0;
     const int chunks = (count + chunk_rows - 1) / chunk_rows;
     int2 total;
     int2 before = ScanBlock(make_int2(count, chunks), warp_sums, &total);
     before = make_int2(before.x + first.x, before.y + first.y);
-    if (expert < experts) {
+    if (expert < experts) fn(expert, before.x);
+    if (expert < experts && writes) {
       grouping.offsets[expert] = before.x;
-      int place = before.x;
-      constexpr int kWarpsAtOnce = 8;
-      for (int w = 0; w < warps; w += kWarpsAtOnce) {
-        int of_warp[kWarpsAtOnce];
-#pragma unroll
-        for (int i = 0; i < kWarpsAtOnce; ++i) {
-          of_warp[i] = w + i < warps ? counts[(w + i) * experts + expert] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kWarpsAtOnce; ++i) {
-          if (w + i < warps) counts[(w + i) * experts + expert] = place;
-          place += of_warp[i];
-        }
-      }
       for (int c = 0; grouping.notes != nullptr && c < chunks; ++c) {
         reinterpret_cast<int4*>(grouping.notes + kFirstChunkNote)[before.y + c] = make_int4(
             expert, before.x + c * chunk_rows, min(chunk_rows, count - c * chunk_rows), 0);
@@ -184,24 +242,101 @@ __device__ inline void GroupRows(const Grouping& grouping, int* shared) {
     }
     first = make_int2(first.x + total.x, first.y + total.y);
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && writes) {
     grouping.offsets[experts] = first.x;
     if (grouping.notes != nullptr) grouping.notes[0] = first.y;
   }
   __syncthreads();
+}
 
-  visit([&](int row, int expert) {
-    const unsigned same = __match_any_sync(kAllLanes, expert);
-    int place = -1;
-    if (expert >= 0) {
-      place = counts[warp * experts + expert] + __popc(same & ((1u << lane) - 1));
-      grouping.rows[place] = row;
+// By a whole block of at most 1,024 threads, all of its warps full.
+__device__ inline void GroupRows(const Grouping& grouping, int* shared) {
+  const BlockRows<18> rows(grouping, 0, grouping.num_rows);
+  int* counts = shared;  // [warps][experts]
+  int* warp_sums = counts + grouping.num_experts * rows.warps();
+  rows.Count(counts);
+  ScanExperts(
+      grouping, warp_sums, true, [&](int expert) { return rows.CountOf(expert, counts); },
+      [&](int expert, int place) { rows.Place(expert, place, counts); });
+  rows.Store(counts);
+}
+
+// How many of a row of numbers, one per block, belong to all blocks and to those before `block`. A
+// warp, which has asked for them: four to a lane.
+struct BlockSums {
+  __device__ BlockSums(int4 of_blocks, int block, int blocks) {
+    const int first = static_cast<int>(threadIdx.x) % kWarp * 4;
+    const int numbers[] = {of_blocks.x, of_blocks.y, of_blocks.z, of_blocks.w};
+    int mine = 0, mine_before = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i < blocks) mine += numbers[i];
+      if (first + i < block) mine_before += numbers[i];
     }
-    __syncwarp();
-    if (expert >= 0 && (same >> lane) == 1) counts[warp * experts + expert] = place + 1;
-    __syncwarp();
-    if (grouping.notes != nullptr && row < end) grouping.notes[grouping.places_at + row] = place;
-  });
+    all = __reduce_add_sync(kAllLanes, mine);
+    before = __reduce_add_sync(kAllLanes, mine_before);
+  }
+  int all, before;
+};
+
+// By all blocks of a kernel, at most kMostGroupingBlocks, all of which are resident: rows [first,
+// end) are this one's, those of later blocks stand behind them.
+//   block_counts [E, kMostGroupingBlocks]: room, 16-byte aligned
+//   counters: two numbers that are zero, and are left so
+//   shared: SharedIntsTogether
+inline constexpr int kMostGroupingBlocks = 4 * kWarp;
+__device__ inline void GroupRowsTogether(const Grouping& grouping, int first, int end,
+                                         int* block_counts, int* counters, int* shared) {
+  const int experts = grouping.num_experts;
+  const auto blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const BlockRows<4> rows(grouping, first, end);
+  int* counts = shared;  // [warps][experts]
+  int* sums =
+      counts + experts * rows.warps();  // [experts] of all blocks, [experts] of those before
+  int* warp_sums = sums + 2 * experts;
+  rows.Count(counts);
+  for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+    block_counts[e * kMostGroupingBlocks + block] = rows.CountOf(e, counts);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counters) : "memory");
+    int arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                   : "=r"(arrived)
+                   : "l"(counters)
+                   : "memory");
+    } while (arrived < blocks);
+  }
+  __syncthreads();
+  constexpr int kInFlight = 9;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int e = threadIdx.x / kWarp; e < experts; e += kInFlight * warps) {
+    int4 of_blocks[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int expert = min(e + i * warps, experts - 1);
+      of_blocks[i] =
+          __ldcg(reinterpret_cast<const int4*>(block_counts + expert * kMostGroupingBlocks) + lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int expert = e + i * warps;
+      if (expert >= experts) break;
+      const BlockSums of_expert(of_blocks[i], block, blocks);
+      if (lane == 0) sums[expert] = of_expert.all;
+      if (lane == 1) sums[experts + expert] = of_expert.before;
+    }
+  }
+  __syncthreads();
+  ScanExperts(
+      grouping, warp_sums, block == 0, [&](int expert) { return sums[expert]; },
+      [&](int expert, int place) { rows.Place(expert, place + sums[experts + expert], counts); });
+  rows.Store(counts);
+  if (threadIdx.x == 0 && atomicAdd(counters + 1, 1) == blocks - 1) {
+    counters[0] = counters[1] = 0;  // all have met
+  }
 }
 
 }  // namespace fathom::cuda

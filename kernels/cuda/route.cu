@@ -7,8 +7,8 @@
 // for each other. Parts and choices go through slots that hold kNothing until they are written, and
 // whoever reads one puts that back: data and signal are the same bytes, one trip through the L2.
 //
-// Many tokens: logits by MultiplyBf16 (or any linear layer), whose parts the next kernel adds up
-// before a warp per token chooses; again the last block sorts.
+// Many tokens: logits by RouterSm90, MultiplyBf16 or any linear layer, whose parts the next kernel
+// adds up before a warp per token chooses; then all blocks sort the rows together.
 
 #include <algorithm>
 
@@ -18,6 +18,7 @@
 #include "kernels/cuda/expert_groups.cuh"
 #include "kernels/cuda/linear_bf16.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/router_sm90.h"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -42,9 +43,10 @@ struct RouteArguments {
   Rows<const __nv_bfloat16> x;
   const __nv_bfloat16* gate;  // [E, H]
   int num_tokens, hidden_size;
-  uint32_t* parts;   // [slices][T][E] slots
-  uint32_t* chosen;  // [T][k] slots, of few rows
-  int* counter;      // zero before and after
+  uint32_t* parts;    // [slices][T][E] slots
+  uint32_t* chosen;   // [T][k] slots, of few rows
+  int* counters;      // [2], zero before and after
+  int* block_counts;  // of many tokens, GroupRowsTogether
   Rows<float> logits;
   Choice choice;
   Grouping grouping;
@@ -252,58 +254,105 @@ __global__ __launch_bounds__(kStreamThreads,
     __syncthreads();
     SortFew(arguments, experts, reinterpret_cast<int*>(shared));
   }
-  if (are_few || !IsLastArrival(arguments.counter, choosers, &is_last)) return;
+  if (are_few || !IsLastArrival(arguments.counters, choosers, &is_last)) return;
   GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
-  if (threadIdx.x == 0) *arguments.counter = 0;
+  if (threadIdx.x == 0) *arguments.counters = 0;
 }
 
 // --- many tokens
 
-constexpr int kChooseBlocks = 128;  // about as many as there are multiprocessors
-// More where registers allow it: the last block sorts.
 template <int kPer>
 inline constexpr int kChooseThreads = kPer <= 8 ? 1024 : 512;
 
-// parts: [slices][T] rows of the logits' stride, or the logits themselves.
+// Logits of some tokens, in shared memory and where they are asked for. All threads.
+//
+// Parts are rows without gaps, a multiple of four; four experts to a thread, and where threads are
+// left, several share the parts.
+template <int kThreads>
+__device__ void AddManyParts(const RouteArguments& arguments, int first, int count,
+                             const float* parts, int slices, float* logits) {
+  constexpr int kInFlight = 8;
+  const int num_experts = arguments.choice.num_experts, quads = count * num_experts / 4;
+  const int64_t slice_stride = int64_t{arguments.num_tokens} * num_experts;
+  const int shares = min(max(1, kThreads / quads), slices);
+  const auto store = [&](int quad, const float4& sum) {
+    const int token = first + quad * 4 / num_experts, expert = quad * 4 % num_experts;
+    reinterpret_cast<float4*>(logits)[quad] = sum;
+    float* to = arguments.logits[token] + expert;
+    to[0] = sum.x;
+    to[1] = sum.y;
+    to[2] = sum.z;
+    to[3] = sum.w;
+  };
+  const auto add = [](float4& sum, const float4& value) {
+    sum = make_float4(sum.x + value.x, sum.y + value.y, sum.z + value.z, sum.w + value.w);
+  };
+  for (int i = threadIdx.x; i < quads * shares; i += kThreads) {
+    const int share = i / quads, quad = i % quads, end = slices * (share + 1) / shares;
+    const float* part = parts + int64_t{first} * num_experts + quad * 4;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int s = slices * share / shares; s < end; s += kInFlight) {
+      float4 values[kInFlight];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        values[j] = s + j < end
+                        ? __ldcg(reinterpret_cast<const float4*>(part + (s + j) * slice_stride))
+                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+#pragma unroll
+      for (const float4& value : values) add(sum, value);
+    }
+    if (shares == 1) {
+      store(quad, sum);
+    } else {
+      reinterpret_cast<float4*>(logits)[i] = sum;
+    }
+  }
+  if (shares == 1) return;
+  __syncthreads();
+  for (int quad = threadIdx.x; quad < quads; quad += kThreads) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int share = 0; share < shares; ++share) {
+      add(sum, reinterpret_cast<const float4*>(logits)[share * quads + quad]);
+    }
+    store(quad, sum);
+  }
+}
+
+// A block has block_tokens tokens, as many at a time as it has warps.
+// parts: [slices][T][E], or null: the logits are there.
 template <int kPer>
 __global__ __launch_bounds__(kChooseThreads<kPer>) void ChooseKernel(const RouteArguments arguments,
-                                                                     const float* parts,
-                                                                     int64_t parts_stride,
-                                                                     int slices, int block_tokens) {
-  constexpr int kInFlight = 8;
+                                                                     const float* parts, int slices,
+                                                                     int block_tokens) {
+  constexpr int kWarps = kChooseThreads<kPer> / kWarp;
   extern __shared__ float shared[];
-  __shared__ bool is_last;
   LetDependentsLaunch();
   WaitForPredecessors();
   const int warp = threadIdx.x / kWarp;
   const int num_experts = arguments.choice.num_experts;
-  const int first = blockIdx.x * block_tokens;
-  const int count = min(block_tokens, arguments.num_tokens - first);
-  const bool is_copy = parts != arguments.logits.data;
-  for (int i = threadIdx.x; i < count * num_experts; i += kChooseThreads<kPer>) {
-    const int token = first + i / num_experts, expert = i % num_experts;
-    const float* part = parts + token * parts_stride + expert;
-    float sum = 0.0f;
-    for (int s = 0; s < slices; s += kInFlight) {
-      float values[kInFlight];
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        values[j] = s + j < slices ? part[(s + j) * (arguments.num_tokens * parts_stride)] : 0.0f;
+  const int begin = blockIdx.x * block_tokens;
+  const int end = min(begin + block_tokens, arguments.num_tokens);
+  const int most_at_once = min(block_tokens, kWarps);
+  for (int first = begin; first < end; first += kWarps) {
+    const int count = min(kWarps, end - first);
+    if (parts != nullptr) {
+      AddManyParts<kChooseThreads<kPer>>(arguments, first, count, parts, slices, shared);
+    } else {
+      for (int i = threadIdx.x; i < count * num_experts; i += kChooseThreads<kPer>) {
+        shared[i] = arguments.logits[first + i / num_experts][i % num_experts];
       }
-#pragma unroll
-      for (const float value : values) sum += value;
     }
-    shared[i] = sum;
-    if (is_copy) arguments.logits[token][expert] = sum;
+    __syncthreads();
+    float* room = shared + (most_at_once + warp) * num_experts;
+    if (warp < count) {
+      ChooseFromShared<kPer>(shared + warp * num_experts, arguments, first + warp, room);
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  float* room = shared + (block_tokens + warp) * num_experts;
-  for (int i = warp; i < count; i += kChooseThreads<kPer> / kWarp) {
-    ChooseFromShared<kPer>(shared + i * num_experts, arguments, first + i, room);
-  }
-  if (!IsLastArrival(arguments.counter, gridDim.x, &is_last)) return;
-  GroupRows(arguments.grouping, reinterpret_cast<int*>(shared));
-  if (threadIdx.x == 0) *arguments.counter = 0;
+  const int choices = arguments.choice.config.num_choices();
+  GroupRowsTogether(arguments.grouping, begin * choices, end * choices, arguments.block_counts,
+                    arguments.counters, reinterpret_cast<int*>(shared));
 }
 
 // --- the host's side
@@ -338,23 +387,23 @@ void LaunchStream(const RouteArguments& arguments, cudaStream_t stream) {
   });
 }
 
-void LaunchChoose(const RouteArguments& arguments, const float* parts, int64_t parts_stride,
-                  int slices, cudaStream_t stream) {
+void LaunchChoose(const RouteArguments& arguments, const float* parts, int slices, int num_blocks,
+                  cudaStream_t stream) {
   const int experts = arguments.choice.num_experts;
   VisitExpertsPerLane(experts, [&](auto per) {
     constexpr int kPer = decltype(per)::value;
     constexpr int kWarps = kChooseThreads<kPer> / kWarp;
-    const int block_tokens =
-        std::min<int>(kWarps, static_cast<int>(DivideUp(arguments.num_tokens, kChooseBlocks)));
-    const int floats = std::max(2 * block_tokens * experts,
-                                Grouping::SharedInts(arguments.grouping.num_experts, kWarps));
+    const auto block_tokens = static_cast<int>(DivideUp(arguments.num_tokens, num_blocks));
+    const int floats =
+        std::max({2 * std::min(kWarps, block_tokens) * experts, 4 * kChooseThreads<kPer>,
+                  Grouping::SharedIntsTogether(arguments.grouping.num_experts, kWarps)});
     const int shared_bytes = floats * static_cast<int>(sizeof(float));
     const auto blocks = static_cast<unsigned>(DivideUp(arguments.num_tokens, block_tokens));
     const auto kernel = ChooseKernel<kPer>;
     CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
     LaunchDependent(kernel, {dim3(blocks), dim3(kChooseThreads<kPer>), shared_bytes}, stream,
-                    arguments, parts, parts_stride, slices, block_tokens);
+                    arguments, parts, slices, block_tokens);
   });
 }
 
@@ -387,7 +436,7 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
   cuda::RouteArguments arguments = {};
   arguments.num_tokens = static_cast<int>(tokens);
   arguments.hidden_size = static_cast<int>(x.dim(1));
-  arguments.counter = counter_;
+  arguments.counters = counter_;
   arguments.logits = cuda::Rows<float>(routes.logits);
   arguments.choice = {.config = config,
                       .bias = bias.present() ? bias.data<float>() : nullptr,
@@ -419,16 +468,29 @@ void CudaOps::Route(const Tensor& x, const Tensor& gate, const Tensor& bias,
     return;
   }
   const cuda::Bf16Product product = {.x = x, .weight = gate, .out = routes.logits};
-  if (cuda::FitsBf16Product(product)) {
-    const int parts = cuda::NumParts(product, device_.multiProcessorCount);
-    auto* memory = static_cast<float*>(
-        scratch_.Reserve(parts * tokens * experts * static_cast<int64_t>(sizeof(float))));
-    cuda::MultiplyBf16InParts(product, parts, memory, stream_);
-    cuda::LaunchChoose(arguments, memory, experts, parts, stream_);
-    return;
+  const bool has_parts = experts % 4 == 0 && cuda::FitsBf16Product(product);
+  const bool is_sm90 = has_parts && RouterSm90::Supports(device_) && RouterSm90::Supports(product);
+  const int multiprocessors = device_.multiProcessorCount;
+  int parts = 1;
+  if (has_parts) {
+    parts = is_sm90 ? RouterSm90::NumParts(product, multiprocessors)
+                    : cuda::NumParts(product, multiprocessors);
   }
-  Linear(x, {.values = gate}, routes.logits);
-  cuda::LaunchChoose(arguments, routes.logits.data<float>(), routes.logits.stride(0), 1, stream_);
+  const int choose_blocks = std::min(kMostChooseBlocks, multiprocessors);
+  static_assert(kMostChooseBlocks == cuda::kMostGroupingBlocks);
+  const int64_t num_counts = kMostChooseBlocks * local_experts;
+  arguments.block_counts =
+      static_cast<int*>(scratch_.Reserve((num_counts + parts * tokens * experts) * 4));
+  auto* memory = reinterpret_cast<float*>(arguments.block_counts + num_counts);
+  if (is_sm90) {
+    RouterSm90::Multiply(product, parts, memory, stream_);
+  } else if (has_parts) {
+    cuda::MultiplyBf16InParts(product, parts, memory, stream_);
+  } else {
+    Linear(x, {.values = gate}, routes.logits);
+    memory = nullptr;
+  }
+  cuda::LaunchChoose(arguments, memory, parts, choose_blocks, stream_);
 }
 
 }  // namespace fathom

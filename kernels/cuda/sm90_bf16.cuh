@@ -59,6 +59,25 @@ __device__ inline void ProductBf16N128(float (&d)[64], const uint32_t (&a)[4], u
                  "n"(kOperandB == OperandB::kTransposed ? 1 : 0));
 }
 
+// D[64, 256] += A[64, 16] · B[256, 16]ᵀ, both from shared memory, B as stored.
+__device__ inline void ProductBf16N256(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
+      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
+      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"
+      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, "
+      "%128, %129, p, 1, 1, 0, 0;\n}"
+      : FATHOM_SIXTY_FOUR(d), FATHOM_SIXTEEN(d, 64), FATHOM_SIXTEEN(d, 80), FATHOM_SIXTEEN(d, 96),
+        FATHOM_SIXTEEN(d, 112)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
 #undef FATHOM_PRODUCT_N128
 #undef FATHOM_SIXTY_FOUR
 #undef FATHOM_SIXTEEN

@@ -228,6 +228,9 @@ TEST_F(ExpertsConformanceTest, RouteOfDeepSeekV3sShapeAgrees) {
   for (const int64_t tokens : {1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 130, 256, 257, 600}) {
     CheckRoute(kV3, tokens, 256, 7168, kBF16, kBF16, 0, 257);
   }
+  CheckRoute(kV3, 2048, 256, 7168, kBF16, kBF16, 0, 257);
+  CheckRoute(kV3, 4300, 256, 512, kBF16, kBF16, 0, 257);
+  CheckRoute(kV3, 300, 256, 448, kBF16, kBF16, 64, 32);
   CheckRoute(kV3, 30, 256, 7168, kBF16, kBF16, 64, 32);  // an eighth of the experts
   CheckRoute(kV2, 20, 160, 5120, kBF16, kBF16, 0, 162);
   CheckRoute(kV3, 5, 384, 7168, kBF16, kBF16, 0, 385);
