@@ -77,9 +77,9 @@ __device__ void ForEachLogit(const float* logits, int begin, int end, int stride
   }
 }
 
-// Orders like the floats.
+// Orders like the floats; -0 + 0 is 0, which -0 equals.
 __device__ uint32_t KeyOf(float logit) {
-  const uint32_t bits = __float_as_uint(logit);
+  const uint32_t bits = __float_as_uint(__fadd_rn(logit, 0.0f));
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -166,6 +166,19 @@ TEST_F(TokenSamplerTest, GreedyTakesTheLowestOfTheBest) {
   EXPECT_EQ(Sample({logits, logits}, {SamplingRow{}, top_one}), (std::vector<int>{4, 4}));
 }
 
+TEST_F(TokenSamplerTest, ZerosOfEitherSignTie) {
+  const std::vector<float> logits = {-0.0f, 0.0f, -0.0f, 0.0f, -0.0f, 0.0f};
+  SamplingRow first, second;
+  first.inverse_temperature = second.inverse_temperature = 1.0;
+  first.top_k = second.top_k = 2;
+  first.uniform = 0.25;
+  second.uniform = 0.75;
+  EXPECT_EQ(Sample({logits, logits}, {first, second}), (std::vector<int>{0, 1}));
+  first.top_k = second.top_k = 0;
+  first.top_p = second.top_p = 0.3f;
+  EXPECT_EQ(Sample({logits, logits}, {first, second}), (std::vector<int>{0, 1}));
+}
+
 TEST_F(TokenSamplerTest, ARowThatIsNotFiniteIsAFaultOfItsOwn) {
   const float infinity = std::numeric_limits<float>::infinity();
   const std::vector<float> good = RandomLogits(5000, 0.0f);
