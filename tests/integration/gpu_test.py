@@ -13,7 +13,7 @@ import pytest
 
 from checkpoints import golden_checkpoint
 from fathom_server import FathomServer
-from faults_test import start_load, wait_until_back, wait_until_ends
+from faults_test import NO_RECOVERY, start_load, wait_until_back, wait_until_ends
 from golden_test import ask
 
 LEAVING_SECONDS = 5  # the promise
@@ -85,7 +85,7 @@ def test_a_killed_rank_ends_the_other_within_5_seconds_and_the_group_forms_again
         way, model, report):
     """kill -9 under load, each rank in turn."""
     lines = [way]
-    with FathomServer(model, "--max-model-len", 5000, *flags_of(way),
+    with FathomServer(model, "--max-model-len", 5000, *flags_of(way), *NO_RECOVERY,
                       tensor_parallel_size=2) as server:
         for rank in (0, 1, 1):
             clients = start_load(server)
