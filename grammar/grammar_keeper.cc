@@ -31,6 +31,8 @@ constexpr int64_t kEntryBytes = 512;
 constexpr absl::Duration kReplyTime = absl::Milliseconds(500);
 constexpr int kMaxAttempts = 3;
 constexpr absl::Duration kRetryTime = absl::Milliseconds(20);
+// For processes to end with the keeper.
+constexpr absl::Duration kEndTime = absl::Seconds(1);
 // For a turn to compile.
 constexpr absl::Duration kQueueTime = absl::Seconds(5);
 
@@ -89,6 +91,16 @@ absl::Status SendDescriptors(int socket, const std::array<int, 2>& descriptors) 
 GrammarKeeper::GrammarKeeper(GrammarKeeperOptions options) : options_(std::move(options)) {}
 
 GrammarKeeper::~GrammarKeeper() {
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const Kept& kept : kept_) {
+      if (kept.process != nullptr) kept.process->End();
+    }
+    const absl::Time deadline = absl::Now() + kEndTime;
+    for (const Kept& kept : kept_) {
+      if (kept.process != nullptr) kept.process->AwaitEnd(deadline);
+    }
+  }
   absl::MutexLock lock(&program_mutex_);
   EndProgram();
 }

@@ -60,7 +60,8 @@ class GrammarMatcher;
 class GrammarKeeper {
  public:
   explicit GrammarKeeper(GrammarKeeperOptions options);
-  ~GrammarKeeper();  // REQUIRES: no matchers are left
+  // All its processes end with it. REQUIRES: no matchers are left.
+  ~GrammarKeeper();
 
   // Lets the program read the vocabulary meanwhile. Without it the first grammar waits for that.
   void Start();

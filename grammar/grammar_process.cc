@@ -91,6 +91,15 @@ absl::Status GrammarProcess::Compile(const Grammar& grammar, absl::Duration time
   return failure_;
 }
 
+void GrammarProcess::End() { shutdown(socket_.get(), SHUT_WR); }
+
+void GrammarProcess::AwaitEnd(absl::Time deadline) {
+  // What it still says is of no interest; then its end of the socket is closed.
+  std::string text;
+  while (Receive(deadline, text).ok()) {
+  }
+}
+
 absl::StatusOr<int> GrammarProcess::OpenRow(absl::Span<const int32_t> token_ids) {
   RETURN_IF_ERROR(failure_);
   int row = static_cast<int>(rows_.size());

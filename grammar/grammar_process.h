@@ -38,6 +38,11 @@ class GrammarProcess {
   absl::Status Compile(const Grammar& grammar, absl::Duration timeout);
   int64_t memory_bytes() const { return memory_bytes_; }
 
+  // Tells the process to end; AwaitEnd returns when it has, or at `deadline`. Nothing else after
+  // that.
+  void End();
+  void AwaitEnd(absl::Time deadline);
+
   // A sequence at the beginning of the grammar, after `token_ids`. ResourceExhausted when there are
   // too many. Its mask is under way.
   absl::StatusOr<int> OpenRow(absl::Span<const int32_t> token_ids);

@@ -158,6 +158,9 @@ void Complete(Flags& flags) {
       : flags.activation_quantization == "fp8" ? ActivationQuantization::kFp8
                                                : ActivationQuantization::kNone;
   keeper.load_format = flags.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kAuto;
+  std::error_code error;
+  const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+  keeper.grammar_program = self.parent_path() / "fathom-grammar";
   if (flags.kv_cache_memory_bytes > 0) {
     keeper.memory.kv_cache_memory_bytes = flags.kv_cache_memory_bytes;
   }

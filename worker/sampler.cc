@@ -37,15 +37,16 @@ absl::StatusOr<int32_t> Sampler::Sample(absl::Span<const float> logits,
   how.may_ban = 1;
   const int32_t token_id = draw_.Draw(Adjust(logits, context).data(), vocab_size_, how);
   if (token_id >= 0) return token_id;
-  return absl::InternalError(
-      absl::StrCat("bans and penalties leave no token to choose at position ", context.position));
+  return absl::InternalError(absl::StrCat(
+      "bans, penalties and the grammar leave no token to choose at position ", context.position));
 }
 
 bool Sampler::IsPlain(const SamplingContext& context) {
   const SamplingParams& params = context.params;
   const bool bans_stop_tokens =
       context.num_output_tokens < params.min_tokens && !params.stop_token_ids.empty();
-  return !bans_stop_tokens && params.logit_bias.empty() && !params.has_penalties();
+  return !bans_stop_tokens && context.allowed.empty() && params.logit_bias.empty() &&
+         !params.has_penalties();
 }
 
 SamplingRow Sampler::RowOf(const SamplingContext& context) {
@@ -70,12 +71,25 @@ absl::Span<const float> Sampler::Adjust(absl::Span<const float> logits,
   if (IsPlain(context)) return logits;
 
   adjusted_.assign(logits.begin(), logits.end());
+  if (!context.allowed.empty()) BanAllBut(context.allowed);
   if (context.num_output_tokens < params.min_tokens) {
     for (const int32_t token_id : params.stop_token_ids) adjusted_[token_id] = kBanned;
   }
   for (const auto& [token_id, bias] : params.logit_bias) adjusted_[token_id] += bias;
   if (params.has_penalties()) AddPenalties(context);
   return adjusted_;
+}
+
+void Sampler::BanAllBut(absl::Span<const uint32_t> allowed) {
+  CHECK_GE(allowed.size() * 32, adjusted_.size());
+  for (size_t begin = 0; begin < adjusted_.size(); begin += 32) {
+    const uint32_t word = allowed[begin / 32];
+    if (word == ~uint32_t{0}) continue;
+    const size_t end = std::min(begin + 32, adjusted_.size());
+    for (size_t id = begin; id < end; ++id) {
+      if ((word >> (id - begin) & 1) == 0) adjusted_[id] = kBanned;
+    }
+  }
 }
 
 void Sampler::AddPenalties(const SamplingContext& context) {

@@ -1,7 +1,8 @@
 // Logits to token ids, one row at a time, on rank 0.
 //
 // A row's logits go through these stages, in the order of vLLM's V1 sampler:
-//   1. stop tokens are banned while fewer than min_tokens tokens were generated;
+//   1. what a grammar does not allow is banned, and stop tokens while fewer than min_tokens tokens
+//   were generated;
 //   2. logit_bias is added;
 //   3. repetition penalty over prompt and output: logits above 0 are divided by it, others
 //      multiplied; then frequency * count and presence are subtracted, over the output only;
@@ -52,6 +53,8 @@ struct SamplingContext {
   const TokenCounts& counts;  // read only when params.has_penalties()
   int num_output_tokens = 0;  // generated so far
   int64_t position = 0;       // of the token to be chosen, within the sequence
+  // A bit for each token that may be chosen, 32 to the word; empty: all may.
+  absl::Span<const uint32_t> allowed = {};
 };
 
 struct TokenLogprobs {
@@ -84,6 +87,7 @@ class Sampler {
 
  private:
   absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingContext& context);
+  void BanAllBut(absl::Span<const uint32_t> allowed);
   void AddPenalties(const SamplingContext& context);
 
   const int vocab_size_;

@@ -59,6 +59,19 @@ absl::Status ParseLists(const v1::SamplingParams& message, int vocab_size, Sampl
 
 }  // namespace
 
+absl::StatusOr<Grammar> ParseGrammar(const v1::Grammar& message) {
+  const int kind = message.kind();
+  if (kind < v1::Grammar::KIND_JSON_SCHEMA || kind > v1::Grammar::KIND_EBNF) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("grammar.kind is ", kind, ", expected JSON_SCHEMA, REGEX or EBNF"));
+  }
+  if (message.text().empty() || message.text().size() > kMaxGrammarBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("grammar.text has ", message.text().size(),
+                                                   " bytes, expected 1 to ", kMaxGrammarBytes));
+  }
+  return Grammar{.kind = Grammar::Kind{kind}, .text = message.text()};
+}
+
 absl::StatusOr<SamplingParams> ParseSamplingParams(const v1::SamplingParams& message,
                                                    int vocab_size) {
   SamplingParams params;
@@ -93,6 +106,14 @@ absl::StatusOr<SamplingParams> ParseSamplingParams(const v1::SamplingParams& mes
     params.frequency_penalty = message.frequency_penalty();
   }
   RETURN_IF_ERROR(ParseLists(message, vocab_size, params));
+  if (message.has_grammar()) {
+    ASSIGN_OR_RETURN(params.grammar, ParseGrammar(message.grammar()));
+    if (message.grammar().has_begins_after_token_id()) {
+      const uint32_t token_id = message.grammar().begins_after_token_id();
+      RETURN_IF_ERROR(CheckTokenId("grammar.begins_after_token_id", token_id, vocab_size));
+      params.grammar_begins_after = static_cast<int32_t>(token_id);
+    }
+  }
   params.seed = message.seed();
   params.min_tokens = static_cast<int>(std::min<uint32_t>(message.min_tokens(), INT32_MAX));
   if (message.has_num_logprobs()) {

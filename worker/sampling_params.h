@@ -8,12 +8,14 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "grammar/grammar.h"
 
 namespace fathom {
 
 namespace v1 {
+class Grammar;
 class SamplingParams;
-}
+}  // namespace v1
 
 struct SamplingParams {
   // A temperature below this means greedy; one between this and kLowestTemperature is raised to the
@@ -37,6 +39,8 @@ struct SamplingParams {
   int min_tokens = 0;
   std::optional<int> num_logprobs;
   std::optional<int> num_prompt_logprobs;
+  std::optional<Grammar> grammar;               // what the output must look like
+  std::optional<int32_t> grammar_begins_after;  // this token of the output; absent: at once
 
   bool greedy() const { return temperature == 0.0f; }
   bool has_penalties() const {
@@ -44,7 +48,8 @@ struct SamplingParams {
   }
 };
 
-// InvalidArgument names the field, its value and what was expected.
+// InvalidArgument names the field, its value and what was expected, here and below.
+absl::StatusOr<Grammar> ParseGrammar(const v1::Grammar& message);
 absl::StatusOr<SamplingParams> ParseSamplingParams(const v1::SamplingParams& message,
                                                    int vocab_size);
 

@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "grammar/grammar.h"
 #include "kernels/device.h"
 #include "worker/communicator.h"
 #include "worker/memory_plan.h"
@@ -68,6 +69,10 @@ class ShardHost {
   virtual void Describe(v1::DescribeResponse& response) const = 0;
   // InvalidArgument names the field of `spec` that is out of range; else as PlanWorkerMemory.
   virtual absl::StatusOr<WorkerMemoryPlan> Plan(const v1::ShardSpec& spec) const = 0;
+
+  // Makes sequences that obey the grammar quick to admit: GrammarKeeper::Prepare.
+  // FailedPrecondition before rank 0 has joined, InvalidArgument where there are no grammars.
+  virtual absl::Status PrepareGrammar(const Grammar& grammar) = 0;
 
   // Not thread-safe: one Join at a time. REQUIRES: what it gave before is gone.
   virtual absl::StatusOr<std::shared_ptr<StepMaker>> Join(const ShardJoin& join) = 0;

@@ -133,6 +133,32 @@ absl::StatusOr<std::unique_ptr<KvCache>> ShardKeeper::CreateKvCache(int block_si
       config_, *device_);
 }
 
+GrammarKeeper* ShardKeeper::Grammars(int rank) {
+  if (rank != 0 || options_.grammar_program.empty()) return nullptr;
+  absl::MutexLock lock(&mutex_);
+  if (grammars_ == nullptr) {
+    grammars_ = std::make_unique<GrammarKeeper>(
+        GrammarKeeperOptions{.program = options_.grammar_program,
+                             .model_directory = options_.model_directory,
+                             .vocab_size = config_.vocab_size,
+                             .eos_token_ids = config_.eos_token_ids});
+    grammars_->Start();
+  }
+  return grammars_.get();
+}
+
+absl::Status ShardKeeper::PrepareGrammar(const Grammar& grammar) {
+  GrammarKeeper* grammars;
+  {
+    absl::MutexLock lock(&mutex_);
+    grammars = grammars_.get();
+  }
+  if (grammars == nullptr) {
+    return absl::FailedPreconditionError("only rank 0 has grammars, once it has joined");
+  }
+  return grammars->Prepare(grammar);
+}
+
 absl::StatusOr<std::shared_ptr<StepMaker>> ShardKeeper::Join(const ShardJoin& join) {
   const v1::ShardSpec& spec = join.shard;
   ASSIGN_OR_RETURN(ModelShard * model, Load(spec, join.on_loading));
@@ -144,7 +170,8 @@ absl::StatusOr<std::shared_ptr<StepMaker>> ShardKeeper::Join(const ShardJoin& jo
                    DeviceSampler::Create(*device_, slots.max_sequences));
   ASSIGN_OR_RETURN(std::unique_ptr<Communicator> communicator, join.connect(*device_));
   return std::make_shared<StepRunner>(join.epoch, slots, *model, std::move(kv_cache),
-                                      std::move(communicator), std::move(device_sampler));
+                                      std::move(communicator), std::move(device_sampler),
+                                      Grammars(static_cast<int>(spec.rank())));
 }
 
 std::string FlagNameOf(DType dtype) {

@@ -6,8 +6,11 @@
 #include <optional>
 #include <string>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "grammar/grammar_keeper.h"
 #include "kernels/device.h"
 #include "worker/kv_cache.h"
 #include "worker/memory_plan.h"
@@ -43,6 +46,7 @@ struct ShardKeeperOptions {
   // was free when the worker started.
   int64_t host_bytes = 0;
   int64_t available_bytes = 0;
+  std::string grammar_program = {};  // fathom-grammar; empty: nobody may ask for a grammar
 };
 
 // What loading decided on, by value, so that it can be compared.
@@ -77,6 +81,7 @@ class ShardKeeper final : public ShardHost {
   absl::StatusOr<ModelShard*> Load(const v1::ShardSpec& spec, const LoadProgress& progress);
   absl::StatusOr<std::unique_ptr<KvCache>> CreateKvCache(int block_size, int num_kv_blocks);
   // Loads, allocates, waits for the others, connects.
+  absl::Status PrepareGrammar(const Grammar& grammar) override;
   absl::StatusOr<std::shared_ptr<StepMaker>> Join(const ShardJoin& join) override;
 
  private:
@@ -85,6 +90,8 @@ class ShardKeeper final : public ShardHost {
 
   // Finds the weights.
   absl::Status OpenSource();
+  // Rank 0's, made once. It outlives everything that Join gave.
+  GrammarKeeper* Grammars(int rank);
   bool HasFp8Weights() const;
   bool QuantizesActivations() const;
   ModelShardOptions ShardOptions(const v1::ShardSpec& spec) const;
@@ -95,6 +102,9 @@ class ShardKeeper final : public ShardHost {
   const std::unique_ptr<Device> device_;
   std::unique_ptr<Checkpoint> checkpoint_;  // without tensors with kDummy
   std::unique_ptr<WeightSource> source_;
+
+  absl::Mutex mutex_;
+  std::unique_ptr<GrammarKeeper> grammars_ ABSL_GUARDED_BY(mutex_);
 
   std::optional<LoadedShard> loaded_;
   std::unique_ptr<ModelShard> shard_;

@@ -78,6 +78,10 @@ absl::StatusOr<WorkerMemoryPlan> SimulatedKeeper::Plan(const v1::ShardSpec& spec
   return plan;
 }
 
+absl::Status SimulatedKeeper::PrepareGrammar(const Grammar&) {
+  return absl::InvalidArgumentError("simulated workers write nothing that could obey a grammar");
+}
+
 absl::StatusOr<std::shared_ptr<StepMaker>> SimulatedKeeper::Join(const ShardJoin& join) {
   RETURN_IF_ERROR(join.await_others());
   return std::make_shared<SimulatedRunner>(

@@ -27,6 +27,7 @@ class SimulatedKeeper final : public ShardHost {
   void Describe(v1::DescribeResponse& response) const override;
   // Everything takes 0 bytes; the capacity is the profile's.
   absl::StatusOr<WorkerMemoryPlan> Plan(const v1::ShardSpec& spec) const override;
+  absl::Status PrepareGrammar(const Grammar& grammar) override;
   absl::StatusOr<std::shared_ptr<StepMaker>> Join(const ShardJoin& join) override;
 
  private:

@@ -38,7 +38,7 @@ bool HasFault(const v1::StepResult& result, int slot) {
 StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
                        std::unique_ptr<KvCache> kv_cache,
                        std::unique_ptr<Communicator> communicator,
-                       std::unique_ptr<DeviceSampler> device_sampler)
+                       std::unique_ptr<DeviceSampler> device_sampler, GrammarKeeper* grammars)
     : epoch_(epoch),
       vocab_size_(slots.vocab_size),
       shard_(shard),
@@ -46,6 +46,7 @@ StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard
       communicator_(std::move(communicator)),
       device_sampler_(std::move(device_sampler)),
       slots_(slots),
+      grammar_masks_(grammars, slots.max_sequences),
       sampler_(slots.vocab_size) {}
 
 absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
@@ -70,6 +71,7 @@ absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
 absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult& result) {
   ASSIGN_OR_RETURN(const StepPlan plan, slots_.Apply(command));
   if (rank() == 0) {
+    UpdateGrammars(command);
     for (const int slot : plan.slots_with_faults) {
       AddFault(slot, absl::InternalError("it had a fault in an earlier step"), result);
     }
@@ -96,8 +98,26 @@ absl::Status StepRunner::MakeStep(const v1::StepCommand& command, v1::StepResult
       return absl::InternalError(absl::StrCat("rank 0 sent token ", choices[i]));
     }
     slots_.AppendSampledToken(plan.sampled[i].slot, choices[i]);
+    if (rank() == 0) grammar_masks_.OnToken(plan.sampled[i].slot, choices[i]);
   }
   return absl::OkStatus();
+}
+
+void StepRunner::UpdateGrammars(const v1::StepCommand& command) {
+  for (const uint32_t slot : command.released_slots()) {
+    grammar_masks_.Release(static_cast<int>(slot));
+  }
+  for (const v1::SequenceAdmission& admission : command.admitted()) {
+    const auto slot = static_cast<int>(admission.slot());
+    grammar_masks_.Admit(slot, slots_.sampling(slot),
+                         slots_.token_ids(slot).subspan(admission.num_prompt_tokens()));
+  }
+}
+
+absl::StatusOr<SamplingContext> StepRunner::ContextOf(int slot) {
+  SamplingContext context = slots_.ContextOf(slot);
+  ASSIGN_OR_RETURN(context.allowed, grammar_masks_.MaskOf(slot));
+  return context;
 }
 
 void StepRunner::ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits,
@@ -127,9 +147,9 @@ StepRunner::Choices StepRunner::ChoosePlain(const StepPlan& plan, const Tensor& 
   std::vector<SamplingRow> rows;
   std::vector<size_t> places;
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
-    const SamplingContext context = slots_.ContextOf(plan.sampled[i].slot);
-    if (!Sampler::IsPlain(context)) continue;
-    rows.push_back(Sampler::RowOf(context));
+    const absl::StatusOr<SamplingContext> context = ContextOf(plan.sampled[i].slot);
+    if (!context.ok() || !Sampler::IsPlain(*context)) continue;
+    rows.push_back(Sampler::RowOf(*context));
     rows.back().logit_row = plan.sampled[i].logit_row;
     places.push_back(i);
   }
@@ -145,7 +165,12 @@ void StepRunner::Choose(const StepPlan& plan, const Tensor& logits, Choices& cho
   for (size_t i = 0; i < plan.sampled.size(); ++i) {
     const auto& [slot, logit_row] = plan.sampled[i];
     if (HasFault(result, slot)) continue;
-    const SamplingContext context = slots_.ContextOf(slot);
+    const absl::StatusOr<SamplingContext> found = ContextOf(slot);
+    if (!found.ok()) {
+      AddFault(slot, found.status(), result);
+      continue;
+    }
+    const SamplingContext& context = *found;
     absl::StatusOr<int32_t> token_id = plain[i];
     if (!Sampler::IsPlain(context)) {
       token_id = sampler_.Sample(device_sampler_->Row(logits, logit_row), context);

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "worker/communicator.h"
 #include "worker/device_sampler.h"
+#include "worker/grammar_masks.h"
 #include "worker/kv_cache.h"
 #include "worker/model_shard.h"
 #include "worker/sampler.h"
@@ -22,10 +23,11 @@ namespace fathom {
 
 class StepRunner final : public StepMaker {
  public:
-  // `shard` must outlive this. `device_sampler`: for as many rows as there are slots.
+  // `shard` and `grammars` must outlive this. `device_sampler`: for as many rows as there are
+  // slots. `grammars`: on rank 0, else null; null there means that nobody may ask for one.
   StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard& shard,
              std::unique_ptr<KvCache> kv_cache, std::unique_ptr<Communicator> communicator,
-             std::unique_ptr<DeviceSampler> device_sampler);
+             std::unique_ptr<DeviceSampler> device_sampler, GrammarKeeper* grammars);
   ~StepRunner() override { shard_.ForgetRecordings(); }
 
   uint64_t epoch() const override { return epoch_; }
@@ -39,6 +41,10 @@ class StepRunner final : public StepMaker {
   using Choices = std::vector<int32_t>;
   static constexpr int32_t kFault = -1;
 
+  // The grammars of sequences that leave and come.
+  void UpdateGrammars(const v1::StepCommand& command);
+  // The error is the sequence's fault.
+  absl::StatusOr<SamplingContext> ContextOf(int slot);
   absl::Status MakeStep(const v1::StepCommand& command, v1::StepResult& result);
   void ReportPromptLogprobs(const StepPlan& plan, const Tensor& logits, v1::StepResult& result);
   // Tokens of the rows that are plain (Sampler::IsPlain), -1 if faulty; kFault for the others.
@@ -52,6 +58,7 @@ class StepRunner final : public StepMaker {
   const std::unique_ptr<Communicator> communicator_;
   const std::unique_ptr<DeviceSampler> device_sampler_;
   SlotTable slots_;
+  GrammarMasks grammar_masks_;
   Sampler sampler_;
   uint64_t last_step_ = 0;
 };

@@ -412,6 +412,13 @@ grpc::Status WorkerService::Lookup(grpc::ServerContext* context, const v1::Looku
   return ToGrpc(value.status());
 }
 
+grpc::Status WorkerService::PrepareGrammar(grpc::ServerContext*,
+                                           const v1::PrepareGrammarRequest* request,
+                                           v1::PrepareGrammarResponse*) {
+  const absl::StatusOr<Grammar> grammar = ParseGrammar(request->grammar());
+  return ToGrpc(grammar.ok() ? host_.PrepareGrammar(*grammar) : grammar.status());
+}
+
 bool WorkerService::WaitUntilIdle(absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   const auto is_idle = [this]()

@@ -50,6 +50,9 @@ class WorkerService final : public v1::Worker::WithCallbackMethod_Run<v1::Worker
                      v1::AbortResponse* response) override;
   grpc::Status Publish(grpc::ServerContext* context, const v1::PublishRequest* request,
                        v1::PublishResponse* response) override;
+  grpc::Status PrepareGrammar(grpc::ServerContext* context,
+                              const v1::PrepareGrammarRequest* request,
+                              v1::PrepareGrammarResponse* response) override;
   grpc::Status Lookup(grpc::ServerContext* context, const v1::LookupRequest* request,
                       v1::LookupResponse* response) override;
 

@@ -285,6 +285,35 @@ TEST_F(SamplerTest, ARowThatIsNotFiniteIsAFaultThatNamesThePosition) {
   EXPECT_EQ(Sample({0.0f, 100.0f, 1.0f}), 1);
 }
 
+TEST_F(SamplerTest, WhatAGrammarDoesNotAllowIsNeverSampled) {
+  constexpr int kTokens = 70;  // the last word of the mask is not full
+  std::vector<uint32_t> mask(3);
+  for (const int id : {0, 33, 64, 69}) mask[id / 32] |= uint32_t{1} << (id % 32);
+  std::vector<float> logits = RandomLogits(kTokens, 2.0f);
+  Sampler sampler(kTokens);
+  std::map<int32_t, int> seen;
+  for (int position = 0; position < 2000; ++position) {
+    ++seen[*sampler.Sample(logits, {.params = params,
+                                    .counts = counts,
+                                    .num_output_tokens = 0,
+                                    .position = position,
+                                    .allowed = mask})];
+  }
+  for (const auto& [id, count] : seen) {
+    EXPECT_NE(mask[id / 32] >> (id % 32) & 1, 0u) << "token " << id;
+  }
+  EXPECT_GT(seen.size(), 1);
+
+  mask.assign(3, 0);
+  EXPECT_TRUE(absl::IsInternal(sampler
+                                   .Sample(logits, {.params = params,
+                                                    .counts = counts,
+                                                    .num_output_tokens = 0,
+                                                    .position = 5,
+                                                    .allowed = mask})
+                                   .status()));
+}
+
 TEST_F(SamplerTest, BanningTheWholeVocabularyIsAFault) {
   params.stop_token_ids = {0, 1};
   params.min_tokens = 1;

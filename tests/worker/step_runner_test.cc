@@ -72,17 +72,17 @@ class StepRunnerTest : public testing::Test {
   void MakeRunner(std::unique_ptr<Communicator> communicator) {
     const absl::StatusOr<ModelConfig> config = ReadModelConfig(GoldenCheckpoint("v3_tiny"));
     device_ = *OpenCpuDevice({});
-    runner =
-        std::make_unique<StepRunner>(7,
-                                     SlotTableOptions{.vocab_size = kVocabSize,
-                                                      .max_sequences = 4,
-                                                      .max_model_len = 64,
-                                                      .max_tokens_per_step = 64,
-                                                      .max_logit_rows = 64,
-                                                      .block_size = 16,
-                                                      .num_kv_blocks = 16},
-                                     shard, *KvCache::Create({.num_blocks = 16}, *config, *device_),
-                                     std::move(communicator), *DeviceSampler::Create(*device_, 4));
+    runner = std::make_unique<StepRunner>(
+        7,
+        SlotTableOptions{.vocab_size = kVocabSize,
+                         .max_sequences = 4,
+                         .max_model_len = 64,
+                         .max_tokens_per_step = 64,
+                         .max_logit_rows = 64,
+                         .block_size = 16,
+                         .num_kv_blocks = 16},
+        shard, *KvCache::Create({.num_blocks = 16}, *config, *device_), std::move(communicator),
+        *DeviceSampler::Create(*device_, 4), nullptr);
   }
 
   static v1::SamplingParams& Admit(v1::StepCommand& command, uint32_t slot,

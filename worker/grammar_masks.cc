@@ -1,0 +1,60 @@
+#include "worker/grammar_masks.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace fathom {
+
+GrammarMasks::GrammarMasks(GrammarKeeper* keeper, int max_sequences)
+    : keeper_(keeper), constraints_(max_sequences) {}
+
+void GrammarMasks::Admit(int slot, const SamplingParams& params,
+                         absl::Span<const int32_t> output_token_ids) {
+  if (!params.grammar.has_value()) return;
+  Constraint& constraint = constraints_[slot].emplace();
+  if (keeper_ == nullptr) {
+    constraint.failure = absl::InternalError("this worker has no grammars");
+    return;
+  }
+  absl::Span<const int32_t> token_ids = output_token_ids;
+  constraint.begins_after = params.grammar_begins_after;
+  if (constraint.begins_after.has_value()) {
+    const auto before = std::find(token_ids.begin(), token_ids.end(), *constraint.begins_after);
+    if (before != token_ids.end()) constraint.begins_after.reset();
+    token_ids.remove_prefix(std::min<size_t>(before - token_ids.begin() + 1, token_ids.size()));
+  }
+  // Also for one that begins later: what it needs stays from now on.
+  absl::StatusOr<std::unique_ptr<GrammarMatcher>> matcher =
+      keeper_->Match(*params.grammar, token_ids);
+  constraint.failure = matcher.status();
+  if (matcher.ok()) constraint.matcher = *std::move(matcher);
+}
+
+void GrammarMasks::Release(int slot) { constraints_[slot].reset(); }
+
+absl::StatusOr<absl::Span<const uint32_t>> GrammarMasks::MaskOf(int slot) {
+  if (!constraints_[slot].has_value()) return absl::Span<const uint32_t>();
+  const Constraint& constraint = *constraints_[slot];
+  absl::Status failure = constraint.failure;
+  if (failure.ok()) {
+    if (constraint.begins_after.has_value()) return absl::Span<const uint32_t>();
+    absl::StatusOr<absl::Span<const uint32_t>> mask = constraint.matcher->Mask();
+    if (mask.ok()) return mask;
+    failure = mask.status();
+  }
+  return absl::InternalError(absl::StrCat("structured output: ", failure.message()));
+}
+
+void GrammarMasks::OnToken(int slot, int32_t token_id) {
+  if (!constraints_[slot].has_value()) return;
+  Constraint& constraint = *constraints_[slot];
+  if (constraint.begins_after.has_value()) {
+    if (token_id == *constraint.begins_after) constraint.begins_after.reset();
+  } else if (constraint.matcher != nullptr) {
+    constraint.matcher->Advance(token_id);
+  }
+}
+
+}  // namespace fathom

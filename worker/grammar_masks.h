@@ -1,0 +1,51 @@
+// Which sequences obey a grammar, and which tokens each of them may take next. Rank 0 only.
+//
+// The step path calls it with every token it has chosen, so it is in step with the sequences by
+// construction; the masks are computed elsewhere (grammar_keeper.h) while the next step's logits
+// are. Whatever goes wrong with a grammar is its sequence's fault, and MaskOf says it.
+//
+// Not thread-safe; only the thread that runs steps touches it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "grammar/grammar_keeper.h"
+#include "worker/sampling_params.h"
+
+namespace fathom {
+
+class GrammarMasks {
+ public:
+  // `keeper` outlives this; null: nobody may ask for a grammar.
+  GrammarMasks(GrammarKeeper* keeper, int max_sequences);
+
+  // A sequence takes the slot, with the tokens that it has generated already. A grammar that was
+  // not prepared is compiled now, which takes its time.
+  void Admit(int slot, const SamplingParams& params, absl::Span<const int32_t> output_token_ids);
+  void Release(int slot);
+
+  // For the token to be chosen now: a bit for each token, or empty when all are allowed. Valid
+  // until OnToken. Internal: the sequence must end, and why.
+  absl::StatusOr<absl::Span<const uint32_t>> MaskOf(int slot);
+
+  // This token was chosen.
+  void OnToken(int slot, int32_t token_id);
+
+ private:
+  struct Constraint {
+    std::optional<int32_t> begins_after;  // until that token was chosen
+    std::unique_ptr<GrammarMatcher> matcher;
+    absl::Status failure;  // why there is none
+  };
+
+  GrammarKeeper* const keeper_;
+  std::vector<std::optional<Constraint>> constraints_;  // by slot
+};
+
+}  // namespace fathom
