@@ -101,6 +101,38 @@ absl::Status CheckLogprobs(const v1::SamplingParams& sampling, uint32_t vocab_si
   return absl::OkStatus();
 }
 
+absl::Status CheckBadWords(const v1::SamplingParams& sampling, uint32_t vocab_size) {
+  if (sampling.bad_words_size() > kMaxBadWords) {
+    return Invalid("bad_words must have at most ", kMaxBadWords, " entries, got ",
+                   sampling.bad_words_size());
+  }
+  for (const v1::TokenSequence& word : sampling.bad_words()) {
+    if (word.token_ids().empty() || word.token_ids_size() > kMaxBadWordTokens) {
+      return Invalid("a bad word must have 1 to ", kMaxBadWordTokens, " tokens, got ",
+                     word.token_ids_size());
+    }
+    RETURN_IF_ERROR(CheckTokenIds("token_ids of bad_words", word.token_ids(), vocab_size));
+  }
+  return absl::OkStatus();
+}
+
+// What is wrong when nothing could be sampled, as far as that can be seen beforehand.
+absl::Status CheckSomethingIsLeft(const v1::SamplingParams& sampling) {
+  std::unordered_set<uint32_t> left(sampling.allowed_token_ids().begin(),
+                                    sampling.allowed_token_ids().end());
+  if (left.empty()) return absl::OkStatus();
+  for (const v1::TokenSequence& word : sampling.bad_words()) {
+    if (word.token_ids_size() == 1) left.erase(word.token_ids(0));
+  }
+  if (left.empty()) return Invalid("bad_words forbids all that allowed_token_ids allows");
+  if (sampling.min_tokens() == 0) return absl::OkStatus();
+  for (const uint32_t token_id : sampling.stop_token_ids()) left.erase(token_id);
+  if (!left.empty()) return absl::OkStatus();
+  return Invalid(
+      "allowed_token_ids has nothing but stop tokens, which are not sampled before min_tokens=",
+      sampling.min_tokens(), " tokens");
+}
+
 absl::Status CheckSampling(const v1::SamplingParams& sampling, uint32_t vocab_size) {
   RETURN_IF_ERROR(CheckChoice(sampling));
   RETURN_IF_ERROR(CheckPenalties(sampling));
@@ -110,6 +142,12 @@ absl::Status CheckSampling(const v1::SamplingParams& sampling, uint32_t vocab_si
                    sampling.stop_token_ids_size());
   }
   RETURN_IF_ERROR(CheckTokenIds("stop_token_ids", sampling.stop_token_ids(), vocab_size));
+  if (sampling.allowed_token_ids_size() > kMaxAllowedTokenIds) {
+    return Invalid("allowed_token_ids must have at most ", kMaxAllowedTokenIds, " entries, got ",
+                   sampling.allowed_token_ids_size());
+  }
+  RETURN_IF_ERROR(CheckTokenIds("allowed_token_ids", sampling.allowed_token_ids(), vocab_size));
+  RETURN_IF_ERROR(CheckBadWords(sampling, vocab_size));
   return CheckLogprobs(sampling, vocab_size);
 }
 
@@ -207,6 +245,7 @@ absl::StatusOr<std::shared_ptr<const Request>> ValidateRequest(const v1::Generat
   validated->stop_token_ids = Sorted(request.sampling().stop_token_ids());
   validated->sampling =
       SamplingForWorkers(*validated, request.sampling(), vocab_size, default_seed);
+  RETURN_IF_ERROR(CheckSomethingIsLeft(validated->sampling));
   return validated;
 }
 

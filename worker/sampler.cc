@@ -44,9 +44,9 @@ absl::StatusOr<int32_t> Sampler::Sample(absl::Span<const float> logits,
 bool Sampler::IsPlain(const SamplingContext& context) {
   const SamplingParams& params = context.params;
   const bool bans_stop_tokens =
-      context.num_output_tokens < params.min_tokens && !params.stop_token_ids.empty();
+      context.num_output_tokens() < params.min_tokens && !params.stop_token_ids.empty();
   return !bans_stop_tokens && context.allowed.empty() && params.logit_bias.empty() &&
-         !params.has_penalties();
+         !params.has_penalties() && params.allowed_token_ids.empty() && params.bad_words.empty();
 }
 
 SamplingRow Sampler::RowOf(const SamplingContext& context) {
@@ -71,8 +71,10 @@ absl::Span<const float> Sampler::Adjust(absl::Span<const float> logits,
   if (IsPlain(context)) return logits;
 
   adjusted_.assign(logits.begin(), logits.end());
-  if (!context.allowed.empty()) BanAllBut(context.allowed);
-  if (context.num_output_tokens < params.min_tokens) {
+  if (!context.allowed.empty()) BanWhatGrammarForbids(context.allowed);
+  if (!params.allowed_token_ids.empty()) BanAllBut(params.allowed_token_ids);
+  BanBadWords(context);
+  if (context.num_output_tokens() < params.min_tokens) {
     for (const int32_t token_id : params.stop_token_ids) adjusted_[token_id] = kBanned;
   }
   for (const auto& [token_id, bias] : params.logit_bias) adjusted_[token_id] += bias;
@@ -80,7 +82,7 @@ absl::Span<const float> Sampler::Adjust(absl::Span<const float> logits,
   return adjusted_;
 }
 
-void Sampler::BanAllBut(absl::Span<const uint32_t> allowed) {
+void Sampler::BanWhatGrammarForbids(absl::Span<const uint32_t> allowed) {
   CHECK_GE(allowed.size() * 32, adjusted_.size());
   for (size_t begin = 0; begin < adjusted_.size(); begin += 32) {
     const uint32_t word = allowed[begin / 32];
@@ -89,6 +91,23 @@ void Sampler::BanAllBut(absl::Span<const uint32_t> allowed) {
     for (size_t id = begin; id < end; ++id) {
       if ((word >> (id - begin) & 1) == 0) adjusted_[id] = kBanned;
     }
+  }
+}
+
+void Sampler::BanAllBut(absl::Span<const int32_t> token_ids) {
+  kept_.clear();
+  for (const int32_t token_id : token_ids) kept_.emplace_back(token_id, adjusted_[token_id]);
+  std::fill(adjusted_.begin(), adjusted_.end(), kBanned);
+  for (const auto& [token_id, logit] : kept_) adjusted_[token_id] = logit;
+}
+
+void Sampler::BanBadWords(const SamplingContext& context) {
+  const absl::Span<const int32_t> output = context.output_token_ids;
+  for (const std::vector<int32_t>& word : context.params.bad_words) {
+    const size_t num_before = word.size() - 1;
+    if (num_before > output.size()) continue;
+    const absl::Span<const int32_t> tail = output.last(num_before);
+    if (std::equal(tail.begin(), tail.end(), word.begin())) adjusted_[word.back()] = kBanned;
   }
 }
 

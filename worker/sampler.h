@@ -1,8 +1,8 @@
 // Logits to token ids, one row at a time, on rank 0.
 //
 // A row's logits go through these stages, in the order of vLLM's V1 sampler:
-//   1. what a grammar does not allow is banned, and stop tokens while fewer than min_tokens tokens
-//   were generated;
+//   1. banned are tokens that a grammar forbids or that are not allowed, those that would complete
+//      a bad word, and stop tokens while fewer than min_tokens tokens were generated;
 //   2. logit_bias is added;
 //   3. repetition penalty over prompt and output: logits above 0 are divided by it, others
 //      multiplied; then frequency * count and presence are subtracted, over the output only;
@@ -23,6 +23,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -50,11 +51,13 @@ class TokenCounts {
 // What the sampler knows of the sequence that a row belongs to. Refers to things that outlive it.
 struct SamplingContext {
   const SamplingParams& params;
-  const TokenCounts& counts;  // read only when params.has_penalties()
-  int num_output_tokens = 0;  // generated so far
-  int64_t position = 0;       // of the token to be chosen, within the sequence
+  const TokenCounts& counts;                        // read only when params.has_penalties()
+  absl::Span<const int32_t> output_token_ids = {};  // generated so far
+  int64_t position = 0;  // of the token to be chosen, within the sequence
   // A bit for each token that may be chosen, 32 to the word; empty: all may.
   absl::Span<const uint32_t> allowed = {};
+
+  int num_output_tokens() const { return static_cast<int>(output_token_ids.size()); }
 };
 
 struct TokenLogprobs {
@@ -87,11 +90,15 @@ class Sampler {
 
  private:
   absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingContext& context);
-  void BanAllBut(absl::Span<const uint32_t> allowed);
+  // The bans of stage 1.
+  void BanWhatGrammarForbids(absl::Span<const uint32_t> allowed);
+  void BanAllBut(absl::Span<const int32_t> token_ids);
+  void BanBadWords(const SamplingContext& context);
   void AddPenalties(const SamplingContext& context);
 
   const int vocab_size_;
   std::vector<float> adjusted_;
+  std::vector<std::pair<int32_t, float>> kept_;  // scratch of BanAllBut
   TokenDraw draw_;
   std::vector<int32_t> order_;
 };

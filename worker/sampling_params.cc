@@ -30,10 +30,21 @@ absl::Status CheckTokenId(const char* field, uint32_t token_id, int vocab_size) 
       field, " names token ", token_id, ", but the vocabulary has ", vocab_size, " tokens"));
 }
 
-absl::Status CheckEntries(const char* field, int entries) {
-  if (entries <= SamplingParams::kMaxListEntries) return absl::OkStatus();
+absl::Status CheckEntries(const char* field, int entries,
+                          int limit = SamplingParams::kMaxListEntries) {
+  if (entries <= limit) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      absl::StrCat(field, " has ", entries, " entries, limit ", SamplingParams::kMaxListEntries));
+      absl::StrCat(field, " has ", entries, " entries, limit ", limit));
+}
+
+absl::StatusOr<std::vector<int32_t>> TokenIds(
+    const char* field, const google::protobuf::RepeatedField<uint32_t>& token_ids, int limit,
+    int vocab_size) {
+  RETURN_IF_ERROR(CheckEntries(field, token_ids.size(), limit));
+  for (const uint32_t token_id : token_ids) {
+    RETURN_IF_ERROR(CheckTokenId(field, token_id, vocab_size));
+  }
+  return std::vector<int32_t>(token_ids.begin(), token_ids.end());
 }
 
 absl::StatusOr<int> LogprobsWanted(const char* field, uint32_t value, int vocab_size) {
@@ -49,10 +60,20 @@ absl::Status ParseLists(const v1::SamplingParams& message, int vocab_size, Sampl
     RETURN_IF_ERROR(CheckWithin("logit_bias", entry.bias(), -100.0f, 100.0f));
     params.logit_bias.emplace_back(static_cast<int32_t>(entry.token_id()), entry.bias());
   }
-  RETURN_IF_ERROR(CheckEntries("stop_token_ids", message.stop_token_ids_size()));
-  for (const uint32_t token_id : message.stop_token_ids()) {
-    RETURN_IF_ERROR(CheckTokenId("stop_token_ids", token_id, vocab_size));
-    params.stop_token_ids.push_back(static_cast<int32_t>(token_id));
+  ASSIGN_OR_RETURN(params.stop_token_ids, TokenIds("stop_token_ids", message.stop_token_ids(),
+                                                   SamplingParams::kMaxListEntries, vocab_size));
+  ASSIGN_OR_RETURN(params.allowed_token_ids,
+                   TokenIds("allowed_token_ids", message.allowed_token_ids(),
+                            SamplingParams::kMaxAllowedTokenIds, vocab_size));
+  RETURN_IF_ERROR(CheckEntries("bad_words", message.bad_words_size()));
+  for (const v1::TokenSequence& word : message.bad_words()) {
+    if (word.token_ids().empty()) {
+      return absl::InvalidArgumentError("bad_words has a word without tokens");
+    }
+    params.bad_words.emplace_back();
+    ASSIGN_OR_RETURN(
+        params.bad_words.back(),
+        TokenIds("bad_words", word.token_ids(), SamplingParams::kMaxListEntries, vocab_size));
   }
   return absl::OkStatus();
 }

@@ -24,7 +24,8 @@ struct SamplingParams {
   static constexpr float kLowestTemperature = 0.01f;
   // More than anyone needs, and little enough that a step's result fits into a message.
   static constexpr int kMaxLogprobs = 1024;
-  static constexpr int kMaxListEntries = 2048;  // of logit_bias, of stop_token_ids
+  static constexpr int kMaxListEntries = 2048;  // of logit_bias, of stop_token_ids, of bad_words
+  static constexpr int kMaxAllowedTokenIds = 16'384;
 
   float temperature = 1.0f;  // 0: greedy, else at least kLowestTemperature
   float top_p = 1.0f;        // (0, 1]
@@ -37,6 +38,8 @@ struct SamplingParams {
   uint64_t seed = 0;
   std::vector<int32_t> stop_token_ids;  // not sampled before min_tokens tokens were generated
   int min_tokens = 0;
+  std::vector<int32_t> allowed_token_ids;       // if any, no others are sampled
+  std::vector<std::vector<int32_t>> bad_words;  // none is empty; the output contains none
   std::optional<int> num_logprobs;
   std::optional<int> num_prompt_logprobs;
   std::optional<Grammar> grammar;               // what the output must look like

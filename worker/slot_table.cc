@@ -240,7 +240,8 @@ SamplingContext SlotTable::ContextOf(int slot) const {
   const auto num_tokens = static_cast<int>(sequence.token_ids.size());
   return {.params = sequence.sampling,
           .counts = sequence.counts,
-          .num_output_tokens = num_tokens - sequence.num_prompt_tokens,
+          .output_token_ids =
+              absl::MakeConstSpan(sequence.token_ids).subspan(sequence.num_prompt_tokens),
           .position = num_tokens};
 }
 

@@ -17,6 +17,9 @@ struct ApiLimits {
   size_t stop_strings = 16;
   size_t stop_string_bytes = 1'024;
   size_t stop_token_ids = 128;
+  size_t allowed_token_ids = 8'192;
+  size_t bad_words = 256;  // each becomes at most two sequences of tokens
+  size_t bad_word_bytes = 256;
   size_t logit_bias_entries = 1'024;
   int64_t logprobs = 20;
 };

@@ -66,13 +66,20 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
 }
 
 Task<absl::StatusOr<std::vector<uint32_t>>> ChatCompletionsHandler::EncodePrompt(
-    const ChatRequest& request) {
+    ChatRequest& request) {
   absl::StatusOr<std::vector<uint32_t>> prompt =
       co_await EncodeChat(request.prompt, api_.text, api_.text_threads);
   if (!prompt.ok()) co_return prompt.status();
+  if (!request.parameters.bad_words.empty()) {
+    const auto add = [&] { AddBadWords(*api_.text.tokenizer(), request.parameters); };
+    co_await api_.text_threads.Run(add);
+  }
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
   absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
+  if (status.ok()) {
+    status = TruncatePrompt(request.parameters, request.max_tokens, info->max_model_len(), *prompt);
+  }
   if (status.ok()) {
     status = CheckPrompt(*prompt, request.max_tokens, info->vocab_size(), info->max_model_len());
   }
@@ -112,7 +119,7 @@ Task<> ChatCompletionsHandler::Answer(const ChatRequest& request, std::vector<ui
 Task<> ChatCompletionsHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("chatcmpl-", http_request, api_.model.name());
   writer.notes().id = header.id;
-  const absl::StatusOr<ChatRequest> request = Parse(http_request);
+  absl::StatusOr<ChatRequest> request = Parse(http_request);
   if (!request.ok()) {
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;

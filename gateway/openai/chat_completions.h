@@ -20,7 +20,8 @@ class ChatCompletionsHandler : public Handler {
   absl::StatusOr<ChatRequest> Parse(const HttpRequest& request) const;
 
   // The prompt's token ids, checked against the model's vocabulary and length.
-  Task<absl::StatusOr<std::vector<uint32_t>>> EncodePrompt(const ChatRequest& request);
+  // Adds the tokens of bad words to the request.
+  Task<absl::StatusOr<std::vector<uint32_t>>> EncodePrompt(ChatRequest& request);
 
   Task<> Answer(const ChatRequest& request, std::vector<uint32_t> prompt, ResponseHeader header,
                 ResponseWriter& writer);

@@ -30,7 +30,7 @@ CompletionFormatOptions FormatOptionsOf(const CompletionRequest& request, Respon
     // As in vLLM, who takes the ids needs no text of the prompt.
     if (tokenizer != nullptr && !parameters.return_token_ids) {
       const std::string* sent = std::get_if<std::string>(&request.prompts[i]);
-      text = sent != nullptr
+      text = sent != nullptr && !parameters.truncate_prompt_tokens
                  ? *sent
                  : Decode(*tokenizer, options.prompts[i], {.skip_special_tokens = false});
     }
@@ -64,11 +64,12 @@ absl::StatusOr<CompletionRequest> CompletionsHandler::Parse(const HttpRequest& r
     RETURN_IF_ERROR(api_.text.CheckHasText("prompt"));
   }
   if (!parsed.parameters.stop.empty()) RETURN_IF_ERROR(api_.text.CheckHasText("stop"));
+  if (!parsed.parameters.bad_words.empty()) RETURN_IF_ERROR(api_.text.CheckHasText("bad_words"));
   return parsed;
 }
 
 Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::EncodePrompts(
-    const CompletionRequest& request) {
+    CompletionRequest& request) {
   std::vector<std::vector<uint32_t>> prompts(request.prompts.size());
   const BosPolicy bos_policy =
       request.add_special_tokens ? BosPolicy::kAsConfigured : BosPolicy::kNone;
@@ -80,8 +81,12 @@ Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::Enc
         prompts[i] = std::get<std::vector<uint32_t>>(request.prompts[i]);
       }
     }
+    if (!request.parameters.bad_words.empty()) {
+      AddBadWords(*api_.text.tokenizer(), request.parameters);
+    }
   };
-  if (std::holds_alternative<std::string>(request.prompts.front())) {
+  if (std::holds_alternative<std::string>(request.prompts.front()) ||
+      !request.parameters.bad_words.empty()) {
     co_await api_.text_threads.Run(encode);
   } else {
     encode();
@@ -89,7 +94,9 @@ Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::Enc
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
   absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
-  for (const std::vector<uint32_t>& prompt : prompts) {
+  for (std::vector<uint32_t>& prompt : prompts) {
+    if (!status.ok()) co_return status;
+    status = TruncatePrompt(request.parameters, request.max_tokens, info->max_model_len(), prompt);
     if (!status.ok()) co_return status;
     status = CheckPrompt(prompt, request.max_tokens, info->vocab_size(), info->max_model_len());
   }
@@ -118,7 +125,7 @@ Task<> CompletionsHandler::Answer(const CompletionRequest& request,
 Task<> CompletionsHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("cmpl-", http_request, api_.model.name());
   writer.notes().id = header.id;
-  const absl::StatusOr<CompletionRequest> request = Parse(http_request);
+  absl::StatusOr<CompletionRequest> request = Parse(http_request);
   if (!request.ok()) {
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;

@@ -22,8 +22,9 @@ class CompletionsHandler : public Handler {
   absl::StatusOr<CompletionRequest> Parse(const HttpRequest& request) const;
 
   // The token ids of every prompt, checked against the model's vocabulary and length.
+  // Adds the tokens of bad words to the request.
   Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> EncodePrompts(
-      const CompletionRequest& request);
+      CompletionRequest& request);
 
   Task<> Answer(const CompletionRequest& request, std::vector<std::vector<uint32_t>> prompts,
                 ResponseHeader header, ResponseWriter& writer);

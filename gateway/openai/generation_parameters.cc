@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -23,23 +24,10 @@ std::string Shown(double value) { return absl::StrCat(value); }
 
 // Fields that would change the answer, refused unless absent, null, false, empty or 0.
 constexpr std::array kUnsupportedFields = {
-    "allowed_token_ids",
-    "bad_words",
-    "documents",
-    "ec_transfer_params",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "kv_transfer_params",
-    "logits_processors",
-    "mm_processor_kwargs",
-    "prompt_embeds",
-    "structured_outputs",
-    "suffix",
-    "truncate_prompt_tokens",
-    "use_beam_search",
-    "vllm_xargs",
+    "documents",           "ec_transfer_params", "guided_choice",      "guided_grammar",
+    "guided_json",         "guided_regex",       "kv_transfer_params", "logits_processors",
+    "mm_processor_kwargs", "prompt_embeds",      "structured_outputs", "suffix",
+    "use_beam_search",     "vllm_xargs",
 };
 
 bool SaysNothing(dom::element value) {
@@ -194,58 +182,108 @@ absl::Status ReadLogitBias(const JsonFields& fields, const ApiLimits& limits,
   return absl::OkStatus();
 }
 
-absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
-                      std::vector<std::string>& stop) {
-  const std::optional<dom::element> value = fields.Find("stop");
-  if (!value) return absl::OkStatus();
-  std::string_view text;
-  dom::array texts;
-  if (!value->get(text)) {
-    stop.emplace_back(text);
-  } else if (!value->get(texts)) {
-    for (const dom::element element : texts) {
-      if (element.get(text)) return fields.WrongType("stop", "a string or a list of strings");
-      stop.emplace_back(text);
+// Of `stop` and `bad_words`; `what` is one of them in words.
+struct StringLimits {
+  size_t strings;
+  size_t bytes;  // of each
+  std::string_view what;
+};
+
+absl::Status CheckStrings(std::string_view name, const std::vector<std::string>& strings,
+                          const StringLimits& limits) {
+  if (strings.size() > limits.strings) {
+    return InvalidParameter(name, absl::StrCat(std::string(name), " has ", strings.size(),
+                                               " strings, limit ", limits.strings, "."));
+  }
+  for (const std::string& string : strings) {
+    if (string.empty()) {
+      return InvalidParameter(name,
+                              absl::StrCat(std::string(name), " cannot contain an empty string."));
     }
-  } else {
-    return fields.WrongType("stop", "a string or a list of strings");
-  }
-  if (stop.size() > limits.stop_strings) {
-    return InvalidParameter("stop", absl::StrCat("stop has ", stop.size(), " strings, limit ",
-                                                 limits.stop_strings, "."));
-  }
-  for (const std::string& string : stop) {
-    if (string.empty()) return InvalidParameter("stop", "stop cannot contain an empty string.");
-    if (string.size() > limits.stop_string_bytes) {
-      return InvalidParameter("stop",
-                              absl::StrCat("a stop string has ", string.size(), " bytes, limit ",
-                                           limits.stop_string_bytes, "."));
+    if (string.size() > limits.bytes) {
+      return InvalidParameter(name,
+                              absl::StrCat("a ", std::string(limits.what), " has ", string.size(),
+                                           " bytes, limit ", limits.bytes, "."));
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status ReadStopTokenIds(const JsonFields& fields, const ApiLimits& limits,
-                              v1::SamplingParams& sampling) {
-  const std::optional<dom::element> value = fields.Find("stop_token_ids");
-  if (!value) return absl::OkStatus();
-  dom::array ids;
-  if (value->get(ids)) return fields.WrongType("stop_token_ids", "a list of token ids");
-  for (const dom::element element : ids) {
-    const std::optional<int64_t> id = AsInteger(element);
-    if (!id) return fields.WrongType("stop_token_ids", "a list of token ids");
-    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
-      return InvalidParameter("stop_token_ids",
-                              absl::StrCat("stop_token_ids: ", *id, " is no token id."));
-    }
-    sampling.add_stop_token_ids(static_cast<uint32_t>(*id));
-  }
-  if (static_cast<size_t>(sampling.stop_token_ids_size()) > limits.stop_token_ids) {
-    return InvalidParameter("stop_token_ids",
-                            absl::StrCat("stop_token_ids has ", sampling.stop_token_ids_size(),
-                                         " ids, limit ", limits.stop_token_ids, "."));
+absl::Status ReadStrings(const JsonFields& fields, std::string_view name, std::string_view expected,
+                         dom::element value, std::vector<std::string>& strings) {
+  dom::array texts;
+  if (value.get(texts)) return fields.WrongType(name, expected);
+  for (const dom::element element : texts) {
+    std::string_view text;
+    if (element.get(text)) return fields.WrongType(name, expected);
+    strings.emplace_back(text);
   }
   return absl::OkStatus();
+}
+
+absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
+                      std::vector<std::string>& stop) {
+  const std::optional<dom::element> value = fields.Find("stop");
+  if (!value) return absl::OkStatus();
+  std::string_view text;
+  if (!value->get(text)) {
+    stop.emplace_back(text);
+  } else {
+    RETURN_IF_ERROR(ReadStrings(fields, "stop", "a string or a list of strings", *value, stop));
+  }
+  return CheckStrings("stop", stop, {limits.stop_strings, limits.stop_string_bytes, "stop string"});
+}
+
+absl::Status ReadBadWords(const JsonFields& fields, const ApiLimits& limits,
+                          std::vector<std::string>& bad_words) {
+  const std::optional<dom::element> value = fields.Find("bad_words");
+  if (!value) return absl::OkStatus();
+  RETURN_IF_ERROR(ReadStrings(fields, "bad_words", "a list of strings", *value, bad_words));
+  return CheckStrings("bad_words", bad_words,
+                      {limits.bad_words, limits.bad_word_bytes, "bad word"});
+}
+
+using TokenIdField = google::protobuf::RepeatedField<uint32_t>;
+
+absl::Status ReadTokenIds(const JsonFields& fields, std::string_view name, size_t limit,
+                          TokenIdField& token_ids) {
+  const std::optional<dom::element> value = fields.Find(name);
+  if (!value) return absl::OkStatus();
+  dom::array ids;
+  if (value->get(ids)) return fields.WrongType(name, "a list of token ids");
+  for (const dom::element element : ids) {
+    const std::optional<int64_t> id = AsInteger(element);
+    if (!id) return fields.WrongType(name, "a list of token ids");
+    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
+      return InvalidParameter(name, absl::StrCat(std::string(name), ": ", *id, " is no token id."));
+    }
+    token_ids.Add(static_cast<uint32_t>(*id));
+  }
+  if (static_cast<size_t>(token_ids.size()) > limit) {
+    return InvalidParameter(name, absl::StrCat(std::string(name), " has ", token_ids.size(),
+                                               " ids, limit ", limit, "."));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadAllowedTokenIds(const JsonFields& fields, const ApiLimits& limits,
+                                 v1::SamplingParams& sampling) {
+  RETURN_IF_ERROR(ReadTokenIds(fields, "allowed_token_ids", limits.allowed_token_ids,
+                               *sampling.mutable_allowed_token_ids()));
+  if (fields.Find("allowed_token_ids") && sampling.allowed_token_ids().empty()) {
+    return InvalidParameter("allowed_token_ids",
+                            "allowed_token_ids cannot be empty: no token would be left.");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadTruncation(const JsonFields& fields, GenerationParameters& parameters) {
+  std::optional<int64_t>& value = parameters.truncate_prompt_tokens;
+  RETURN_IF_ERROR(fields.Read("truncate_prompt_tokens", value));
+  if (!value || *value == -1 || *value >= 1) return absl::OkStatus();
+  return InvalidParameter(
+      "truncate_prompt_tokens",
+      absl::StrCat("truncate_prompt_tokens must be -1, or at least 1, got ", *value, "."));
 }
 
 absl::Status ReadStreaming(const JsonFields& fields, GenerationParameters& parameters) {
@@ -325,7 +363,11 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
   RETURN_IF_ERROR(ReadCount(fields, limits, parameters));
   RETURN_IF_ERROR(ReadLogitBias(fields, limits, parameters.sampling));
   RETURN_IF_ERROR(ReadStop(fields, limits, parameters.stop));
-  RETURN_IF_ERROR(ReadStopTokenIds(fields, limits, parameters.sampling));
+  RETURN_IF_ERROR(ReadTokenIds(fields, "stop_token_ids", limits.stop_token_ids,
+                               *parameters.sampling.mutable_stop_token_ids()));
+  RETURN_IF_ERROR(ReadAllowedTokenIds(fields, limits, parameters.sampling));
+  RETURN_IF_ERROR(ReadBadWords(fields, limits, parameters.bad_words));
+  RETURN_IF_ERROR(ReadTruncation(fields, parameters));
   RETURN_IF_ERROR(ReadPromptLogprobs(fields, limits, parameters));
   RETURN_IF_ERROR(fields.Read("ignore_eos", parameters.ignore_eos));
   RETURN_IF_ERROR(fields.Read("skip_special_tokens", parameters.skip_special_tokens));
@@ -379,6 +421,52 @@ absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t voca
   }
   for (const uint32_t token_id : parameters.sampling.stop_token_ids()) {
     if (token_id >= vocab_size) return OutOfVocabulary("stop_token_ids", token_id, vocab_size);
+  }
+  for (const uint32_t token_id : parameters.sampling.allowed_token_ids()) {
+    if (token_id >= vocab_size) return OutOfVocabulary("allowed_token_ids", token_id, vocab_size);
+  }
+  for (const v1::TokenSequence& word : parameters.sampling.bad_words()) {
+    for (const uint32_t token_id : word.token_ids()) {
+      if (token_id >= vocab_size) return OutOfVocabulary("bad_words", token_id, vocab_size);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters) {
+  const auto add = [&parameters](const std::vector<uint32_t>& token_ids) {
+    parameters.sampling.add_bad_words()->mutable_token_ids()->Assign(token_ids.begin(),
+                                                                     token_ids.end());
+  };
+  for (const std::string& bad_word : parameters.bad_words) {
+    const std::string word(absl::StripLeadingAsciiWhitespace(bad_word));
+    const std::vector<uint32_t> bare = tokenizer.Encode(word, BosPolicy::kNone);
+    if (!bare.empty()) add(bare);
+    // After a space it is a token of its own or it is not; more tokens would only begin with the
+    // space's.
+    const std::vector<uint32_t> spaced = tokenizer.Encode(" " + word, BosPolicy::kNone);
+    if (bare.empty() || (spaced.size() == bare.size() && spaced.front() != bare.front())) {
+      add(spaced);
+    }
+  }
+}
+
+absl::Status TruncatePrompt(const GenerationParameters& parameters,
+                            std::optional<uint32_t> max_tokens, uint32_t max_model_len,
+                            std::vector<uint32_t>& prompt) {
+  if (!parameters.truncate_prompt_tokens) return absl::OkStatus();
+  const int64_t fits = int64_t{max_model_len} - max_tokens.value_or(1);
+  const int64_t wanted =
+      *parameters.truncate_prompt_tokens == -1 ? fits : *parameters.truncate_prompt_tokens;
+  if (wanted > fits) {
+    return InvalidParameter(
+        "truncate_prompt_tokens",
+        absl::StrCat("truncate_prompt_tokens=", wanted, " cannot be greater than ", fits,
+                     ", the model's context length less max_tokens. Please request a smaller "
+                     "truncation size."));
+  }
+  if (static_cast<int64_t>(prompt.size()) > wanted && wanted > 0) {
+    prompt.erase(prompt.begin(), prompt.end() - wanted);
   }
   return absl::OkStatus();
 }

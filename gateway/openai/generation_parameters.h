@@ -16,12 +16,13 @@
 #include "gateway/openai/json_fields.h"
 #include "gateway/openai/model_text.h"
 #include "gateway/text/stop_matcher.h"
+#include "gateway/text/tokenizer.h"
 #include "proto/sampling.pb.h"
 
 namespace fathom {
 
 struct GenerationParameters {
-  v1::SamplingParams sampling;  // all but the numbers of logprobs
+  v1::SamplingParams sampling;  // all but the numbers of logprobs, and bad_words below
   int n = 1;
   bool ignore_eos = false;
   int32_t priority = 0;    // lower first, where the coordinator heeds it
@@ -30,6 +31,8 @@ struct GenerationParameters {
   std::vector<std::string> stop;
   StopString stop_string = StopString::kLeaveOut;  // include_stop_str_in_output
   bool skip_special_tokens = true;
+  std::vector<std::string> bad_words;             // AddBadWords makes tokens of them
+  std::optional<int64_t> truncate_prompt_tokens;  // -1: to what fits
 
   bool stream = false;
   bool include_usage = false;           // a last chunk with the usage
@@ -48,6 +51,15 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
 
 // Token ids that a client names must be below `vocab_size`.
 absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size);
+
+// Adds the tokens of bad_words to `sampling`, as at the beginning of a text and after a space.
+void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters);
+
+// Leaves the last truncate_prompt_tokens of `prompt`, if the client wants that. InvalidArgument
+// when so many and `max_tokens` exceed the model's length.
+absl::Status TruncatePrompt(const GenerationParameters& parameters,
+                            std::optional<uint32_t> max_tokens, uint32_t max_model_len,
+                            std::vector<uint32_t>& prompt);
 
 // The vocabulary and length of one prompt. `max_tokens` absent: up to the model's limit, at
 // least 1.

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "tests/gateway/gateway_fixture.h"
 
@@ -10,6 +11,7 @@ namespace fathom {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
 
 class CompletionsTest : public GatewayTest {};
@@ -68,6 +70,42 @@ TEST_F(CompletionsTest, SaysHowManyTokensWereFoundEvenWhenAStopStringEndsIt) {
   EXPECT_THAT(response.body, HasSubstr(R"("prompt_tokens_details":{"cached_tokens":2}})"));
   EXPECT_EQ(coordinator_.requests().at(0).cache_salt(), "mine");
   EXPECT_EQ(coordinator_.requests().at(0).priority(), -3);
+}
+
+TEST_F(CompletionsTest, NarrowsWhatIsSampledToAllowedTokensAndAwayFromBadWords) {
+  const HttpResponse response =
+      PostCompletion(R"({"prompt":[5],"allowed_token_ids":[7,8],"bad_words":["ab","a"]})");
+  ASSERT_EQ(response.status, 200) << response.body;
+  const v1::SamplingParams sent = coordinator_.requests().at(0).sampling();
+  EXPECT_THAT(sent.allowed_token_ids(), ElementsAre(7, 8));
+  ASSERT_GE(sent.bad_words_size(), 2);
+  EXPECT_THAT(sent.bad_words(0).token_ids(), ElementsAreArray(Ids("ab")));
+  // As vLLM: the form after a space counts when it has as many tokens and begins with another.
+  std::vector<std::vector<uint32_t>> expected;
+  for (const char* word : {"ab", "a"}) {
+    const std::vector<uint32_t> bare = Ids(word), spaced = Ids(absl::StrCat(" ", word));
+    expected.push_back(bare);
+    if (spaced.size() == bare.size() && spaced[0] != bare[0]) expected.push_back(spaced);
+  }
+  std::vector<std::vector<uint32_t>> words;
+  for (const v1::TokenSequence& word : sent.bad_words()) {
+    words.emplace_back(word.token_ids().begin(), word.token_ids().end());
+  }
+  EXPECT_EQ(words, expected);
+}
+
+TEST_F(CompletionsTest, TruncatesThePromptFromTheLeft) {
+  const auto prompt_of = [this](const std::string& fields) {
+    EXPECT_EQ(PostCompletion(absl::StrCat(R"({"prompt":[5,6,7,8],)", fields, "}")).status, 200);
+    const v1::GenerateRequest sent = coordinator_.requests().back();
+    return std::vector<uint32_t>(sent.prompt_token_ids().begin(), sent.prompt_token_ids().end());
+  };
+  EXPECT_THAT(prompt_of(R"("truncate_prompt_tokens":2)"), ElementsAre(7, 8));
+  EXPECT_THAT(prompt_of(R"("truncate_prompt_tokens":9)"), ElementsAre(5, 6, 7, 8));
+  EXPECT_THAT(prompt_of(R"("truncate_prompt_tokens":-1,"max_tokens":125)"), ElementsAre(6, 7, 8));
+  const HttpResponse echoed =
+      PostCompletion(R"({"prompt":"abc","echo":true,"truncate_prompt_tokens":1,"max_tokens":1})");
+  EXPECT_THAT(echoed.body, HasSubstr(R"("text":"c)"));
 }
 
 TEST_F(CompletionsTest, SaysTheUsageInEveryChunkWhenAsked) {

@@ -25,10 +25,9 @@ class SamplerTest : public testing::Test {
 
   int32_t Sample(const std::vector<float>& logits, int64_t position = 0) {
     Sampler sampler(static_cast<int>(logits.size()));
-    absl::StatusOr<int32_t> token = sampler.Sample(logits, {.params = params,
-                                                            .counts = counts,
-                                                            .num_output_tokens = num_output_tokens,
-                                                            .position = position});
+    absl::StatusOr<int32_t> token = sampler.Sample(
+        logits,
+        {.params = params, .counts = counts, .output_token_ids = output, .position = position});
     EXPECT_TRUE(token.ok()) << token.status();
     return token.value_or(-1);
   }
@@ -64,7 +63,7 @@ class SamplerTest : public testing::Test {
   std::mt19937_64 random_;
   SamplingParams params;
   TokenCounts counts;
-  int num_output_tokens = 0;
+  std::vector<int32_t> output;
 };
 
 // The stages after the penalties, as simply as they can be written.
@@ -255,10 +254,46 @@ TEST_F(SamplerTest, StopTokensWaitForMinTokens) {
   params.min_tokens = 3;
   params.logit_bias = {{1, 100.0f}};  // cannot lift a ban
   const std::vector<float> logits = {0.0f, 9.0f, 8.0f, 1.0f};
-  num_output_tokens = 2;
+  output = {0, 0};
   EXPECT_EQ(Sample(logits), 3);
-  num_output_tokens = 3;
+  output = {0, 0, 0};
   EXPECT_EQ(Sample(logits), 1);
+}
+
+TEST_F(SamplerTest, OnlyAllowedTokensAreSampled) {
+  params.allowed_token_ids = {3, 1};
+  params.logit_bias = {{0, 100.0f}};  // cannot lift a ban
+  std::map<int32_t, int> seen;
+  for (int64_t position = 0; position < 200; ++position) {
+    ++seen[Sample({50.0f, 0.0f, 50.0f, 0.1f}, position)];
+  }
+  EXPECT_EQ(seen.size(), 2u);
+  EXPECT_GT(seen[1], 0);
+  EXPECT_GT(seen[3], 0);
+}
+
+TEST_F(SamplerTest, ABadWordIsNotCompleted) {
+  params.temperature = 0.0f;
+  params.bad_words = {{2, 0}, {1, 1, 3}};
+  const std::vector<float> logits = {9.0f, 5.0f, 1.0f, 7.0f};
+  EXPECT_EQ(Sample(logits), 0) << "nothing stands before it";
+  output = {2};
+  EXPECT_EQ(Sample(logits), 3);
+  output = {1, 1};
+  EXPECT_EQ(Sample(logits), 0);
+  params.bad_words.push_back({0});
+  EXPECT_EQ(Sample(logits), 1) << "a word of one token is banned everywhere";
+  output = {1, 2};
+  EXPECT_EQ(Sample(logits), 3) << "only the whole beginning counts";
+}
+
+TEST_F(SamplerTest, AllowedTokensThatAreAllBadWordsAreAFault) {
+  params.allowed_token_ids = {1};
+  params.bad_words = {{1}};
+  Sampler sampler(3);
+  const std::vector<float> logits = {0.0f, 1.0f, 2.0f};
+  EXPECT_EQ(sampler.Sample(logits, {.params = params, .counts = counts}).status().code(),
+            absl::StatusCode::kInternal);
 }
 
 TEST_F(SamplerTest, ABannedTokenStaysBannedUnderPenalties) {

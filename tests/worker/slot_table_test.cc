@@ -83,7 +83,7 @@ TEST_F(SlotTableTest, APromptIsComputedInChunksAndThenDecoded) {
   EXPECT_THAT(last.batch.logit_rows, ElementsAre(0));
   EXPECT_THAT(SampledSlots(last), ElementsAre(2));
   EXPECT_EQ(table.ContextOf(2).position, 6);
-  EXPECT_EQ(table.ContextOf(2).num_output_tokens, 0);
+  EXPECT_EQ(table.ContextOf(2).num_output_tokens(), 0);
   table.AppendSampledToken(2, 42);
 
   v1::StepCommand third;
@@ -95,7 +95,7 @@ TEST_F(SlotTableTest, APromptIsComputedInChunksAndThenDecoded) {
   EXPECT_THAT(decode.batch.context_lens, ElementsAre(7));
   EXPECT_THAT(SampledSlots(decode), ElementsAre(2));
   EXPECT_EQ(table.ContextOf(2).position, 7);
-  EXPECT_EQ(table.ContextOf(2).num_output_tokens, 1);
+  EXPECT_EQ(table.ContextOf(2).num_output_tokens(), 1);
 }
 
 TEST_F(SlotTableTest, PromptsAndDecodingShareAStep) {
@@ -146,7 +146,7 @@ TEST_F(SlotTableTest, APreemptedSequenceComesBackWithAllItsTokens) {
   const StepPlan plan = Apply(command);
   EXPECT_THAT(SampledSlots(plan), ElementsAre(1));
   const SamplingContext context = table.ContextOf(1);
-  EXPECT_EQ(context.num_output_tokens, 2);
+  EXPECT_EQ(context.num_output_tokens(), 2);
   EXPECT_EQ(context.position, 5);
   EXPECT_EQ(context.counts.output_counts().at(2), 0);
   EXPECT_EQ(context.counts.output_counts().at(50), 1);
