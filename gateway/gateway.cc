@@ -3,6 +3,8 @@
 #include <utility>
 
 #include "base/status_macros.h"
+#include "gateway/access_log.h"
+#include "gateway/api_keys.h"
 #include "gateway/http/io_thread.h"
 #include "gateway/http/router.h"
 #include "gateway/openai/api.h"
@@ -30,15 +32,23 @@ absl::Status Unusable(const absl::Status& status) {
 // Destroyed from the bottom up: the I/O thread last, since everything refers to it.
 struct Gateway::Parts {
   Parts(GatewayOptions options, ModelText text, SamplingDefaults defaults)
-      : options(std::move(options)), text(std::move(text)), defaults(defaults) {}
+      : options(std::move(options)),
+        text(std::move(text)),
+        defaults(defaults),
+        api_keys(this->options.api_keys) {}
 
-  void Stop();  // I/O thread
+  void Stop();    // I/O thread
+  void Reload();  // I/O thread
+  absl::Status OpenAccessLog();
   Task<> Drain();
   Task<> End();
 
   const GatewayOptions options;
   const ModelText text;
   const SamplingDefaults defaults;
+  ApiKeys api_keys;
+  AccessLog access_log;
+  LoadHistory load_history;
   IoThread io_thread;
   std::unique_ptr<CoordinatorClient> coordinator;
   std::unique_ptr<ServedModel> model;
@@ -69,13 +79,16 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options)
   p.model = std::make_unique<ServedModel>(p.options.model, *p.coordinator);
   p.text_threads = std::make_unique<BackgroundThreads>(p.options.text_threads, p.io_thread);
   p.metrics = std::make_unique<GatewayMetrics>(p.model->name());
-  p.request_log = std::make_unique<RequestLog>(*p.metrics);
+  p.request_log = std::make_unique<RequestLog>(*p.metrics, p.access_log);
   AddRoutes({*p.coordinator, *p.model, p.text, p.defaults, p.options.limits, *p.text_threads,
-             *p.metrics, p.options.version},
+             *p.metrics, p.load_history, p.options.version},
             p.router);
-  p.server = std::make_unique<Server>(p.options.server, p.io_thread, p.router, *p.request_log,
-                                      HttpErrorResponse);
+  p.server = std::make_unique<Server>(p.options.server, p.io_thread, p.router, p.api_keys,
+                                      *p.request_log, HttpErrorResponse);
+  RETURN_IF_ERROR(p.api_keys.Load());
+  RETURN_IF_ERROR(p.OpenAccessLog());
   RETURN_IF_ERROR(p.server->Start());
+  p.io_thread.Spawn(p.load_history.Watch(*p.coordinator, p.io_thread), [] {});
   return std::unique_ptr<Gateway>(new Gateway(std::move(parts)));
 }
 
@@ -114,8 +127,25 @@ void Gateway::Parts::Stop() {
   }
 }
 
-void Gateway::StopOnSignals() {
-  parts_->io_thread.HandleSignals([parts = parts_.get()] { parts->Stop(); });
+absl::Status Gateway::Parts::OpenAccessLog() {
+  if (options.access_log_file.empty()) return absl::OkStatus();
+  return access_log.Open(options.access_log_file);
+}
+
+void Gateway::Parts::Reload() {
+  spdlog::info("reading keys and certificates again");
+  for (const absl::Status& status : {api_keys.Load(), OpenAccessLog(), server->ReloadTls()}) {
+    if (!status.ok()) spdlog::error("nothing changes: {}", std::string(status.message()));
+  }
+}
+
+void Gateway::HandleSignals() {
+  Parts* const parts = parts_.get();
+  parts->io_thread.HandleSignals([parts] { parts->Stop(); }, [parts] { parts->Reload(); });
+}
+
+void Gateway::Reload() {
+  parts_->io_thread.Post([parts = parts_.get()] { parts->Reload(); });
 }
 
 void Gateway::Stop() {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "gateway/api_keys.h"
 #include "gateway/http/server.h"
 #include "gateway/openai/api_limits.h"
 #include "gateway/openai/served_model.h"
@@ -20,6 +21,8 @@ struct GatewayOptions {
   CoordinatorClientOptions coordinator;
   ServedModelOptions model;
   ServerOptions server;
+  ApiKeyOptions api_keys;
+  std::string access_log_file;  // empty: none
   ApiLimits limits;
   int text_threads = 2;
   std::chrono::milliseconds drain_timeout{30'000};  // for running requests, after Stop
@@ -39,8 +42,12 @@ class Gateway {
   // Serves on the calling thread, which becomes the I/O thread, until stopped.
   void Run();
 
-  // SIGTERM and SIGINT call Stop.
-  void StopOnSignals();
+  // SIGTERM and SIGINT call Stop, SIGHUP calls Reload.
+  void HandleSignals();
+
+  // Reads keys, certificate and private key again, and opens the access log anew; what cannot be
+  // used is logged and changes nothing. Thread-safe.
+  void Reload();
 
   // Accepts no more, lets running requests finish until the drain timeout, ends the others with an
   // error, then Run returns. The second call ends them at once; the third closes everything.

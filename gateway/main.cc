@@ -57,7 +57,7 @@ void AddServerFlags(CLI::App& app, ServerOptions& server) {
       ->capture_default_str();
   constexpr size_t kMany = 1'000'000;
   AddNumber(app, "--max-connections", server.max_connections, 1, kMany,
-            "Connections at a time; more get a 503");
+            "Connections at a time; a further one replaces who waits longest, or gets a 503");
   RequestLimits& limits = server.request_limits;
   AddNumber(app, "--max-header-bytes", limits.head_bytes, 1'024, 1 << 20,
             "Bytes of a request's line and headers");
@@ -105,6 +105,25 @@ void AddCoordinatorFlags(CLI::App& app, CoordinatorClientOptions& coordinator) {
                "Speak to a coordinator on another host without TLS");
 }
 
+void AddAccessFlags(CLI::App& app, GatewayOptions& gateway) {
+  app.add_option("--api-key", gateway.api_keys.keys,
+                 "Keys that may ask; also from VLLM_API_KEY. Without any, everybody may")
+      ->envname("VLLM_API_KEY")
+      ->check(CheckNotEmpty);
+  app.add_option("--api-key-file", gateway.api_keys.file,
+                 "Lines of a key's SHA-256 and a name for the log; read again at SIGHUP");
+  HttpsOptions& https = gateway.server.https;
+  CLI::Option* certificate =
+      app.add_option("--ssl-certfile", https.certificate_file,
+                     "PEM: HTTPS with this certificate; read again at SIGHUP");
+  CLI::Option* key =
+      app.add_option("--ssl-keyfile", https.private_key_file, "PEM: its private key");
+  certificate->needs(key);
+  key->needs(certificate);
+  app.add_option("--access-log-file", gateway.access_log_file,
+                 "One JSON line a request is appended to it; opened anew at SIGHUP");
+}
+
 void AddFlags(CLI::App& app, Flags& flags) {
   GatewayOptions& gateway = flags.gateway;
   AddCoordinatorFlags(app, gateway.coordinator);
@@ -122,6 +141,7 @@ void AddFlags(CLI::App& app, Flags& flags) {
       ->check(CLI::IsMember(encodings))
       ->capture_default_str();
   AddServerFlags(app, gateway.server);
+  AddAccessFlags(app, gateway);
   AddApiFlags(app, gateway.limits);
   app.add_option("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
       ->check(CLI::Range(1, 64))
@@ -135,6 +155,27 @@ void AddFlags(CLI::App& app, Flags& flags) {
   app.add_flag("--check", flags.check,
                "Try flags, files and addresses, the coordinator's for its form only; exit");
   app.set_version_flag("--version", FATHOM_VERSION);
+}
+
+bool IsLoopback(const std::string& host) {
+  return host == "localhost" || host == "::1" || host.starts_with("127.");
+}
+
+// Works all the same: it is what users of other servers expect, and they may have a proxy.
+void WarnOfOpenDoors(const GatewayOptions& options) {
+  const ServerOptions& server = options.server;
+  if (IsLoopback(server.host)) return;
+  const bool has_keys = !options.api_keys.keys.empty() || !options.api_keys.file.empty();
+  if (!has_keys) {
+    spdlog::warn(
+        "{} is open to everybody who can reach this host: set --api-key-file, or listen "
+        "on 127.0.0.1",
+        server.host);
+  } else if (!server.https.enabled()) {
+    spdlog::warn(
+        "keys travel in the clear: set --ssl-certfile and --ssl-keyfile, or put a proxy "
+        "with TLS before this");
+  }
 }
 
 // Every connection is a file descriptor.
@@ -172,7 +213,9 @@ int Main(int argc, char** argv) {
   RaiseFileLimit();
   std::signal(SIGPIPE, SIG_IGN);
 
+  WarnOfOpenDoors(options);
   const std::string host = options.server.host;
+  const bool https = options.server.https.enabled();
   const std::string coordinator = options.coordinator.address;
   absl::StatusOr<std::unique_ptr<Gateway>> gateway = Gateway::Create(std::move(options));
   if (!gateway.ok()) {
@@ -180,9 +223,9 @@ int Main(int argc, char** argv) {
     return ExitCodeOf(gateway.status());
   }
   if (flags.check) return 0;
-  (*gateway)->StopOnSignals();
-  spdlog::info("listening on http://{}:{} for the coordinator at {}", host, (*gateway)->port(),
-               coordinator);
+  (*gateway)->HandleSignals();
+  spdlog::info("listening on {}://{}:{} for the coordinator at {}", https ? "https" : "http", host,
+               (*gateway)->port(), coordinator);
   (*gateway)->Run();
   return 0;
 }

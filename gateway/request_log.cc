@@ -14,8 +14,8 @@ namespace {
 constexpr size_t kMaxShownBytes = 256;
 
 bool IsProbe(std::string_view pattern) {
-  constexpr std::array<std::string_view, 5> kProbes = {"/health", "/ping", "/live", "/metrics",
-                                                       "/version"};
+  constexpr std::array<std::string_view, 8> kProbes = {"/health", "/ready",   "/ping",    "/live",
+                                                       "/load",   "/metrics", "/version", "/"};
   return std::find(kProbes.begin(), kProbes.end(), pattern) != kProbes.end();
 }
 
@@ -38,12 +38,17 @@ void RequestLog::OnRequestEnd(const RequestRecord& record) {
   const double seconds = std::chrono::duration<double>(record.duration).count();
   const bool probe = IsProbe(record.pattern);
   if (!probe) metrics_.OnHttpRequest(record.method, record.pattern, record.status, seconds);
+  if (!probe || record.status != 200) {
+    access_log_.Write(record);
+    metrics_.SetDroppedLogLines(access_log_.num_dropped());
+  }
   std::string line =
       absl::StrFormat("%s \"%s %s\" %d %.1f ms", std::string(record.client),
                       EscapedForLog(record.method, kMaxShownBytes),
                       EscapedForLog(record.path, kMaxShownBytes), record.status, seconds * 1e3);
   const RequestNotes& notes = *record.notes;
-  if (!notes.id.empty()) absl::StrAppend(&line, " ", notes.id);
+  absl::StrAppend(&line, " ", notes.id.empty() ? std::string(record.id) : notes.id);
+  if (!record.caller.empty()) absl::StrAppend(&line, " of ", std::string(record.caller));
   if (notes.prompt_tokens > 0) {
     absl::StrAppend(&line, " prompt_tokens=", notes.prompt_tokens,
                     " completion_tokens=", notes.completion_tokens);

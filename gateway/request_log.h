@@ -1,9 +1,10 @@
-// One line in the log, and the HTTP series, for each request.
+// One line in the log, one in the access log, and the HTTP series, for each request.
 #pragma once
 
 #include <string>
 #include <string_view>
 
+#include "gateway/access_log.h"
 #include "gateway/http/server.h"
 #include "gateway/openai/metrics.h"
 
@@ -11,14 +12,16 @@ namespace fathom {
 
 class RequestLog : public RequestObserver {
  public:
-  // `metrics` must outlive this.
-  explicit RequestLog(GatewayMetrics& metrics) : metrics_(metrics) {}
+  // Both must outlive this.
+  RequestLog(GatewayMetrics& metrics, AccessLog& access_log)
+      : metrics_(metrics), access_log_(access_log) {}
 
   // Logs at info; probes and scrapes that succeed at debug. They are not in the series either.
   void OnRequestEnd(const RequestRecord& record) override;
 
  private:
   GatewayMetrics& metrics_;
+  AccessLog& access_log_;
 };
 
 // `text` with everything but printable ASCII as \xNN, cut after `max_bytes`: what a client sends

@@ -17,6 +17,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
+#include "deploy/launcher/gateway_flags.h"
 
 namespace fathom {
 namespace {
@@ -68,7 +69,8 @@ constexpr RefusedFlag kRefusedFlags[] = {
     {"--speculative-config", "speculative decoding comes with a later version"},
     {"--tokenizer", "the tokenizer is the tokenizer.json of the model folder"},
     {"--chat-template", "encodings are built in, no template is executed; see --chat-encoding"},
-    {"--api-key", "keys come with a later version; put a proxy in front that checks"},
+    {"--ssl-ca-certs", "clients are known by their keys, see --api-key-file"},
+    {"--ssl-cert-reqs", "clients are known by their keys, see --api-key-file"},
 };
 
 // A flag of vLLM that asks for what happens anyway.
@@ -334,62 +336,6 @@ void AddServerFlags(CLI::App& app, ServeOptions& options) {
                  "Written when ready; holds the URL, is removed at the end");
 }
 
-// A limit of the HTTP server, passed on to it. Defaults and bounds are the gateway's own, told here
-// for --help and so that a bad value is refused before anything starts.
-struct GatewayLimit {
-  const char* name;
-  const char* default_value;
-  double low;
-  double high;
-  const char* description;
-};
-
-constexpr GatewayLimit kGatewayLimits[] = {
-    {"--max-connections", "20000", 1, 1e6, "Connections at a time; more get a 503"},
-    {"--max-header-bytes", "16384", 1024, 1 << 20, "Bytes of a request's line and headers"},
-    {"--max-header-fields", "100", 8, 10'000, "Header fields of a request"},
-    {"--max-uri-bytes", "2048", 64, 1 << 16, "Bytes of a request's URI"},
-    {"--max-body-bytes", "8388608", 1024, 1 << 30, "Bytes of a request's body"},
-    {"--header-timeout-seconds", "10", 0.01, 1e6, "For a request's headers to arrive"},
-    {"--body-timeout-seconds", "30", 0.01, 1e6, "For a request's body to arrive"},
-    {"--keep-alive-timeout-seconds", "60", 0.01, 1e6, "Between the requests of a connection"},
-    {"--write-timeout-seconds", "30", 0.01, 1e6, "For a client that reads nothing"},
-    {"--max-json-depth", "64", 4, 1024, "Nesting of a request's JSON"},
-    {"--max-messages", "2048", 1, 1e6, "Messages of a chat"},
-    {"--max-n", "128", 1, 10'000, "Largest n of a request"},
-    {"--max-prompts", "128", 1, 1e6, "Prompts of a request"},
-    {"--max-choices", "256", 1, 1e6, "Prompts times n of a request"},
-    {"--max-stop-strings", "16", 1, 1e6, "Stop strings of a request"},
-    {"--max-stop-string-bytes", "1024", 1, 1e6, "Bytes of a stop string"},
-    {"--max-logprobs", "20", 0, 20, "Most logprobs, top_logprobs and prompt_logprobs"},
-    {"--text-threads", "2", 1, 64, "Threads that tokenize prompts"},
-};
-
-void AddGatewayLimits(CLI::App& app, ServeOptions& options) {
-  for (const GatewayLimit& limit : kGatewayLimits) {
-    const auto pass_on = [&options, &limit](const std::string& text) -> std::string {
-      double value = 0;
-      const bool is_count = limit.low == std::floor(limit.low);  // the others are seconds
-      if (!absl::SimpleAtod(text, &value) || !(value >= limit.low && value <= limit.high) ||
-          (is_count && value != std::floor(value))) {
-        return absl::StrCat("'", text, "' is out of range: expected ",
-                            is_count ? "a whole number, " : "", limit.low, " to ",
-                            static_cast<int64_t>(limit.high));
-      }
-      std::vector<std::string>& flags = options.gateway_flags;
-      const auto earlier = absl::c_find(flags, limit.name);  // given twice: the last one counts
-      if (earlier != flags.end()) flags.erase(earlier, earlier + 2);
-      flags.insert(flags.end(), {limit.name, text});
-      return std::string();
-    };
-    app.add_option(limit.name, limit.description)
-        ->group("Limits of the HTTP server")
-        ->type_name("NUMBER")
-        ->default_str(limit.default_value)
-        ->check(pass_on);
-  }
-}
-
 // Rewrites what vLLM's parser accepts and ours would not: -tp, -q=…, and underscores for dashes.
 std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
   std::vector<std::string> normalized;
@@ -543,7 +489,7 @@ absl::StatusOr<CommandLine> ParseCommandLine(const std::vector<std::string>& arg
     AddMemoryFlags(*command, result.serve);
     AddSchedulingFlags(*command, result.serve);
     AddServerFlags(*command, result.serve);
-    AddGatewayLimits(*command, result.serve);
+    AddGatewayFlags(*command, result.serve);
     AddNeedlessFlags(*command);
     return command;
   };

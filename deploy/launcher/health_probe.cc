@@ -2,6 +2,8 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -53,11 +55,43 @@ std::string ReachableHost(const std::string& host) {
   return host;
 }
 
-HealthProbe::HealthProbe(const std::string& host, int port)
-    : host_(ReachableHost(host)), port_(port) {}
+HealthProbe::HealthProbe(Scheme scheme, const std::string& host, int port)
+    : host_(ReachableHost(host)),
+      port_(port),
+      tls_context_(scheme == Scheme::kHttps ? SSL_CTX_new(TLS_client_method()) : nullptr,
+                   SSL_CTX_free),
+      tls_(nullptr, SSL_free) {}
 
-short HealthProbe::events() const {  // NOLINT
-  return request_is_sent_ ? POLLIN : POLLOUT;
+HealthProbe::~HealthProbe() = default;
+
+short HealthProbe::events() const { return wanted_; }  // NOLINT
+
+ssize_t HealthProbe::TlsResult(int returned, size_t size) {
+  if (returned == 1) return static_cast<ssize_t>(size);
+  const int error = SSL_get_error(tls_.get(), returned);
+  if (error == SSL_ERROR_ZERO_RETURN) return 0;
+  const bool retries = error == SSL_ERROR_WANT_READ || error == SSL_ERROR_WANT_WRITE;
+  if (retries) wanted_ = error == SSL_ERROR_WANT_READ ? POLLIN : POLLOUT;
+  errno = retries ? EAGAIN : EPROTO;
+  return -1;
+}
+
+ssize_t HealthProbe::Send(const std::string& bytes) {
+  wanted_ = POLLOUT;
+  if (tls_ == nullptr) return send(fd(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
+  ERR_clear_error();
+  size_t size = 0;
+  const int returned = SSL_write_ex(tls_.get(), bytes.data(), bytes.size(), &size);
+  return TlsResult(returned, size);
+}
+
+ssize_t HealthProbe::Receive(char* bytes, size_t capacity) {
+  wanted_ = POLLIN;
+  if (tls_ == nullptr) return recv(fd(), bytes, capacity, 0);
+  ERR_clear_error();
+  size_t size = 0;
+  const int returned = SSL_read_ex(tls_.get(), bytes, capacity, &size);
+  return TlsResult(returned, size);
 }
 
 void HealthProbe::Begin(Clock::time_point now) {
@@ -69,6 +103,12 @@ void HealthProbe::Begin(Clock::time_point now) {
       UniqueFd(socket(address.storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
   // A refusal shows when the request is written.
   (void)connect(socket_.get(), address.get(), address.size);
+  wanted_ = POLLOUT;
+  if (tls_context_ == nullptr) return;
+  tls_.reset(SSL_new(tls_context_.get()));
+  SSL_set_mode(tls_.get(), SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+  SSL_set_fd(tls_.get(), socket_.get());
+  SSL_set_connect_state(tls_.get());
 }
 
 std::optional<HealthProbe::Answer> HealthProbe::Continue(Clock::time_point now) {
@@ -76,13 +116,13 @@ std::optional<HealthProbe::Answer> HealthProbe::Continue(Clock::time_point now) 
   if (!request_is_sent_) {
     const std::string request =
         absl::StrCat("GET /health HTTP/1.1\r\nHost: ", host_, "\r\nConnection: close\r\n\r\n");
-    const ssize_t count = send(fd(), request.data(), request.size(), MSG_NOSIGNAL);
+    const ssize_t count = Send(request);
     if (count < 0 && errno == EAGAIN) return std::nullopt;
     if (count != static_cast<ssize_t>(request.size())) return End(Answer::kUnhealthy);
     request_is_sent_ = true;
   }
   char buffer[512];
-  const ssize_t count = recv(fd(), buffer, sizeof(buffer), 0);
+  const ssize_t count = Receive(buffer, sizeof(buffer));
   if (count < 0 && errno == EAGAIN) return std::nullopt;
   if (count <= 0) return End(Answer::kUnhealthy);
   response_.append(buffer, count);
@@ -94,6 +134,7 @@ std::optional<HealthProbe::Answer> HealthProbe::Continue(Clock::time_point now) 
 }
 
 HealthProbe::Answer HealthProbe::End(Answer answer) {
+  tls_.reset();
   socket_.reset();
   return answer;
 }

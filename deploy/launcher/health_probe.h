@@ -1,11 +1,18 @@
-// Asks the gateway's GET /health without blocking.
+// Asks the gateway's GET /health without blocking, over HTTP or HTTPS. Its certificate is not
+// checked: it is our own child.
 #pragma once
 
+#include <sys/types.h>
+
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "deploy/launcher/child_process.h"
+
+struct ssl_ctx_st;
+struct ssl_st;
 
 namespace fathom {
 
@@ -18,9 +25,11 @@ class HealthProbe {
  public:
   using Clock = std::chrono::steady_clock;
   enum class Answer { kHealthy, kUnhealthy };
+  enum class Scheme { kHttp, kHttps };
 
   // `host` is a numeric address; the wildcard addresses are asked at the loopback.
-  HealthProbe(const std::string& host, int port);
+  HealthProbe(Scheme scheme, const std::string& host, int port);
+  ~HealthProbe();
 
   void Begin(Clock::time_point now);
   bool is_running() const { return socket_.get() >= 0; }
@@ -34,10 +43,17 @@ class HealthProbe {
 
  private:
   Answer End(Answer answer);
+  // As send and recv; with EAGAIN, wanted_ says what for.
+  ssize_t Send(const std::string& bytes);
+  ssize_t Receive(char* bytes, size_t capacity);
+  ssize_t TlsResult(int returned, size_t size);
 
   const std::string host_;
   const int port_;
   UniqueFd socket_;
+  std::unique_ptr<ssl_ctx_st, void (*)(ssl_ctx_st*)> tls_context_;  // null: HTTP
+  std::unique_ptr<ssl_st, void (*)(ssl_st*)> tls_;
+  short wanted_ = 0;  // NOLINT: poll's type
   bool request_is_sent_ = false;
   std::string response_;
   Clock::time_point deadline_;

@@ -71,7 +71,8 @@ absl::StatusOr<RunDirectory> MakeRunDirectory(const ServeOptions& options) {
 std::string Url(const ServeOptions& options) {
   const std::string host = ReachableHost(options.host);
   const bool is_ipv6 = absl::StrContains(host, ':');
-  return absl::StrCat("http://", is_ipv6 ? "[" : "", host, is_ipv6 ? "]" : "", ":", options.port);
+  return absl::StrCat(options.https ? "https://" : "http://", is_ipv6 ? "[" : "", host,
+                      is_ipv6 ? "]" : "", ":", options.port);
 }
 
 void AnnounceReady(const ServeOptions& options) {
@@ -97,7 +98,8 @@ void WriteReadyFile(const std::string& path, const std::string& url) {
 // The exit code; or why a process could not go on.
 absl::StatusOr<int> Supervise(const ServeOptions& options, const Places& places, LogOutput& log) {
   const ServiceNotifier notifier(Environment("NOTIFY_SOCKET"));
-  HealthProbe probe(options.host, options.port);
+  HealthProbe probe(options.https ? HealthProbe::Scheme::kHttps : HealthProbe::Scheme::kHttp,
+                    options.host, options.port);
   const Supervisor::Listeners listeners = {
       .on_ready =
           [&] {

@@ -146,7 +146,7 @@ ProcessSpec PlanGateway(const ServeOptions& options, const Places& places) {
   list.push_back("--served-model-name");
   if (options.served_model_names.empty()) list.push_back(ServedModelName(options));
   list.insert(list.end(), options.served_model_names.begin(), options.served_model_names.end());
-  return {.name = "gateway", .arguments = std::move(list)};
+  return {.name = "gateway", .arguments = std::move(list), .reloads = options.gateway_reloads};
 }
 
 }  // namespace

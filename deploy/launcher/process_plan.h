@@ -13,6 +13,7 @@ struct ProcessSpec {
   std::vector<std::string> arguments;  // the program's path first
   // Stages end one after the other, 0 first: nobody loses a peer it still needs.
   int stop_stage = 0;
+  bool reloads = false;  // reads files again at SIGHUP
 };
 
 // Where things are.

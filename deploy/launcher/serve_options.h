@@ -20,7 +20,10 @@ struct ServeOptions {
   std::string grpc_listen;  // where gRPC clients reach the coordinator; empty: nowhere
   bool grpc_reflection = false;
 
-  std::vector<std::string> gateway_flags;  // limits of the HTTP server, with their values
+  // Limits of the HTTP server, keys, certificate; with their values.
+  std::vector<std::string> gateway_flags;
+  bool gateway_reloads = false;  // some of them name files that it reads again at SIGHUP
+  bool https = false;
 
   // How the model is cut and computed.
   std::string device = "cpu";

@@ -161,6 +161,7 @@ void Supervisor::OnExit(Child& child, int wait_status) {
 void Supervisor::OnSignal() {
   signalfd_siginfo info;
   while (read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
+    if (info.ssi_signo == SIGHUP && Reload()) continue;
     const char* name = sigabbrev_np(static_cast<int>(info.ssi_signo));
     if (goal_ == Goal::kStop) {
       log_.Own(absl::StrCat("SIG", name, " again: stopping at once"));
@@ -171,6 +172,17 @@ void Supervisor::OnSignal() {
                           options_.drain_timeout.count(), " s to finish; again to stop at once"));
     BeginStop(0);
   }
+}
+
+// False when there is nobody to tell.
+bool Supervisor::Reload() {
+  bool told = false;
+  for (const auto& child : children_) {
+    if (!child->spec.reloads) continue;
+    if (child->process.has_value()) child->process->Signal(SIGHUP);
+    told = true;
+  }
+  return told;
 }
 
 void Supervisor::BeginStop(int exit_code) {

@@ -19,10 +19,11 @@ namespace fathom {
 
 // One thread, one poll: on the ends and the output of children, on signals, on the health probe.
 //
-// SIGTERM, SIGINT and SIGHUP drain: the processes of stop stage 0 are told to end, when they have
-// ended those of stage 1, and so on; a stage that takes too long is killed. A second signal tells
-// stage 0 to end at once, so that clients hear of it, and kills the rest; a third kills everything.
-// A child that ends with EX_USAGE or EX_CONFIG would do so again: it is not
+// SIGHUP goes on to the processes that read files again then; when there are none it is one more
+// signal to stop. SIGTERM and SIGINT drain: the processes of stop stage 0 are told to end, when
+// they have ended those of stage 1, and so on; a stage that takes too long is killed. A second
+// signal tells stage 0 to end at once, so that clients hear of it, and kills the rest; a third
+// kills everything. A child that ends with EX_USAGE or EX_CONFIG would do so again: it is not
 // restarted, everything is stopped, and its exit code becomes ours.
 class Supervisor {
  public:
@@ -61,6 +62,7 @@ class Supervisor {
   void ForwardOutput(Child& child);
   void OnExit(Child& child, int wait_status);
   void OnSignal();
+  bool Reload();
   void BeginStop(int exit_code);
   void EnterStage(int stage);
   void HurryStop();

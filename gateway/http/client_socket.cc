@@ -27,8 +27,10 @@ struct ClientSocket::Watcher {
   std::function<void()> on_closed;  // empty once it was called or watching stopped
 };
 
-ClientSocket::ClientSocket(tcp::socket socket)
-    : socket_(std::move(socket)), timer_(socket_.get_executor()) {
+ClientSocket::ClientSocket(tcp::socket socket, const TlsContext* tls)
+    : socket_(std::move(socket)),
+      tls_(tls == nullptr ? nullptr : tls->Accept(socket_.native_handle())),
+      timer_(socket_.get_executor()) {
   error_code ignored;  // a socket that is dead already shows it at the first read
   socket_.non_blocking(true, ignored);
   socket_.set_option(tcp::no_delay(true), ignored);
@@ -43,28 +45,49 @@ std::string ClientSocket::PeerAddress() const {
                                 : absl::StrCat(address, ":", peer.port());
 }
 
-ClientSocket::ReadResult ClientSocket::TryRead(std::string& buffer) {
+ClientSocket::Attempt ClientSocket::TryRead(std::string& buffer) {
   std::array<char, kReadBytes> bytes;
+  size_t size = 0;
+  if (!socket_.is_open()) return Attempt::kClosed;
+  if (tls_ != nullptr) {
+    const Attempt attempt = tls_->Read(bytes.data(), bytes.size(), size);
+    if (attempt == Attempt::kDone) buffer.append(bytes.data(), size);
+    return attempt;
+  }
   error_code error;
-  const size_t size = socket_.read_some(asio::buffer(bytes), error);
+  size = socket_.read_some(asio::buffer(bytes), error);
   if (size > 0) {
     buffer.append(bytes.data(), size);
-    return ReadResult::kSome;
+    return Attempt::kDone;
   }
-  return error == asio::error::would_block ? ReadResult::kNothing : ReadResult::kClosed;
+  return error == asio::error::would_block ? Attempt::kWantsRead : Attempt::kClosed;
+}
+
+ClientSocket::Attempt ClientSocket::TryWrite(std::string_view bytes, size_t& size) {
+  size = 0;
+  if (!socket_.is_open()) return Attempt::kClosed;
+  if (tls_ != nullptr) return tls_->Write(bytes, size);
+  error_code error;
+  size = socket_.write_some(asio::buffer(bytes.data(), bytes.size()), error);
+  if (!error) return Attempt::kDone;
+  return error == asio::error::would_block ? Attempt::kWantsWrite : Attempt::kClosed;
+}
+
+Task<ClientSocket::Outcome> ClientSocket::Handshake(TimePoint deadline) {
+  while (tls_ != nullptr) {
+    const Attempt attempt = socket_.is_open() ? tls_->Handshake() : Attempt::kClosed;
+    if (attempt == Attempt::kDone) break;
+    const Outcome outcome = co_await WaitFor(attempt, deadline);
+    if (outcome != Outcome::kOk) co_return outcome;
+  }
+  co_return Outcome::kOk;
 }
 
 Task<ClientSocket::Outcome> ClientSocket::Read(std::string& buffer, TimePoint deadline) {
   while (true) {
-    switch (TryRead(buffer)) {
-      case ReadResult::kSome:
-        co_return Outcome::kOk;
-      case ReadResult::kClosed:
-        co_return Outcome::kClosed;
-      case ReadResult::kNothing:
-        break;
-    }
-    const Outcome outcome = co_await WaitFor(tcp::socket::wait_read, deadline);
+    const Attempt attempt = TryRead(buffer);
+    if (attempt == Attempt::kDone) co_return Outcome::kOk;
+    const Outcome outcome = co_await WaitFor(attempt, deadline);
     if (outcome != Outcome::kOk) co_return outcome;
   }
 }
@@ -72,25 +95,40 @@ Task<ClientSocket::Outcome> ClientSocket::Read(std::string& buffer, TimePoint de
 Task<ClientSocket::Outcome> ClientSocket::Write(std::string_view bytes,
                                                 std::chrono::milliseconds stall_timeout) {
   while (!bytes.empty()) {
-    error_code error;
-    const size_t size = socket_.write_some(asio::buffer(bytes.data(), bytes.size()), error);
+    size_t size = 0;
+    const Attempt attempt = TryWrite(bytes, size);
     bytes.remove_prefix(size);
-    if (!error) continue;
-    if (error != asio::error::would_block) co_return Outcome::kClosed;
-    const TimePoint deadline = std::chrono::steady_clock::now() + stall_timeout;
-    const Outcome outcome = co_await WaitFor(tcp::socket::wait_write, deadline);
+    if (attempt == Attempt::kDone) continue;
+    const Outcome outcome =
+        co_await WaitFor(attempt, std::chrono::steady_clock::now() + stall_timeout);
     if (outcome != Outcome::kOk) co_return outcome;
   }
   co_return Outcome::kOk;
 }
 
 ClientSocket::Outcome ClientSocket::WriteNow(std::string& bytes) {
-  error_code error;
-  while (!bytes.empty() && !error) {
-    bytes.erase(0, socket_.write_some(asio::buffer(bytes), error));
+  Attempt attempt = Attempt::kDone;
+  while (!bytes.empty() && attempt == Attempt::kDone) {
+    size_t size = 0;
+    attempt = TryWrite(bytes, size);
+    bytes.erase(0, size);
   }
-  if (!error) return Outcome::kOk;
-  return error == asio::error::would_block ? Outcome::kTimedOut : Outcome::kClosed;
+  if (attempt == Attempt::kDone) return Outcome::kOk;
+  return attempt == Attempt::kClosed ? Outcome::kClosed : Outcome::kTimedOut;
+}
+
+Task<ClientSocket::Outcome> ClientSocket::WaitFor(Attempt what, TimePoint deadline) {
+  switch (what) {
+    case Attempt::kWantsRead:
+      co_return co_await WaitFor(tcp::socket::wait_read, deadline);
+    case Attempt::kWantsWrite:
+      co_return co_await WaitFor(tcp::socket::wait_write, deadline);
+    case Attempt::kDone:
+      co_return Outcome::kOk;
+    case Attempt::kClosed:
+      break;
+  }
+  co_return Outcome::kClosed;
 }
 
 Task<ClientSocket::Outcome> ClientSocket::WaitFor(tcp::socket::wait_type what, TimePoint deadline) {
@@ -125,13 +163,8 @@ void ClientSocket::WatchAgain(std::shared_ptr<Watcher> watcher) {
     if (!watcher->on_closed) return;  // stopped: `this` may be gone
     // An error that is not ours (Write timed out and cancelled the wait): it will find out itself.
     if (error) return;
-    switch (TryRead(watcher->buffer)) {
-      case ReadResult::kSome:
-      case ReadResult::kNothing:
-        return WatchAgain(watcher);
-      case ReadResult::kClosed:
-        std::exchange(watcher->on_closed, nullptr)();
-    }
+    if (TryRead(watcher->buffer) != Attempt::kClosed) return WatchAgain(watcher);
+    std::exchange(watcher->on_closed, nullptr)();
   });
 }
 
@@ -144,6 +177,7 @@ void ClientSocket::StopWatching() {
 }
 
 void ClientSocket::ShutdownSend() {
+  if (tls_ != nullptr && socket_.is_open()) tls_->ShutdownSend();
   error_code ignored;
   socket_.shutdown(tcp::socket::shutdown_send, ignored);
 }

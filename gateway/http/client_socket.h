@@ -1,7 +1,8 @@
 // A client's TCP socket with a deadline on everything. I/O thread only.
 //
 // Reads and writes are tried at once and wait only when the kernel says so; a write that fits the
-// socket's buffer is therefore one send and no trip through the reactor.
+// socket's buffer is therefore one send and no trip through the reactor. With TLS the same holds of
+// its records.
 #pragma once
 
 #include <chrono>
@@ -14,6 +15,7 @@
 #include "boost/asio/ip/tcp.hpp"
 #include "boost/asio/steady_timer.hpp"
 #include "gateway/http/task.h"
+#include "gateway/http/tls.h"
 
 namespace fathom {
 
@@ -22,7 +24,11 @@ class ClientSocket {
   using TimePoint = std::chrono::steady_clock::time_point;
   enum class Outcome { kOk, kClosed, kTimedOut };
 
-  explicit ClientSocket(boost::asio::ip::tcp::socket socket);
+  // `tls` null: plain.
+  ClientSocket(boost::asio::ip::tcp::socket socket, const TlsContext* tls);
+
+  // Before anything else; does nothing without TLS.
+  Task<Outcome> Handshake(TimePoint deadline);
 
   // Appends at least a byte to `buffer`.
   Task<Outcome> Read(std::string& buffer, TimePoint deadline);
@@ -44,15 +50,20 @@ class ClientSocket {
   std::string PeerAddress() const;
 
  private:
-  enum class ReadResult { kSome, kNothing, kClosed };
+  // Of one attempt: done, or what to wait for.
+  using Attempt = TlsSession::Result;
   struct Watcher;
 
-  ReadResult TryRead(std::string& buffer);
+  Attempt TryRead(std::string& buffer);
+  Attempt TryWrite(std::string_view bytes, size_t& size);
   // Waits until the socket can be read or written.
   Task<Outcome> WaitFor(boost::asio::ip::tcp::socket::wait_type what, TimePoint deadline);
   void WatchAgain(std::shared_ptr<Watcher> watcher);
 
+  Task<Outcome> WaitFor(Attempt what, TimePoint deadline);
+
   boost::asio::ip::tcp::socket socket_;
+  const std::unique_ptr<TlsSession> tls_;  // null: plain
   boost::asio::steady_timer timer_;
   std::shared_ptr<Watcher> watcher_;
 };

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "gateway/http/client_socket.h"
+#include "gateway/http/request_id.h"
 
 namespace fathom {
 namespace {
@@ -28,9 +29,10 @@ class Exchange : public ResponseWriter {
     bool head_only = false;   // HEAD: the body is left out
     bool chunked = true;      // not understood by HTTP/1.0
     bool keep_alive = false;  // what the client would like
+    std::string request_id;
   };
 
-  Exchange(ClientSocket& socket, Terms terms) : socket_(socket), terms_(terms) {}
+  Exchange(ClientSocket& socket, Terms terms) : socket_(socket), terms_(std::move(terms)) {}
 
   Task<> Send(Response response) override {
     if (gone() || started_) co_return;
@@ -43,6 +45,14 @@ class Exchange : public ResponseWriter {
     if (gone()) co_return;
     std::string bytes = StartEvents();
     AppendEvent(payload, bytes);
+    co_await Write(bytes);
+  }
+
+  Task<> SendNamedEvents(std::string_view events) override {
+    if (gone() || events.empty()) co_return;
+    events_have_names_ = true;
+    std::string bytes = StartEvents();
+    AppendChunk({events}, bytes);
     co_await Write(bytes);
   }
 
@@ -74,7 +84,13 @@ class Exchange : public ResponseWriter {
     CloseAfterwards();
     if (gone() || ended_) return;
     if (started_) {
-      AppendEvent(error.body, last_words_);
+      if (events_have_names_) {
+        std::string event;
+        AppendNamedEvent("error", error.body, event);
+        AppendChunk({event}, last_words_);
+      } else {
+        AppendEvent(error.body, last_words_);
+      }
       AppendEndOfEvents(last_words_);
     } else {
       last_words_ = WholeResponse(error);
@@ -110,7 +126,7 @@ class Exchange : public ResponseWriter {
   std::string WholeResponse(const Response& response) {
     status_ = response.status;
     const Framing framing{Framing::Kind::kContentLength, response.body.size()};
-    std::string bytes = HeadOf(response, framing, persistence());
+    std::string bytes = HeadOf(response, framing, persistence(), terms_.request_id);
     if (!terms_.head_only) bytes += response.body;
     return bytes;
   }
@@ -126,7 +142,7 @@ class Exchange : public ResponseWriter {
     if (!terms_.chunked) terms_.keep_alive = false;
     Framing framing;
     framing.kind = terms_.chunked ? Framing::Kind::kChunked : Framing::Kind::kUntilClose;
-    return HeadOf(response, framing, persistence());
+    return HeadOf(response, framing, persistence(), terms_.request_id);
   }
 
   void AppendChunk(std::initializer_list<std::string_view> parts, std::string& bytes) const {
@@ -142,7 +158,7 @@ class Exchange : public ResponseWriter {
   }
 
   void AppendEndOfEvents(std::string& bytes) const {
-    AppendEvent("[DONE]", bytes);
+    if (!events_have_names_) AppendEvent("[DONE]", bytes);
     if (terms_.chunked) bytes += "0\r\n\r\n";
   }
 
@@ -162,16 +178,24 @@ class Exchange : public ResponseWriter {
   bool ended_ = false;
   bool writing_ = false;
   bool client_gone_ = false;
+  bool events_have_names_ = false;
   bool cut_short_ = false;  // by EndWith
   std::string last_words_;  // of EndWith, not yet written
 };
 
 class HttpConnection : public Connection {
  public:
-  HttpConnection(boost::asio::ip::tcp::socket socket, const ConnectionEnvironment& environment)
-      : environment_(environment), socket_(std::move(socket)), peer_(socket_.PeerAddress()) {}
+  HttpConnection(boost::asio::ip::tcp::socket socket, std::shared_ptr<const TlsContext> tls,
+                 const ConnectionEnvironment& environment)
+      : environment_(environment),
+        tls_(std::move(tls)),
+        socket_(std::move(socket), tls_.get()),
+        peer_(socket_.PeerAddress()) {}
 
   Task<> Run() override {
+    const ClientSocket::Outcome secured =
+        co_await socket_.Handshake(Clock::now() + environment_.options.head_timeout);
+    if (secured != ClientSocket::Outcome::kOk) closing_ = true;
     while (!closing_) {
       const bool again = co_await ServeRequest();
       if (!again) break;
@@ -197,23 +221,32 @@ class HttpConnection : public Connection {
 
   void Close() override {
     closing_ = true;
+    waiting_since_ = std::nullopt;
     socket_.Close();
     if (exchange_ != nullptr) exchange_->MarkGone();
   }
+
+  std::optional<Clock::time_point> waiting_since() const override { return waiting_since_; }
 
  private:
   // Whether another request may follow.
   Task<bool> ServeRequest() {
     RequestParser parser(environment_.options.request_limits);
+    verdict_ = {};
+    waiting_since_ = Clock::now();
     const bool readable = co_await ReadRequest(parser);
     if (!readable) co_return false;
+    waiting_since_ = std::nullopt;
 
+    parser.request().id = RequestIdOf(parser.request().Header("x-request-id"));
     Exchange::Terms terms;
     terms.write_timeout = environment_.options.write_timeout;
     terms.head_only = parser.request().method == "HEAD";
     terms.chunked = !parser.is_http_1_0();
-    terms.keep_alive = parser.keep_alive() && !parser.problem() && !closing_;
-    Exchange exchange(socket_, terms);
+    terms.keep_alive =
+        parser.keep_alive() && parser.done() && !parser.problem() && !verdict_.refusal && !closing_;
+    terms.request_id = parser.request().id;
+    Exchange exchange(socket_, std::move(terms));
     exchange_ = &exchange;
     const Clock::time_point start = Clock::now();
     const Router::Match match =
@@ -221,6 +254,8 @@ class HttpConnection : public Connection {
     if (parser.problem()) {
       co_await exchange.Send(
           environment_.error_formatter(parser.problem()->status, parser.problem()->message));
+    } else if (verdict_.refusal) {
+      co_await exchange.Send(*std::move(verdict_.refusal));
     } else if (end_with_) {
       co_await exchange.Send(*end_with_);
     } else {
@@ -230,6 +265,10 @@ class HttpConnection : public Connection {
     Report(parser.request(), match, exchange, Clock::now() - start);
     lingers_ = !exchange.client_gone();
     co_return exchange.keeps_alive() && !closing_;
+  }
+
+  std::string_view PatternOf(const HttpRequest& request) const {
+    return environment_.router.Find(request.method, request.path).pattern;
   }
 
   // False when the client closed or there is nothing to answer; a request that must be refused is
@@ -247,14 +286,17 @@ class HttpConnection : public Connection {
           idle_ = false;
         }
         buffer_.erase(0, parser.Parse(buffer_));
-        if (parser.problem() || parser.done()) co_return true;
+        if (parser.problem()) co_return true;
         if (phase == Phase::kHead && parser.head_done()) {
+          verdict_ = environment_.guard.Check(parser.request(), PatternOf(parser.request()));
+          if (verdict_.refusal) co_return true;
           phase = Phase::kBody;
           deadline = Clock::now() + options.body_timeout;
-          if (parser.expects_continue() && buffer_.empty()) {
+          if (parser.expects_continue() && !parser.done() && buffer_.empty()) {
             co_await socket_.Write("HTTP/1.1 100 Continue\r\n\r\n", options.write_timeout);
           }
         }
+        if (parser.done()) co_return true;
       }
       const ClientSocket::Outcome outcome = co_await socket_.Read(buffer_, deadline);
       if (outcome == ClientSocket::Outcome::kOk) continue;
@@ -287,7 +329,10 @@ class HttpConnection : public Connection {
   void Report(const HttpRequest& request, const Router::Match& match, Exchange& exchange,
               Clock::duration duration) {
     RequestRecord record;
+    record.id = request.id;
+    record.trace_id = TraceIdOf(request.Header("traceparent"));
     record.client = peer_;
+    record.caller = verdict_.caller;
     record.method = request.method;
     record.path = request.path;
     record.pattern = match.pattern;
@@ -312,8 +357,11 @@ class HttpConnection : public Connection {
   }
 
   const ConnectionEnvironment environment_;
+  const std::shared_ptr<const TlsContext> tls_;  // null: plain
   ClientSocket socket_;
   const std::string peer_;
+  AccessGuard::Verdict verdict_;  // of the request at hand
+  std::optional<Clock::time_point> waiting_since_ = Clock::now();
   std::string buffer_;                // received and not yet parsed
   Exchange* exchange_ = nullptr;      // while a request is being answered
   std::optional<Response> end_with_;  // for a request that is still arriving
@@ -325,8 +373,9 @@ class HttpConnection : public Connection {
 }  // namespace
 
 std::shared_ptr<Connection> Connection::Create(boost::asio::ip::tcp::socket socket,
+                                               std::shared_ptr<const TlsContext> tls,
                                                const ConnectionEnvironment& environment) {
-  return std::make_shared<HttpConnection>(std::move(socket), environment);
+  return std::make_shared<HttpConnection>(std::move(socket), std::move(tls), environment);
 }
 
 }  // namespace fathom

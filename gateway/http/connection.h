@@ -6,6 +6,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <utility>  // Boost 1.74 forgets it (std::exchange)
 
 #include "boost/asio/ip/tcp.hpp"
@@ -18,6 +19,7 @@ namespace fathom {
 struct ConnectionEnvironment {
   const ServerOptions& options;
   const Router& router;
+  AccessGuard& guard;
   RequestObserver& observer;
   const ErrorFormatter& error_formatter;
 };
@@ -26,7 +28,9 @@ class Connection {
  public:
   virtual ~Connection() = default;
 
+  // `tls` null: plain HTTP.
   static std::shared_ptr<Connection> Create(boost::asio::ip::tcp::socket socket,
+                                            std::shared_ptr<const TlsContext> tls,
                                             const ConnectionEnvironment& environment);
 
   // Serves until either side closes. The connection lives at least as long as this runs.
@@ -41,6 +45,9 @@ class Connection {
 
   // Closes now.
   virtual void Close() = 0;
+
+  // Since when no request of it is being answered; nullopt while one is.
+  virtual std::optional<std::chrono::steady_clock::time_point> waiting_since() const = 0;
 };
 
 }  // namespace fathom

@@ -32,7 +32,10 @@ class ResponseWriter {
   // takes nothing for the write timeout is gone.
   virtual Task<> SendEvent(std::string_view payload) = 0;
 
-  // Writes `data: [DONE]\n\n` and ends the body.
+  // Writes whole events of AppendNamedEvent, perhaps none, in one send.
+  virtual Task<> SendNamedEvents(std::string_view events) = 0;
+
+  // Ends the body; before that `data: [DONE]\n\n`, unless the events had names.
   virtual Task<> EndEvents() = 0;
 
   // The client closed the connection, or takes nothing any more.

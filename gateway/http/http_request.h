@@ -9,6 +9,7 @@
 namespace fathom {
 
 struct HttpRequest {
+  std::string id;      // request_id.h
   std::string method;  // as sent: GET, POST, …
   std::string path;    // percent-decoded, without the query; begins with '/'
   std::string query;   // after the first '?', as sent

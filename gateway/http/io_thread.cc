@@ -22,13 +22,14 @@ struct IoThread::State {
   asio::io_context context{1};
   asio::executor_work_guard<asio::io_context::executor_type> work{context.get_executor()};
   asio::signal_set signals{context};
-  std::function<void()> on_signal;
+  std::function<void()> on_stop;
+  std::function<void()> on_reload;
 
   void WaitForSignal() {
-    signals.async_wait([this](boost::system::error_code error, int) {
+    signals.async_wait([this](boost::system::error_code error, int signal) {
       if (error) return;
       WaitForSignal();
-      on_signal();
+      signal == SIGHUP ? on_reload() : on_stop();
     });
   }
 };
@@ -57,11 +58,13 @@ Task<> IoThread::Sleep(std::chrono::milliseconds duration) {
   co_await timer.async_wait(asio::redirect_error(asio::use_awaitable, ignored));
 }
 
-void IoThread::HandleSignals(std::function<void()> on_signal) {
-  state_->on_signal = std::move(on_signal);
+void IoThread::HandleSignals(std::function<void()> on_stop, std::function<void()> on_reload) {
+  state_->on_stop = std::move(on_stop);
+  state_->on_reload = std::move(on_reload);
   boost::system::error_code ignored;
   state_->signals.add(SIGTERM, ignored);
   state_->signals.add(SIGINT, ignored);
+  state_->signals.add(SIGHUP, ignored);
   state_->WaitForSignal();
 }
 

@@ -38,8 +38,8 @@ class IoThread {
 
   Task<> Sleep(std::chrono::milliseconds duration);
 
-  // Calls `on_signal` at every SIGTERM and SIGINT.
-  void HandleSignals(std::function<void()> on_signal);
+  // Calls `on_stop` at every SIGTERM and SIGINT, `on_reload` at every SIGHUP.
+  void HandleSignals(std::function<void()> on_stop, std::function<void()> on_reload);
 
   // For this folder.
   boost::asio::io_context& context();

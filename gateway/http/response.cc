@@ -32,10 +32,22 @@ std::string_view PhraseOf(int status) {
   return {phrase.data(), phrase.size()};
 }
 
-std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence) {
+void AppendNamedEvent(std::string_view name, std::string_view payload, std::string& events) {
+  for (const std::string_view part :
+       {std::string_view("event: "), name, std::string_view("\ndata: "), payload,
+        std::string_view("\n\n")}) {
+    events += part;
+  }
+}
+
+std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence,
+                   std::string_view request_id) {
   std::string head =
       absl::StrCat("HTTP/1.1 ", response.status, " ", std::string(PhraseOf(response.status)),
                    "\r\nDate: ", DateNow(), "\r\nServer: fathom\r\n");
+  if (!request_id.empty()) {
+    absl::StrAppend(&head, "X-Request-Id: ", std::string(request_id), "\r\n");
+  }
   if (!response.content_type.empty()) {
     absl::StrAppend(&head, "Content-Type: ", response.content_type, "\r\n");
   }

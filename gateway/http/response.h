@@ -31,9 +31,13 @@ struct Framing {
   uint64_t content_length = 0;
 };
 
-// The status line and headers up to and with the empty line: Date, Server, Content-Type, framing,
-// Connection, and the response's own.
-std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence);
+// The status line and headers up to and with the empty line: Date, Server, X-Request-Id unless it
+// is empty, Content-Type, framing, Connection, and the response's own.
+std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence,
+                   std::string_view request_id);
+
+// Appends an event of a text/event-stream that has a name: `event: NAME`, `data: PAYLOAD`.
+void AppendNamedEvent(std::string_view name, std::string_view payload, std::string& events);
 
 // The phrase that goes with a status: "Not Found".
 std::string_view PhraseOf(int status);

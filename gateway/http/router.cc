@@ -6,7 +6,7 @@ namespace fathom {
 namespace {
 
 bool PathMatches(std::string_view pattern, std::string_view path) {
-  if (pattern.ends_with("/")) {
+  if (pattern.size() > 1 && pattern.ends_with("/")) {
     return path.size() > pattern.size() && path.starts_with(pattern);
   }
   return pattern == path;

@@ -12,8 +12,8 @@ namespace fathom {
 
 class Router {
  public:
-  // A path that ends with "/" takes every path below it. One handler may serve several routes; GET
-  // also answers HEAD (the connection leaves the body out).
+  // A path that ends with "/", other than "/" itself, takes every path below it. One handler may
+  // serve several routes; GET also answers HEAD (the connection leaves the body out).
   void Add(std::string method, std::string path, std::shared_ptr<Handler> handler);
 
   struct Match {

@@ -4,6 +4,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "boost/asio/io_context.hpp"
 #include "boost/asio/ip/tcp.hpp"
 #include "boost/asio/redirect_error.hpp"
@@ -25,12 +26,12 @@ constexpr std::chrono::milliseconds kIdlePollInterval{10};
 }  // namespace
 
 struct Server::State {
-  State(ServerOptions options, IoThread& io_thread, const Router& router, RequestObserver& observer,
-        ErrorFormatter error_formatter)
+  State(ServerOptions options, IoThread& io_thread, const Router& router, AccessGuard& guard,
+        RequestObserver& observer, ErrorFormatter error_formatter)
       : options(std::move(options)),
         io_thread(io_thread),
         error_formatter(std::move(error_formatter)),
-        environment{this->options, router, observer, this->error_formatter},
+        environment{this->options, router, guard, observer, this->error_formatter},
         acceptor(io_thread.context()) {}
 
   const ServerOptions options;
@@ -38,11 +39,13 @@ struct Server::State {
   const ErrorFormatter error_formatter;
   const ConnectionEnvironment environment;
   tcp::acceptor acceptor;
+  std::shared_ptr<const TlsContext> tls;  // null: plain HTTP
   absl::flat_hash_set<std::shared_ptr<Connection>> connections;
   bool draining = false;
 
   static Task<> AcceptAll(std::shared_ptr<State> state);
   static void Serve(std::shared_ptr<State> state, tcp::socket socket);
+  bool EvictLongestWaiting();
   void TurnAway(tcp::socket socket) const;
 };
 
@@ -55,7 +58,8 @@ Task<> Server::State::AcceptAll(std::shared_ptr<State> state) {
     if (error) {  // out of file descriptors, usually: wait for some to be closed
       spdlog::warn("cannot accept a connection: {}", error.message());
       co_await state->io_thread.Sleep(kAcceptRetryDelay);
-    } else if (state->connections.size() >= state->options.max_connections) {
+    } else if (state->connections.size() >= state->options.max_connections &&
+               !state->EvictLongestWaiting()) {
       state->TurnAway(std::move(socket));
     } else {
       Serve(state, std::move(socket));
@@ -65,7 +69,7 @@ Task<> Server::State::AcceptAll(std::shared_ptr<State> state) {
 
 void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
   std::shared_ptr<Connection> connection =
-      Connection::Create(std::move(socket), state->environment);
+      Connection::Create(std::move(socket), state->tls, state->environment);
   state->connections.insert(connection);
   IoThread& io_thread = state->io_thread;
   // What is called at the end keeps the connection alive until its coroutine is gone.
@@ -75,26 +79,46 @@ void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
   });
 }
 
+// Makes room at the cost of whom it hurts least, which is also whoever holds connections open
+// without asking for anything.
+bool Server::State::EvictLongestWaiting() {
+  std::shared_ptr<Connection> longest;
+  for (const std::shared_ptr<Connection>& connection : connections) {
+    const auto since = connection->waiting_since();
+    if (since && (longest == nullptr || *since < *longest->waiting_since())) longest = connection;
+  }
+  if (longest == nullptr) return false;
+  longest->Close();
+  return true;
+}
+
 void Server::State::TurnAway(tcp::socket socket) const {
   const Response response = error_formatter(
       503, absl::StrCat("the server has ", options.max_connections, " connections, its limit"));
   const Framing framing{Framing::Kind::kContentLength, response.body.size()};
-  const std::string bytes = HeadOf(response, framing, Persistence::kClose) + response.body;
+  const std::string bytes = HeadOf(response, framing, Persistence::kClose, "") + response.body;
   error_code ignored;  // it fits an empty socket buffer; if not, the client sees a plain close
   socket.non_blocking(true, ignored);
   socket.write_some(asio::buffer(bytes), ignored);
   socket.shutdown(tcp::socket::shutdown_send, ignored);
 }
 
-Server::Server(ServerOptions options, IoThread& io_thread, const Router& router,
+Server::Server(ServerOptions options, IoThread& io_thread, const Router& router, AccessGuard& guard,
                RequestObserver& observer, ErrorFormatter error_formatter)
-    : state_(std::make_shared<State>(std::move(options), io_thread, router, observer,
+    : state_(std::make_shared<State>(std::move(options), io_thread, router, guard, observer,
                                      std::move(error_formatter))) {}
 
 Server::~Server() { CloseAll(); }
 
+absl::Status Server::ReloadTls() {
+  if (!state_->options.https.enabled()) return absl::OkStatus();
+  ASSIGN_OR_RETURN(state_->tls, TlsContext::Load(state_->options.https));
+  return absl::OkStatus();
+}
+
 absl::Status Server::Start() {
   const ServerOptions& options = state_->options;
+  RETURN_IF_ERROR(ReloadTls());
   error_code error;
   tcp::resolver resolver(state_->io_thread.context());
   const auto endpoints =

@@ -11,19 +11,24 @@
 #include <string_view>
 
 #include "absl/status/status.h"
+#include "gateway/http/access_guard.h"
 #include "gateway/http/handler.h"
 #include "gateway/http/io_thread.h"
 #include "gateway/http/request_parser.h"
 #include "gateway/http/router.h"
 #include "gateway/http/task.h"
+#include "gateway/http/tls.h"
 
 namespace fathom {
 
 struct ServerOptions {
   std::string host = "0.0.0.0";
   uint16_t port = 8000;  // 0: any free one
+  HttpsOptions https;
   RequestLimits request_limits;
-  size_t max_connections = 20'000;                       // further ones get a 503
+  // A further one takes the place of the one that has waited longest without a request being
+  // answered; when there is none, it gets a 503.
+  size_t max_connections = 20'000;
   std::chrono::milliseconds head_timeout{10'000};        // from the first byte of a request
   std::chrono::milliseconds body_timeout{30'000};        // from the end of its head
   std::chrono::milliseconds keep_alive_timeout{60'000};  // between requests
@@ -32,7 +37,10 @@ struct ServerOptions {
 
 // One request, when its response is out or the client is gone.
 struct RequestRecord {
-  std::string_view client;  // address
+  std::string_view id;        // request_id.h
+  std::string_view trace_id;  // the client's, "" if it has none
+  std::string_view client;    // address
+  std::string_view caller;    // of the guard's verdict
   std::string_view method;
   std::string_view path;     // decoded: may hold any byte but NUL
   std::string_view pattern;  // the route's path; "" when there is none
@@ -51,13 +59,16 @@ class RequestObserver {
 class Server {
  public:
   // All references must outlive the server.
-  Server(ServerOptions options, IoThread& io_thread, const Router& router,
+  Server(ServerOptions options, IoThread& io_thread, const Router& router, AccessGuard& guard,
          RequestObserver& observer, ErrorFormatter error_formatter);
   ~Server();
 
   // Binds and listens; AlreadyExists when the port is in use. Accepting begins when the I/O thread
-  // runs.
+  // runs. Reads the files of TLS.
   absl::Status Start();
+
+  // Reads them again, for new connections; those that cannot be used change nothing.
+  absl::Status ReloadTls();
 
   // The port it listens on.
   uint16_t port() const;

@@ -7,13 +7,15 @@ It is copied under those names into a folder. What it does is told by files ther
   NAME.exit          if it is there: NAME prints a line and exits with this code at once
   NAME.stubborn      if it is there: NAME ignores SIGTERM
   NAME.slow          if it is there: NAME takes half a second to drain
-and what it did is appended to `events`: lines `start NAME PID`, `term NAME`, `drained NAME`.
+and what it did is appended to `events`: lines `start NAME PID`, `term NAME`, `drained NAME`,
+`reload NAME`.
 """
 
 import http.server
 import os
 import pathlib
 import signal
+import ssl
 import sys
 import time
 
@@ -68,12 +70,18 @@ def on_term(*unused):
 if "--check" in sys.argv:
     check()
 signal.signal(signal.SIGTERM, on_term)
+signal.signal(signal.SIGHUP, lambda *unused: record(f"reload {name()}"))
 record(f"start {name()} {os.getpid()}")
 print(f"this is {name()}", flush=True)
 if (FOLDER / f"{name()}.exit").exists():
     print(f"{name()} cannot go on", file=sys.stderr)
     sys.exit(int((FOLDER / f"{name()}.exit").read_text()))
 if name() == "gateway":
-    http.server.HTTPServer((flag("--host"), int(flag("--port"))), Health).serve_forever()
+    server = http.server.HTTPServer((flag("--host"), int(flag("--port"))), Health)
+    if "--ssl-certfile" in sys.argv:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(flag("--ssl-certfile"), flag("--ssl-keyfile"))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.serve_forever()
 while True:
     signal.pause()

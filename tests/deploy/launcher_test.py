@@ -168,6 +168,32 @@ class LauncherTest(unittest.TestCase):
         eventually(lambda: not any(is_alive(pid) for pid in self.pids().values()),
                    "the children end")
 
+    def test_knows_a_gateway_that_speaks_https(self):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-keyout", "key", "-out", "certificate", "-days", "1", "-subj", "/CN=x"],
+            cwd=self.folder, check=True, capture_output=True)
+        self.launch("--ssl-certfile", self.folder / "certificate", "--ssl-keyfile",
+                    self.folder / "key")
+        self.wait_for_log(r"Fathom is ready: https://127\.0\.0\.1:\d+/v1")
+        self.launcher.terminate()
+        self.end(0)
+
+    def test_a_hangup_reloads_what_can_be_reloaded_and_else_drains(self):
+        self.launch("--api-key-file", self.folder / "keys")
+        self.wait_until_ready()
+        self.launcher.send_signal(signal.SIGHUP)
+        eventually(lambda: "reload gateway" in self.events(), "the reload")
+        self.assertIsNone(self.launcher.poll())
+        self.assertFalse([event for event in self.events()
+                          if event.startswith("term") or event == "reload coordinator"])
+        self.launcher.terminate()
+        self.end(0)
+        self.launch()
+        self.wait_for_log("Fathom is ready")
+        self.launcher.send_signal(signal.SIGHUP)
+        self.end(0)
+
     def test_a_second_signal_kills_what_is_still_draining(self):
         (self.folder / "gateway.stubborn").touch()
         self.launch()

@@ -202,18 +202,37 @@ TEST_F(HttpTest, HangsUpOnClientsThatDoNotFinishTheirRequest) {
   EXPECT_EQ(Ask(Get("/version")).status, 200);
 }
 
-TEST_F(HttpTest, TurnsAwayConnectionsBeyondTheLimit) {
+TEST_F(HttpTest, ANewConnectionReplacesTheOneThatHasWaitedLongest) {
   options_.server.max_connections = 2;
   HttpClient first(port()), second(port());
   for (HttpClient* client : {&first, &second}) {
     client->Send(Get("/version"));
     EXPECT_EQ(client->Read().status, 200);
   }
-  const HttpResponse response = HttpClient(port()).Read();
+  EXPECT_EQ(Ask(Get("/version")).status, 200);
+  EXPECT_TRUE(first.ReadsEnd());
+  second.Send(Get("/version"));
+  EXPECT_EQ(second.Read().status, 200);
+}
+
+TEST_F(HttpTest, TurnsAwayConnectionsBeyondTheLimitWhileAllOthersAreServed) {
+  options_.server.max_connections = 2;
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.SendTokens({5});
+    stream.WaitUntilCancelled();
+    return grpc::Status::OK;
+  });
+  HttpClient first(port()), second(port());
+  for (HttpClient* client : {&first, &second}) {
+    client->Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+    EXPECT_EQ(client->ReadHead().status, 200);
+  }
+  HttpClient third(port());
+  const HttpResponse response = third.Read();
   EXPECT_EQ(response.status, 503);
   EXPECT_EQ(response.headers.at("retry-after"), "1");
-  first.Send(Get("/version"));
-  EXPECT_EQ(first.Read().status, 200);
+  EXPECT_TRUE(third.ReadsEnd());
+  EXPECT_TRUE(first.ReadChunk().has_value());
 }
 
 }  // namespace

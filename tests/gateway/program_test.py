@@ -1,13 +1,20 @@
 """fathom-gateway as a program: flags, exit codes, signals. No coordinator is needed for that."""
 import argparse
+import contextlib
+import hashlib
+import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
+import unittest.mock
 import urllib.error
 import urllib.request
 
@@ -31,7 +38,7 @@ class GatewayProgramTest(unittest.TestCase):
             stderr=subprocess.PIPE, text=True)
         self.running.append(process)
         for line in process.stderr:
-            if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", line):
+            if found := re.search(r"listening on https?://127\.0\.0\.1:(\d+)", line):
                 return process, int(found[1])
         self.fail("it did not start")
 
@@ -97,6 +104,107 @@ class GatewayProgramTest(unittest.TestCase):
         self.assertEqual(len(lines), 1, log)
         self.assertRegex(lines[0], r'^I \d\d:\d\d:\d\d\.\d+ 127\.0\.0\.1:\d+ "GET /a')
         self.assertNotIn("secret", log)
+
+    def ask(self, port, path, key=None, context=None):
+        """The HTTP status."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        scheme = "https" if context else "http"
+        request = urllib.request.Request(f"{scheme}://127.0.0.1:{port}{path}", headers=headers)
+        try:
+            return urllib.request.urlopen(request, context=context).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def test_takes_keys_from_flags_and_the_environment(self):
+        process, port = self.start("--api-key", "one", "--api-key", "two")
+        self.assertEqual([self.ask(port, "/version", key) for key in (None, "one", "two", "six")],
+                         [401, 200, 200, 401])
+        self.assertEqual(self.ask(port, "/live"), 200)
+        with unittest.mock.patch.dict(os.environ, VLLM_API_KEY="three"):
+            process, port = self.start()
+        self.assertEqual([self.ask(port, "/version", key) for key in ("one", "three")], [401, 200])
+
+    def test_reads_its_key_file_again_on_sighup(self):
+        def line(key):
+            return f"{hashlib.sha256(key.encode()).hexdigest()} somebody\n"
+
+        with tempfile.NamedTemporaryFile("w", prefix="fathom-keys-") as keys:
+            keys.write(line("old"))
+            keys.flush()
+            process, port = self.start("--api-key-file", keys.name)
+            self.assertEqual(self.ask(port, "/version", "old"), 200)
+            keys.write(line("new"))
+            keys.flush()
+            process.send_signal(signal.SIGHUP)
+            deadline = time.monotonic() + 30
+            while self.ask(port, "/version", "new") != 200:
+                self.assertLess(time.monotonic(), deadline)
+            self.assertEqual(self.ask(port, "/version", "old"), 200)
+
+    def test_warns_when_everybody_may_ask(self):
+        process = subprocess.Popen([PROGRAM, COORDINATOR, MODEL, "--host=0.0.0.0", "--port=0"],
+                                   stderr=subprocess.PIPE, text=True)
+        self.running.append(process)
+        log = ""
+        for line in process.stderr:
+            log += line
+            if "listening on" in line:
+                break
+        self.assertIn("open to everybody who can reach this host", log)
+
+    def make_certificate(self, folder, name):
+        """NAME.crt and NAME.key for 127.0.0.1, signed by itself."""
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+             "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.crt", "-days", "1", "-subj",
+             f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"],
+            cwd=folder, check=True, capture_output=True)
+
+    def test_speaks_https_and_changes_its_certificate_on_sighup(self):
+        with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
+            self.make_certificate(folder, "old")
+            self.make_certificate(folder, "new")
+            for kind in ("crt", "key"):
+                shutil.copy(f"{folder}/old.{kind}", f"{folder}/now.{kind}")
+            process, port = self.start(f"--ssl-certfile={folder}/now.crt",
+                                       f"--ssl-keyfile={folder}/now.key")
+            old, new = (ssl.create_default_context(cafile=f"{folder}/{name}.crt")
+                        for name in ("old", "new"))
+            self.assertEqual(self.ask(port, "/live", context=old), 200)
+            self.assertEqual(self.ask(port, "/health", context=old), 503)
+            with self.assertRaises(urllib.error.URLError):
+                self.ask(port, "/live", context=new)
+            # Plain HTTP to this port is no request, and harms nobody.
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertNotIn(b"HTTP", client.recv(4096))
+            # A long answer takes many records and writes.
+            self.assertIn(b"</html>", urllib.request.urlopen(
+                f"https://127.0.0.1:{port}/", context=old).read())
+            for kind in ("crt", "key"):
+                shutil.copy(f"{folder}/new.{kind}", f"{folder}/now.{kind}")
+            process.send_signal(signal.SIGHUP)
+            deadline = time.monotonic() + 30
+            while True:
+                try:
+                    self.assertEqual(self.ask(port, "/live", context=new), 200)
+                    break
+                except urllib.error.URLError:
+                    self.assertLess(time.monotonic(), deadline)
+
+    def test_refuses_certificates_it_cannot_use(self):
+        with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
+            self.make_certificate(folder, "one")
+            self.make_certificate(folder, "two")
+            self.expect_refused(64, "--ssl-keyfile", COORDINATOR, MODEL, "--port=0",
+                                f"--ssl-certfile={folder}/one.crt")
+            for certificate, key, what in (("one.crt", "two.key", "the private key"),
+                                           ("nothing", "one.key", "the certificate"),
+                                           ("one.key", "one.key", "the certificate")):
+                self.expect_refused(64, what, COORDINATOR, MODEL, "--port=0",
+                                    f"--ssl-certfile={folder}/{certificate}",
+                                    f"--ssl-keyfile={folder}/{key}")
 
 
 if __name__ == "__main__":
