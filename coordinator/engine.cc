@@ -51,6 +51,7 @@ Engine::Engine(Options options, Inbox& inbox, StatusBoard& board, Metrics& metri
       metrics_(metrics),
       on_lost_(std::move(on_lost)),
       backoff_(options.min_backoff),
+      request_times_(metrics),
       throughput_log_(options.log_interval) {}
 
 Engine::Next Engine::Advance(absl::Duration now) {
@@ -116,7 +117,7 @@ void Engine::BeginServing(absl::Duration now) {
       .share_prefixes = options_.enable_prefix_caching});
   board_.SetGroup(last_epoch_, {.model = plan.model, .kv_cache_tokens = plan.kv_cache_tokens()},
                   plan.block_size, plan.num_kv_blocks);
-  metrics_.SetGroup(last_epoch_, plan.block_size, plan.num_kv_blocks);
+  metrics_.SetGroup(last_epoch_, plan);
   is_serving_ = true;
   inbox_.Open();
   board_.SetState(v1::ServerInfo::STATE_SERVING, "");
@@ -168,6 +169,7 @@ std::vector<Inbox::Submission> Engine::TakeUnfinished(absl::Duration now) {
   }
   clients_.clear();
   begin_by_.clear();
+  request_times_.Clear();
   in_flight_.clear();
   scheduler_.reset();
   ReportLoad(now);
@@ -212,6 +214,7 @@ absl::Status Engine::Commit(const StepInFlight& made, v1::StepResult result, abs
   for (const SequenceUpdate& update : updates) {
     deliveries_.push_back(MakeDelivery(update, *answer));
   }
+  request_times_.OnCommitted(updates, now);
   CountStep(made, updates, compute_seconds, now);
   return absl::OkStatus();
 }
@@ -231,11 +234,13 @@ void Engine::Apply(Inbox::Content content, absl::Duration now) {
     }
     scheduler_->Add(id, std::move(live.request), std::move(live.progress));
     clients_[id] = {.stream = std::move(live.stream), .num_groups_lost = live.num_groups_lost};
+    request_times_.OnSubmitted(id, now);
   }
   for (const SequenceId id : content.cancellations) {
     if (!scheduler_->Cancel(id)) continue;
     metrics_.CountCancelledRequest();
     clients_.erase(id);
+    request_times_.OnCancelled(id);
     std::erase_if(deliveries_, [id](const Delivery& delivery) { return delivery.id == id; });
   }
 }
@@ -252,6 +257,7 @@ void Engine::ExpireWaiting(absl::Duration now) {
          .response = {},
          .end = absl::DeadlineExceededError("the request was not begun within its max_queue_ms")});
     clients_.erase(id);
+    request_times_.OnCancelled(id);
   }
 }
 
@@ -260,6 +266,7 @@ bool Engine::SendNextStep(absl::Duration now) {
   Step step = scheduler_->Schedule();
   if (step.empty()) return false;
   group_->Send(EncodeStep(step, group_->epoch()), now);
+  request_times_.OnStepSent(step, now);
   in_flight_.push_back({.step = std::move(step), .sent_at = now});
   return true;
 }

@@ -30,6 +30,7 @@
 #include "coordinator/inbox.h"
 #include "coordinator/metrics.h"
 #include "coordinator/queue_rate.h"
+#include "coordinator/request_times.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/status_board.h"
 #include "coordinator/step_command.h"
@@ -139,6 +140,7 @@ class Engine {
   std::unordered_map<SequenceId, Client> clients_;
   // When those that must be begun by some time are no longer wanted. May name some that have ended.
   std::set<std::pair<absl::Duration, SequenceId>> begin_by_;
+  RequestTimes request_times_;
   std::deque<StepInFlight> in_flight_;
   absl::Duration last_committed_at_;
   std::vector<Delivery> deliveries_;  // of the last commits

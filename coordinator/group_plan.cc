@@ -142,6 +142,7 @@ absl::StatusOr<GroupPlan> PlanGroup(const GroupPlanOptions& options,
   }
 
   GroupPlan plan;
+  for (const auto& description : descriptions) plan.memory.push_back(description.plan());
   plan.block_size = options.block_size;
   plan.max_tokens_per_step = options.max_tokens_per_step;
   plan.max_sequences = options.max_sequences;

@@ -14,7 +14,8 @@
 namespace fathom {
 
 struct GroupPlan {
-  v1::ModelInfo model;  // max_model_len is the one in force
+  v1::ModelInfo model;                 // max_model_len is the one in force
+  std::vector<v1::MemoryPlan> memory;  // of each worker, by rank
   int block_size = 0;
   int num_kv_blocks = 0;
   int max_tokens_per_step = 0;

@@ -3,6 +3,7 @@
 #include <map>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "prometheus/counter.h"
 #include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
@@ -45,6 +46,15 @@ struct Metrics::Families {
                    {{"reason", reason}});
   }
 
+  prometheus::Histogram& RequestSeconds(const std::string& name, const std::string& help) {
+    return Histogram(name, help, {0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
+                                  30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680});
+  }
+  prometheus::Counter& PromptTokens(const std::string& source) {
+    return Counter("vllm:prompt_tokens_by_source_total", "Number of prompt tokens by source.",
+                   {{"source", source}});
+  }
+
   const Labels labels;
   const std::shared_ptr<prometheus::Registry> registry;
 
@@ -68,6 +78,39 @@ struct Metrics::Families {
   prometheus::Histogram& iteration_tokens =
       Histogram("vllm:iteration_tokens_total", "Histogram of number of tokens per engine step.",
                 {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384});
+
+  prometheus::Counter& prompt_tokens_cached = Counter(
+      "vllm:prompt_tokens_cached_total", "Number of prompt tokens found in the prefix cache.");
+  prometheus::Counter& prompt_tokens_computed = PromptTokens("local_compute");
+  prometheus::Counter& prompt_tokens_hit = PromptTokens("local_cache_hit");
+  prometheus::Counter& corrupted_requests = Counter(
+      "vllm:corrupted_requests_total", "Corrupted requests, in terms of requests with NaNs.");
+  prometheus::Histogram& queue_seconds = RequestSeconds(
+      "vllm:request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.");
+  prometheus::Histogram& inference_seconds =
+      RequestSeconds("vllm:request_inference_time_seconds",
+                     "Histogram of time spent in RUNNING phase for request.");
+  prometheus::Histogram& prefill_seconds = RequestSeconds(
+      "vllm:request_prefill_time_seconds", "Histogram of time spent in PREFILL phase for request.");
+  prometheus::Histogram& decode_seconds = RequestSeconds(
+      "vllm:request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.");
+  prometheus::Histogram& prefill_computed_tokens = Histogram(
+      "vllm:request_prefill_kv_computed_tokens",
+      "Histogram of new KV tokens computed during prefill (excluding cached tokens).",
+      {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000});
+
+  // Of the group; made anew with it.
+  prometheus::Family<prometheus::Gauge>& cache_config =
+      prometheus::BuildGauge()
+          .Name("vllm:cache_config_info")
+          .Help("Information of the LLMEngine CacheConfig")
+          .Register(*registry);
+  prometheus::Gauge* cache_config_now = nullptr;
+  prometheus::Family<prometheus::Gauge>& worker_memory =
+      prometheus::BuildGauge()
+          .Name("fathom:worker_memory_bytes")
+          .Help("What a worker has planned its memory for.")
+          .Register(*registry);
 
   prometheus::Gauge& serving = Gauge("fathom:serving", "1 while the worker group can make steps.");
   prometheus::Gauge& epoch = Gauge("fathom:epoch", "Incarnation of the worker group.");
@@ -127,13 +170,49 @@ void Metrics::SetLoad(int num_running, int num_waiting, double kv_cache_usage) {
   families_->kv_cache_usage.Set(kv_cache_usage);
 }
 
-void Metrics::SetGroup(uint64_t epoch, int block_size, int num_kv_blocks) {
+void Metrics::SetGroup(uint64_t epoch, const GroupPlan& plan) {
   families_->epoch.Set(static_cast<double>(epoch));
-  families_->block_size.Set(block_size);
-  families_->kv_blocks.Set(num_kv_blocks);
+  families_->block_size.Set(plan.block_size);
+  families_->kv_blocks.Set(plan.num_kv_blocks);
+  if (families_->cache_config_now != nullptr) {
+    families_->cache_config.Remove(families_->cache_config_now);
+  }
+  families_->cache_config_now = &families_->cache_config.Add(
+      families_->With({{"block_size", absl::StrCat(plan.block_size)},
+                       {"cache_dtype", plan.model.kv_cache_dtype()},
+                       {"num_gpu_blocks", absl::StrCat(plan.num_kv_blocks)}}));
+  families_->cache_config_now->Set(1);
+  for (size_t rank = 0; rank < plan.memory.size(); ++rank) {
+    const v1::MemoryPlan& memory = plan.memory[rank];
+    const auto set = [&](const std::string& kind, uint64_t bytes) {
+      families_->worker_memory
+          .Add(families_->With({{"kind", kind}, {"worker", absl::StrCat(rank)}}))
+          .Set(static_cast<double>(bytes));
+    };
+    set("budget", memory.budget_bytes());
+    set("weights", memory.weight_bytes());
+    set("activations", memory.activation_bytes());
+    set("kv_cache", memory.kv_block_bytes() * static_cast<uint64_t>(plan.num_kv_blocks));
+  }
 }
 
 void Metrics::SetServing(bool serving) { families_->serving.Set(serving ? 1 : 0); }
+
+void Metrics::CountPrompt(int num_tokens, int num_cached_tokens) {
+  families_->prompt_tokens_cached.Increment(num_cached_tokens);
+  families_->prompt_tokens_hit.Increment(num_cached_tokens);
+  families_->prompt_tokens_computed.Increment(num_tokens - num_cached_tokens);
+}
+
+void Metrics::CountFinishedRequest(const RequestFigures& figures) {
+  families_->queue_seconds.Observe(figures.queue_seconds);
+  families_->prefill_seconds.Observe(figures.prefill_seconds);
+  families_->decode_seconds.Observe(figures.decode_seconds);
+  families_->inference_seconds.Observe(figures.prefill_seconds + figures.decode_seconds);
+  families_->prefill_computed_tokens.Observe(figures.num_prompt_tokens_computed);
+}
+
+void Metrics::CountFaultyRequest() { families_->corrupted_requests.Increment(); }
 
 void Metrics::CountGroupFailure() { families_->group_failures.Increment(); }
 

@@ -8,6 +8,8 @@
 #include <memory>
 #include <string>
 
+#include "coordinator/group_plan.h"
+
 namespace fathom {
 
 class Metrics {
@@ -33,8 +35,22 @@ class Metrics {
   void CountStep(const StepFigures& figures);
 
   void SetLoad(int num_running, int num_waiting, double kv_cache_usage);
-  void SetGroup(uint64_t epoch, int block_size, int num_kv_blocks);
+  void SetGroup(uint64_t epoch, const GroupPlan& plan);
   void SetServing(bool serving);
+
+  // A prompt whose first token was generated.
+  void CountPrompt(int num_tokens, int num_cached_tokens);
+
+  // A request that ended with a finish reason.
+  struct RequestFigures {
+    double queue_seconds = 0;    // until it was first scheduled
+    double prefill_seconds = 0;  // from then to its first token
+    double decode_seconds = 0;   // from then to its last
+    int num_prompt_tokens_computed = 0;
+  };
+  void CountFinishedRequest(const RequestFigures& figures);
+  // One whose numbers went wrong.
+  void CountFaultyRequest();
 
   void CountGroupFailure();
   enum class Refusal { kInvalid, kQueueFull, kUnavailable };

@@ -112,6 +112,10 @@ void Note(const Progress& progress, ResponseWriter& writer) {
   writer.notes().completion_tokens = usage.completion_tokens;
 }
 
+Task<> SendEventOf(const AnswerFormat& format, std::string_view event, ResponseWriter& writer) {
+  return format.events_have_names() ? writer.SendNamedEvents(event) : writer.SendEvent(event);
+}
+
 Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choices,
                    AnswerFormat& format, ResponseWriter& writer) {
   std::vector<ChoiceDelta> choices(num_choices);
@@ -123,7 +127,7 @@ Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choice
       choices[index].Append(progress.Take(generation, index, *std::move(event->response)));
     } else {
       generation.CancelAll();
-      co_await writer.Send(ErrorResponse(Broken(event->status)));
+      co_await writer.Send(format.Error(Broken(event->status)));
       co_return;
     }
   }
@@ -133,13 +137,13 @@ Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choice
   co_await writer.Send(std::move(response));
 }
 
-Task<> FailStream(const absl::Status& status, ResponseWriter& writer) {
+Task<> FailStream(const absl::Status& status, AnswerFormat& format, ResponseWriter& writer) {
   if (!writer.started()) {
-    co_await writer.Send(ErrorResponse(status));
+    co_await writer.Send(format.Error(status));
     co_return;
   }
-  const std::string event = ErrorJson(status);
-  co_await writer.SendEvent(event);
+  const std::string event = format.ErrorEvent(status);
+  co_await SendEventOf(format, event, writer);
   co_await writer.EndEvents();
 }
 
@@ -153,7 +157,7 @@ Task<> AnswerStream(Generation& generation, Progress& progress, size_t num_choic
     const size_t index = event->call;
     if (!event->response) {
       generation.CancelAll();
-      co_await FailStream(Broken(event->status), writer);
+      co_await FailStream(Broken(event->status), format, writer);
       co_return;
     }
     pending[index].Append(progress.Take(generation, index, *std::move(event->response)));
@@ -166,30 +170,35 @@ Task<> AnswerStream(Generation& generation, Progress& progress, size_t num_choic
         usage->completion_tokens = 0;
       }
       const std::vector<std::string> first_events = format.FirstEvents(usage);
-      for (const std::string& first : first_events) co_await writer.SendEvent(first);
+      for (const std::string& first : first_events) co_await SendEventOf(format, first, writer);
     }
     if (continuous) usage = progress.UsageOf(index);
     const std::string text =
         format.Event(index, std::exchange(pending[index], ChoiceDelta()), usage);
-    co_await writer.SendEvent(text);
+    co_await SendEventOf(format, text, writer);
   }
   if (writer.gone()) co_return;
   if (delivery != Delivery::kStream) {
     const std::string text = format.UsageEvent(progress.Total());
-    co_await writer.SendEvent(text);
+    co_await SendEventOf(format, text, writer);
   }
   co_await writer.EndEvents();
 }
 
 }  // namespace
 
+Response AnswerFormat::Error(const absl::Status& status) { return ErrorResponse(status); }
+
+std::string AnswerFormat::ErrorEvent(const absl::Status& status) { return ErrorJson(status); }
+
 Task<> Answer(AnswerPlan plan, CoordinatorClient& coordinator, const Tokenizer* tokenizer,
               AnswerFormat& format, GatewayMetrics& metrics, ResponseWriter& writer) {
   const absl::Status connected = co_await coordinator.Connect();
   if (!connected.ok()) {
-    co_await writer.Send(ErrorResponse(connected));
+    co_await writer.Send(format.Error(connected));
     co_return;
   }
+  const GatewayMetrics::InFlight in_flight(metrics);
   Progress progress(plan, tokenizer, metrics);
   const size_t num_choices = plan.calls.size();
   Generation generation(coordinator, std::move(plan.calls));

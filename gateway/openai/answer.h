@@ -27,10 +27,13 @@ struct TokenUsage {
   int64_t cached_tokens = 0;  // of the prompt: found, not computed
 };
 
-// The words of an API.
+// The words of an API. What it calls an event is the event's payload; or, of an API whose events
+// have names, whole events (AppendNamedEvent), as many as it takes, perhaps none.
 class AnswerFormat {
  public:
   virtual ~AnswerFormat() = default;
+
+  virtual bool events_have_names() const { return false; }
 
   // The body of a response that is not streamed; one element for each choice.
   virtual std::string Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) = 0;
@@ -44,6 +47,10 @@ class AnswerFormat {
 
   // The event after all others, when the client asked for it.
   virtual std::string UsageEvent(const TokenUsage& usage) = 0;
+
+  // What went wrong, as a response and as the last event of a stream.
+  virtual Response Error(const absl::Status& status);
+  virtual std::string ErrorEvent(const absl::Status& status);
 };
 
 enum class Delivery { kWhole, kStream, kStreamWithUsage, kStreamWithContinuousUsage };

@@ -3,9 +3,13 @@
 // | GET  /v1/models, /v1/models/{id}        | models.h                |
 // | POST /v1/completions                    | completions.h           |
 // | POST /v1/chat/completions               | chat_completions.h      |
+// | POST /v1/responses                      | responses.h             |
+// | POST /v1/messages, …/count_tokens       | messages.h              |
 // | POST /tokenize, /detokenize             | tokenize.h              |
-// | GET  /health, /ping, /live, /version,   | server_status.h         |
-// |      /metrics                           |                         |
+// | GET  /tokenizer_info                    |                         |
+// | GET  /health, /ready, /ping, /live,     | server_status.h         |
+// |      /load, /version, /metrics          |                         |
+// | GET  /                                  | status_page.h           |
 #pragma once
 
 #include <string>
@@ -14,6 +18,7 @@
 #include "gateway/http/router.h"
 #include "gateway/openai/api_limits.h"
 #include "gateway/openai/generation_config.h"
+#include "gateway/openai/load_history.h"
 #include "gateway/openai/metrics.h"
 #include "gateway/openai/model_text.h"
 #include "gateway/openai/served_model.h"
@@ -30,6 +35,7 @@ struct Api {
   const ApiLimits& limits;
   BackgroundThreads& text_threads;
   GatewayMetrics& metrics;
+  const LoadHistory& load_history;
   std::string version;
 };
 

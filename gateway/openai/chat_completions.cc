@@ -65,16 +65,16 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
   co_return token_ids;
 }
 
-Task<absl::StatusOr<std::vector<uint32_t>>> ChatCompletionsHandler::EncodePrompt(
-    ChatRequest& request) {
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& request,
+                                                              const Api& api) {
   absl::StatusOr<std::vector<uint32_t>> prompt =
-      co_await EncodeChat(request.prompt, api_.text, api_.text_threads);
+      co_await EncodeChat(request.prompt, api.text, api.text_threads);
   if (!prompt.ok()) co_return prompt.status();
   if (!request.parameters.bad_words.empty()) {
-    const auto add = [&] { AddBadWords(*api_.text.tokenizer(), request.parameters); };
-    co_await api_.text_threads.Run(add);
+    const auto add = [&] { AddBadWords(*api.text.tokenizer(), request.parameters); };
+    co_await api.text_threads.Run(add);
   }
-  const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
+  const absl::StatusOr<v1::ModelInfo> info = co_await api.model.Info();
   if (!info.ok()) co_return info.status();
   absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
   if (status.ok()) {
@@ -85,6 +85,23 @@ Task<absl::StatusOr<std::vector<uint32_t>>> ChatCompletionsHandler::EncodePrompt
   }
   if (!status.ok()) co_return status;
   co_return prompt;
+}
+
+AnswerPlan PlanChatAnswer(const ChatRequest& request, const std::vector<uint32_t>& prompt,
+                          const std::string& id, const Api& api) {
+  const GenerationParameters& parameters = request.parameters;
+  CallOptions call_options;
+  call_options.id = id;
+  call_options.max_tokens = request.max_tokens;
+  call_options.num_logprobs = request.num_logprobs;
+  call_options.num_prompt_logprobs = parameters.num_prompt_logprobs;
+  AnswerPlan plan;
+  plan.calls = MakeCalls({prompt}, parameters, call_options);
+  plan.choice_options = ChoiceOptionsOf(parameters);
+  plan.choice_options.parser = ParserOptionsOf(request, api.text.chat_encoder());
+  plan.choice_options.markers = &api.text.output_markers();
+  plan.delivery = DeliveryOf(parameters);
+  return plan;
 }
 
 absl::StatusOr<ChatRequest> ChatCompletionsHandler::Parse(const HttpRequest& request) const {
@@ -98,17 +115,7 @@ absl::StatusOr<ChatRequest> ChatCompletionsHandler::Parse(const HttpRequest& req
 Task<> ChatCompletionsHandler::Answer(const ChatRequest& request, std::vector<uint32_t> prompt,
                                       ResponseHeader header, ResponseWriter& writer) {
   const GenerationParameters& parameters = request.parameters;
-  CallOptions call_options;
-  call_options.id = header.id;
-  call_options.max_tokens = request.max_tokens;
-  call_options.num_logprobs = request.num_logprobs;
-  call_options.num_prompt_logprobs = parameters.num_prompt_logprobs;
-  AnswerPlan plan;
-  plan.calls = MakeCalls({prompt}, parameters, call_options);
-  plan.choice_options = ChoiceOptionsOf(parameters);
-  plan.choice_options.parser = ParserOptionsOf(request, api_.text.chat_encoder());
-  plan.choice_options.markers = &api_.text.output_markers();
-  plan.delivery = DeliveryOf(parameters);
+  AnswerPlan plan = PlanChatAnswer(request, prompt, header.id, api_);
   ChatFormat format(FormatOptionsOf(request, std::move(header), std::move(prompt)),
                     TokenNames(api_.text.tokenizer(), parameters.token_names));
   api_.metrics.OnRequestAdmitted(parameters.n);
@@ -124,7 +131,7 @@ Task<> ChatCompletionsHandler::Handle(const HttpRequest& http_request, ResponseW
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;
   }
-  absl::StatusOr<std::vector<uint32_t>> prompt = co_await EncodePrompt(*request);
+  absl::StatusOr<std::vector<uint32_t>> prompt = co_await EncodeChatRequest(*request, api_);
   if (!prompt.ok()) {
     co_await writer.Send(ErrorResponse(prompt.status()));
     co_return;

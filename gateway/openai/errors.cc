@@ -25,6 +25,8 @@ ErrorKind KindOf(const absl::Status& status) {
     case absl::StatusCode::kOutOfRange:
       if (status.GetPayload(kMalformed)) return {400, "Bad Request"};
       return {400, "BadRequestError"};
+    case absl::StatusCode::kUnauthenticated:
+      return {401, "AuthenticationError"};
     case absl::StatusCode::kNotFound:
       return {404, "NotFoundError"};
     case absl::StatusCode::kResourceExhausted:

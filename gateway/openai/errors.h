@@ -3,6 +3,7 @@
 //
 // | status             | HTTP | type                                                             |
 // | InvalidArgument    | 400  | BadRequestError, or "Bad Request" for what is no valid request   |
+// | Unauthenticated    | 401  | AuthenticationError, with WWW-Authenticate                       |
 // | NotFound           | 404  | NotFoundError                                                    |
 // | ResourceExhausted  | 429  | TooManyRequestsError, with Retry-After                           |
 // | Unavailable        | 503  | ServiceUnavailableError, with Retry-After                        |

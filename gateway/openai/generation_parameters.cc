@@ -231,7 +231,7 @@ absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
   } else {
     RETURN_IF_ERROR(ReadStrings(fields, "stop", "a string or a list of strings", *value, stop));
   }
-  return CheckStrings("stop", stop, {limits.stop_strings, limits.stop_string_bytes, "stop string"});
+  return CheckStopStrings("stop", stop, limits);
 }
 
 absl::Status ReadBadWords(const JsonFields& fields, const ApiLimits& limits,
@@ -393,6 +393,11 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
   }
   if (cache_salt) parameters.cache_salt = *std::move(cache_salt);
   return parameters;
+}
+
+absl::Status CheckStopStrings(std::string_view name, const std::vector<std::string>& stop,
+                              const ApiLimits& limits) {
+  return CheckStrings(name, stop, {limits.stop_strings, limits.stop_string_bytes, "stop string"});
 }
 
 absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,

@@ -49,6 +49,10 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
                                                               const SamplingDefaults& defaults,
                                                               const ApiLimits& limits);
 
+// How many stop strings, how long; `name` is the field they came in.
+absl::Status CheckStopStrings(std::string_view name, const std::vector<std::string>& stop,
+                              const ApiLimits& limits);
+
 // Token ids that a client names must be below `vocab_size`.
 absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size);
 

@@ -166,6 +166,12 @@ JsonWriter& JsonWriter::Bool(bool value) {
   return *this;
 }
 
+JsonWriter& JsonWriter::Raw(std::string_view json) {
+  Separate();
+  text_ += json;
+  return *this;
+}
+
 JsonWriter& JsonWriter::Null() {
   Separate();
   text_ += "null";

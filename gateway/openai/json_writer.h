@@ -25,6 +25,8 @@ class JsonWriter {
   JsonWriter& Float(float number);
   JsonWriter& Bool(bool value);
   JsonWriter& Null();
+  // JSON as it is.
+  JsonWriter& Raw(std::string_view json);
 
   // What was written so far.
   const std::string& text() const { return text_; }

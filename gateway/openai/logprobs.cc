@@ -82,7 +82,14 @@ int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t fi
 
 void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& names,
                        JsonWriter& json) {
-  json.BeginObject().Key("content").BeginArray();
+  json.BeginObject().Key("content");
+  WriteLogprobList(tokens, names, json);
+  json.EndObject();
+}
+
+void WriteLogprobList(absl::Span<const TokenRecord> tokens, const TokenNames& names,
+                      JsonWriter& json) {
+  json.BeginArray();
   for (const TokenRecord& token : tokens) {
     const v1::TokenLogprobs& logprobs = *token.logprobs;
     json.BeginObject();
@@ -95,7 +102,7 @@ void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& n
     }
     json.EndArray().EndObject();
   }
-  json.EndArray().EndObject();
+  json.EndArray();
 }
 
 void WritePromptLogprobs(absl::Span<const v1::TokenLogprobs> prompt_logprobs,

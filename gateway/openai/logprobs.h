@@ -30,6 +30,10 @@ int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t fi
 void WriteChatLogprobs(absl::Span<const TokenRecord> tokens, const TokenNames& names,
                        JsonWriter& json);
 
+// The list of the above.
+void WriteLogprobList(absl::Span<const TokenRecord> tokens, const TokenNames& names,
+                      JsonWriter& json);
+
 // [null, {"ID":{"logprob":…,"rank":…,"decoded_token":…}, …}, …]: the prompt's tokens, the first of
 // which has none, each with its best ones.
 void WritePromptLogprobs(absl::Span<const v1::TokenLogprobs> prompt_logprobs,

@@ -1,9 +1,11 @@
 #include "gateway/openai/metrics.h"
 
+#include <chrono>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "prometheus/counter.h"
+#include "prometheus/gauge.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "prometheus/text_serializer.h"
@@ -34,7 +36,8 @@ Buckets TokenCounts() {
 }  // namespace
 
 struct GatewayMetrics::Series {
-  explicit Series(const std::string& model_name) : labels{{"model_name", model_name}} {}
+  explicit Series(const std::string& model_name)
+      : labels{{"model_name", model_name}, {"engine", "0"}} {}
 
   prometheus::Histogram& AddHistogram(const std::string& name, const std::string& help,
                                       const Buckets& buckets) {
@@ -61,6 +64,9 @@ struct GatewayMetrics::Series {
       "vllm:request_prompt_tokens", "Number of prefill tokens processed.", TokenCounts());
   prometheus::Histogram& generation_tokens = AddHistogram(
       "vllm:request_generation_tokens", "Number of generation tokens processed.", TokenCounts());
+  prometheus::Histogram& max_generation_tokens =
+      AddHistogram("vllm:request_max_num_generation_tokens",
+                   "Histogram of maximum number of requested generation tokens.", TokenCounts());
   prometheus::Histogram& params_max_tokens = AddHistogram(
       "vllm:request_params_max_tokens", "Histogram of the max_tokens parameter.", TokenCounts());
   prometheus::Histogram& params_n =
@@ -70,6 +76,12 @@ struct GatewayMetrics::Series {
           .Name("vllm:request_success_total")
           .Help("Count of successfully processed requests.")
           .Register(registry);
+  prometheus::Gauge& dropped_log_lines =
+      prometheus::BuildGauge()
+          .Name("fathom:access_log_lines_dropped")
+          .Help("Lines of --access-log-file that could not be written since the start.")
+          .Register(registry)
+          .Add({});
   prometheus::Family<prometheus::Counter>& http_requests =
       prometheus::BuildCounter()
           .Name("http_requests_total")
@@ -85,7 +97,9 @@ struct GatewayMetrics::Series {
 GatewayMetrics::GatewayMetrics(const std::string& model_name)
     : series_(std::make_unique<Series>(model_name)) {
   for (const char* reason : {"stop", "length", "abort"}) {  // so that rates start at 0
-    series_->successes.Add({{"model_name", model_name}, {"finished_reason", reason}});
+    prometheus::Labels labels = series_->labels;
+    labels["finished_reason"] = reason;
+    series_->successes.Add(labels);
   }
 }
 
@@ -93,10 +107,12 @@ GatewayMetrics::~GatewayMetrics() = default;
 
 void GatewayMetrics::OnFirstToken(double seconds_since_start) {
   series_->first_token_seconds.Observe(seconds_since_start);
+  recent_first_tokens_.Add(std::chrono::steady_clock::now(), seconds_since_start);
 }
 
 void GatewayMetrics::OnNextTokens(double seconds_since_last) {
   series_->inter_token_seconds.Observe(seconds_since_last);
+  recent_inter_tokens_.Add(std::chrono::steady_clock::now(), seconds_since_last);
 }
 
 void GatewayMetrics::OnFinished(std::string_view reason) {
@@ -108,6 +124,7 @@ void GatewayMetrics::OnFinished(std::string_view reason) {
 void GatewayMetrics::OnRequestDone(const RequestDone& request) {
   series_->prompt_tokens.Observe(static_cast<double>(request.prompt_tokens));
   series_->generation_tokens.Observe(static_cast<double>(request.generation_tokens));
+  series_->max_generation_tokens.Observe(static_cast<double>(request.generation_tokens));
   series_->params_max_tokens.Observe(static_cast<double>(request.max_tokens));
   series_->request_seconds.Observe(request.seconds);
   if (request.generation_tokens > 1) {
@@ -130,6 +147,10 @@ void GatewayMetrics::OnHttpRequest(std::string_view method, std::string_view pat
       .Increment();
   series_->http_seconds.Add({{"handler", handler}, {"method", method_label}}, kHttpSeconds)
       .Observe(seconds);
+}
+
+void GatewayMetrics::SetDroppedLogLines(int64_t count) {
+  series_->dropped_log_lines.Set(static_cast<double>(count));
 }
 
 std::string GatewayMetrics::Text() const {

@@ -6,21 +6,18 @@
 #include <string_view>
 
 #include "gateway/http/http_request.h"
+#include "gateway/http/request_id.h"
 
 namespace fathom {
 
 struct ResponseHeader {
-  std::string id;       // "cmpl-" or "chatcmpl-" and 32 hexadecimal digits
+  std::string id;       // "cmpl-…", "chatcmpl-…"
   int64_t created = 0;  // seconds since 1970
   std::string model;
 };
 
-// The client's X-Request-Id follows the prefix when it is a sensible label (at most 64 letters,
-// digits, '-', '_', '.'), else 128 random bits do. It names the request in logs, nothing else.
+// The id is the prefix and the request's own (http/request_id.h).
 ResponseHeader MakeResponseHeader(std::string_view id_prefix, const HttpRequest& request,
                                   const std::string& model);
-
-// 32 hexadecimal digits.
-std::string RandomHex();
 
 }  // namespace fathom

@@ -26,6 +26,14 @@ Task<> LiveHandler::Handle(const HttpRequest&, ResponseWriter& writer) {
   co_await writer.Send(std::move(response));
 }
 
+Task<> LoadHandler::Handle(const HttpRequest&, ResponseWriter& writer) {
+  JsonWriter json;
+  json.BeginObject().Key("server_load").Int(api_.metrics.num_in_flight()).EndObject();
+  Response response;
+  response.body = json.Take();
+  co_await writer.Send(std::move(response));
+}
+
 Task<> VersionHandler::Handle(const HttpRequest&, ResponseWriter& writer) {
   JsonWriter json;
   json.BeginObject().Key("version").String(api_.version).EndObject();

@@ -1,4 +1,4 @@
-// GET /health, /live, /version and /metrics.
+// GET /health, /live, /load, /version and /metrics.
 #pragma once
 
 #include "gateway/http/handler.h"
@@ -7,7 +7,7 @@
 namespace fathom {
 
 // 200 with an empty body only when the coordinator can make steps; else 503 saying why not. Also
-// answers /ping.
+// answers /ready and /ping.
 class HealthHandler : public Handler {
  public:
   explicit HealthHandler(const Api& api) : api_(api) {}
@@ -21,6 +21,16 @@ class HealthHandler : public Handler {
 class LiveHandler : public Handler {
  public:
   Task<> Handle(const HttpRequest& request, ResponseWriter& writer) override;
+};
+
+// {"server_load": requests that are being answered by this gateway}.
+class LoadHandler : public Handler {
+ public:
+  explicit LoadHandler(const Api& api) : api_(api) {}
+  Task<> Handle(const HttpRequest& request, ResponseWriter& writer) override;
+
+ private:
+  Api api_;
 };
 
 class VersionHandler : public Handler {

@@ -180,6 +180,30 @@ Task<absl::StatusOr<std::string>> DetokenizeHandler::Detokenize(const HttpReques
   co_return json.Take();
 }
 
+absl::StatusOr<std::string> TokenizerInfoHandler::Describe() const {
+  RETURN_IF_ERROR(api_.text.CheckHasText("tokenizer"));
+  const Tokenizer& tokenizer = *api_.text.tokenizer();
+  JsonWriter json;
+  const auto write = [&](std::string_view key, std::optional<uint32_t> token_id) {
+    json.Key(key);
+    if (token_id) {
+      json.String(tokenizer.BytesOf(*token_id));
+    } else {
+      json.Null();
+    }
+  };
+  json.BeginObject().Key("tokenizer_class").String("PreTrainedTokenizerFast");
+  write("bos_token", tokenizer.bos());
+  write("eos_token", tokenizer.eos());
+  json.Key("pad_token").Null().Key("vocab_size").Int(tokenizer.vocab_size()).EndObject();
+  return json.Take();
+}
+
+Task<> TokenizerInfoHandler::Handle(const HttpRequest&, ResponseWriter& writer) {
+  absl::StatusOr<std::string> body = Describe();
+  co_await SendResult(std::move(body), writer);
+}
+
 Task<> DetokenizeHandler::Handle(const HttpRequest& request, ResponseWriter& writer) {
   absl::StatusOr<std::string> body = co_await Detokenize(request);
   co_await SendResult(std::move(body), writer);

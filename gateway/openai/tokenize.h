@@ -1,4 +1,4 @@
-// POST /tokenize and POST /detokenize.
+// POST /tokenize, POST /detokenize and GET /tokenizer_info.
 //
 // Source: vllm/entrypoints/serve/tokenize (0.16).
 #pragma once
@@ -51,6 +51,19 @@ class DetokenizeHandler : public Handler {
  private:
   absl::StatusOr<DetokenizeRequest> Parse(const HttpRequest& request) const;
   Task<absl::StatusOr<std::string>> Detokenize(const HttpRequest& request);
+
+  Api api_;
+};
+
+// {bos_token, eos_token, …}: what clients that tokenize here, not by themselves, need to know
+// (lm-eval's remote tokenizer does).
+class TokenizerInfoHandler : public Handler {
+ public:
+  explicit TokenizerInfoHandler(const Api& api) : api_(api) {}
+  Task<> Handle(const HttpRequest& request, ResponseWriter& writer) override;
+
+ private:
+  absl::StatusOr<std::string> Describe() const;
 
   Api api_;
 };

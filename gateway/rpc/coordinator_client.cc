@@ -156,6 +156,19 @@ Task<absl::StatusOr<v1::ModelInfo>> CoordinatorClient::GetModelInfo() {
   co_return response;
 }
 
+Task<absl::StatusOr<v1::ServerInfo>> CoordinatorClient::GetServerInfo() {
+  Stubs& stubs = *stubs_;
+  auto start = [&stubs](grpc::ClientContext* context, const v1::GetServerInfoRequest* request,
+                        v1::ServerInfo* response, std::function<void(grpc::Status)> done) {
+    stubs.generate->async()->GetServerInfo(context, request, response, std::move(done));
+  };
+  v1::GetServerInfoRequest request;
+  absl::StatusOr<v1::ServerInfo> response =
+      co_await Stubs::CallOnce<v1::GetServerInfoRequest, v1::ServerInfo>(
+          stubs, io_thread_, options_.health_timeout, std::move(request), start);
+  co_return response;
+}
+
 Task<absl::StatusOr<std::string>> CoordinatorClient::GetMetrics() {
   Stubs& stubs = *stubs_;
   auto start = [&stubs](grpc::ClientContext* context, const v1::GetMetricsRequest* request,

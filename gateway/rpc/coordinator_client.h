@@ -48,6 +48,8 @@ class CoordinatorClient {
 
   Task<absl::StatusOr<v1::ModelInfo>> GetModelInfo();
 
+  Task<absl::StatusOr<v1::ServerInfo>> GetServerInfo();
+
   // The coordinator's metrics, in the Prometheus text format.
   Task<absl::StatusOr<std::string>> GetMetrics();
 

@@ -8,6 +8,7 @@
 #include "absl/base/thread_annotations.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/support/client_callback.h"
+#include "proto/retry_after.h"
 #include "proto/status.h"
 
 namespace fathom {

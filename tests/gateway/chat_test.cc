@@ -191,10 +191,10 @@ TEST_F(ChatTest, JoinsItsMetricsWithTheCoordinators) {
   const HttpResponse response = Ask(Get("/metrics"));
   EXPECT_THAT(response.headers.at("content-type"), HasSubstr("text/plain; version=0.0.4"));
   for (const char* line :
-       {R"(vllm:request_success_total{finished_reason="stop",model_name="tiny"} 1)",
-        R"(vllm:time_to_first_token_seconds_count{model_name="tiny"} 1)",
-        R"(vllm:inter_token_latency_seconds_count{model_name="tiny"} 2)",
-        R"(vllm:request_generation_tokens_sum{model_name="tiny"} 3)",
+       {R"(vllm:request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 1)",
+        R"(vllm:time_to_first_token_seconds_count{engine="0",model_name="tiny"} 1)",
+        R"(vllm:inter_token_latency_seconds_count{engine="0",model_name="tiny"} 2)",
+        R"(vllm:request_generation_tokens_sum{engine="0",model_name="tiny"} 3)",
         R"(http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 1)",
         R"(vllm:num_requests_running{model_name="tiny"} 3)"}) {
     EXPECT_THAT(response.body, HasSubstr(line));

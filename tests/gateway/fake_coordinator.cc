@@ -27,6 +27,7 @@ void FakeStream::Fail(const grpc::Status& status) {
   event.set_stream(number_);
   event.mutable_failure()->set_code(status.error_code());
   event.mutable_failure()->set_message(status.error_message());
+  event.mutable_failure()->set_retry_after_seconds(atoi(status.error_details().c_str()));
   send_(event);
 }
 

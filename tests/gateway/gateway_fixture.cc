@@ -40,6 +40,11 @@ void GatewayTest::Start() {
   thread_ = std::thread([this] { gateway_->Run(); });
 }
 
+void GatewayTest::Reload() {
+  gateway_->Reload();
+  Ask(Get("/live"));  // whatever was posted before has run
+}
+
 void GatewayTest::StopOnce() { gateway_->Stop(); }
 
 void GatewayTest::Join() {

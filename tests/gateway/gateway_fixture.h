@@ -24,6 +24,8 @@ class GatewayTest : public ::testing::Test {
 
   // Called by the first request; options_ may be changed before.
   void Start();
+  // What SIGHUP does; returns when it is done.
+  void Reload();
   // What SIGTERM does; Join waits for the end.
   void StopOnce();
   void Join();

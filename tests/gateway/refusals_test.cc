@@ -347,5 +347,12 @@ TEST_F(RefusalsTest, WhatTheCoordinatorRefuses) {
   }
 }
 
+TEST_F(RefusalsTest, SaysWhenItIsWorthTryingAgain) {
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream&) {
+    return grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED, "full", "7");
+  });
+  EXPECT_EQ(PostCompletion(R"({"prompt":[5]})").headers.at("retry-after"), "7");
+}
+
 }  // namespace
 }  // namespace fathom

@@ -1,7 +1,8 @@
-"""The client people have: the openai package, whole answers and streams."""
+"""The clients people have: the openai and anthropic packages, whole answers and streams."""
 
 import asyncio
 
+import anthropic
 import openai
 import pytest
 
@@ -76,6 +77,74 @@ def test_errors_arrive_as_the_clients_own_exceptions(client):
         client.completions.create(model=NAME, prompt="x", temperature=-1)
     with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
         client.completions.create(model="other", prompt="x")
+
+
+def test_responses_work_whole_and_streamed(client):
+    """The same text either way, from `instructions` and `input` as from a chat's messages."""
+    fields = dict(model=NAME, instructions="Be brief.", input="Hi there", max_output_tokens=24,
+                  temperature=0.0)
+    whole = client.responses.create(**fields)
+    assert whole.status in ("completed", "incomplete") and whole.output_text
+    assert whole.usage.output_tokens <= 24
+    chat = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=24,
+                                          temperature=0.0)
+    assert whole.output_text == chat.choices[0].message.content
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    events = list(client.responses.create(stream=True, **fields))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events
+                   if event.type == "response.output_text.delta") == whole.output_text
+    last = events[-1].response
+    assert events[-1].type == f"response.{whole.status}" and last.usage == whole.usage
+    # This helper of the client's knows completed responses only.
+    stop = whole.output_text[1]
+    with client.responses.stream(extra_body={"stop": stop}, **fields) as stream:
+        final = stream.get_final_response()
+    assert final.output_text == whole.output_text[:whole.output_text.index(stop)]
+    with pytest.raises(openai.BadRequestError, match="keeps no responses"):
+        client.responses.create(previous_response_id=whole.id, **fields)
+
+
+@pytest.fixture
+def anthropic_client(server):
+    """Anthropic's client."""
+    return anthropic.Anthropic(base_url=f"http://127.0.0.1:{server.port}", api_key="none",
+                               max_retries=0, timeout=30)
+
+
+def test_messages_work_whole_and_streamed(client, anthropic_client):
+    """The same text either way, and the same as a chat's."""
+    fields = dict(model=NAME, system="Be brief.", max_tokens=24, extra_body={"temperature": 0.0},
+                  messages=[{"role": "user", "content": "Hi there"}])
+    # The client has no word for the temperature any more; the API has.
+    whole = anthropic_client.messages.create(**fields)
+    text = whole.content[0].text
+    assert whole.role == "assistant" and whole.stop_reason in ("end_turn", "max_tokens")
+    chat = client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=24,
+                                          temperature=0.0)
+    assert text == chat.choices[0].message.content
+    with anthropic_client.messages.stream(**fields) as stream:
+        assert "".join(stream.text_stream) == text
+        final = stream.get_final_message()
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    stopped = anthropic_client.messages.create(stop_sequences=[text[1]], **fields)
+    assert stopped.content[0].text == text[:text.index(text[1])]
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", text[1])
+
+
+def test_messages_are_counted_and_refused_as_the_client_expects(anthropic_client):
+    """Tokens of a prompt; errors as its own exceptions."""
+    messages = [{"role": "user", "content": "Hi there"}]
+    counted = anthropic_client.messages.count_tokens(model=NAME, messages=messages)
+    answer = anthropic_client.messages.create(model=NAME, max_tokens=1, messages=messages)
+    usage = answer.usage
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+    with pytest.raises(anthropic.BadRequestError, match="temperature"):
+        anthropic_client.messages.create(model=NAME, max_tokens=1, messages=messages,
+                                         extra_body={"temperature": -1.0})
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        anthropic_client.messages.create(model="other", max_tokens=1, messages=messages)
 
 
 def test_32_asynchronous_clients_share_the_server(server):

@@ -330,7 +330,7 @@ TEST_F(SamplerTest, WhatAGrammarDoesNotAllowIsNeverSampled) {
   for (int position = 0; position < 2000; ++position) {
     ++seen[*sampler.Sample(logits, {.params = params,
                                     .counts = counts,
-                                    .num_output_tokens = 0,
+                                    .output_token_ids = {},
                                     .position = position,
                                     .allowed = mask})];
   }
@@ -343,7 +343,7 @@ TEST_F(SamplerTest, WhatAGrammarDoesNotAllowIsNeverSampled) {
   EXPECT_TRUE(absl::IsInternal(sampler
                                    .Sample(logits, {.params = params,
                                                     .counts = counts,
-                                                    .num_output_tokens = 0,
+                                                    .output_token_ids = {},
                                                     .position = 5,
                                                     .allowed = mask})
                                    .status()));

@@ -1,0 +1,214 @@
+#include "gateway/openai/messages_request.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "gateway/openai/errors.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+absl::Status UnknownBlock(const JsonFields& block, const std::string& type) {
+  return InvalidParameter(block.NameOf("type"),
+                          absl::StrCat("blocks of type '", type, "' are not supported here"));
+}
+
+void AppendText(const std::string& text, std::optional<std::string>& content) {
+  if (content) {
+    absl::StrAppend(&*content, "\n", text);
+  } else {
+    content = text;
+  }
+}
+
+absl::StatusOr<std::string> TextOf(const JsonFields& block) {
+  std::optional<std::string> text;
+  RETURN_IF_ERROR(block.Read("text", text));
+  if (!text) return block.WrongType("text", "a string");
+  return *std::move(text);
+}
+
+// A string, or a list of text blocks, as `system` and the content of a tool's result are.
+absl::StatusOr<std::string> ReadText(const JsonFields& fields, std::string_view key) {
+  const std::optional<dom::element> value = fields.Find(key);
+  if (!value) return std::string();
+  std::string_view text;
+  if (!value->get(text)) return std::string(text);
+  dom::array blocks;
+  if (value->get(blocks)) return fields.WrongType(key, "a string or a list of text blocks");
+  std::optional<std::string> joined;
+  for (const dom::element element : blocks) {
+    ASSIGN_OR_RETURN(const JsonFields block, JsonFields::Of(element, fields.NameOf(key)));
+    std::optional<std::string> type;
+    RETURN_IF_ERROR(block.Read("type", type));
+    if (type != "text") return UnknownBlock(block, type.value_or(""));
+    ASSIGN_OR_RETURN(const std::string block_text, TextOf(block));
+    AppendText(block_text, joined);
+  }
+  return joined.value_or("");
+}
+
+absl::Status ReadToolUse(const JsonFields& block, ChatMessage& message) {
+  ChatToolCall call;
+  std::optional<std::string> name;
+  RETURN_IF_ERROR(block.Read("name", name));
+  if (!name) return block.WrongType("name", "a string");
+  const std::optional<dom::element> input = block.Find("input");
+  if (!input || !input->is_object()) return block.WrongType("input", "an object");
+  call.name = *std::move(name);
+  call.arguments = simdjson::minify(*input);
+  message.tool_calls.push_back(std::move(call));
+  return absl::OkStatus();
+}
+
+// Results of tools come as blocks of a user's message; in a chat each is a message of its own, and
+// they stand before what the user says.
+absl::Status ReadBlock(const JsonFields& block, ChatMessage& message,
+                       std::vector<ChatMessage>& messages) {
+  std::optional<std::string> type;
+  RETURN_IF_ERROR(block.Read("type", type));
+  const bool by_user = message.role == ChatMessage::Role::kUser;
+  if (type == "text") {
+    ASSIGN_OR_RETURN(const std::string text, TextOf(block));
+    AppendText(text, message.content);
+    return absl::OkStatus();
+  }
+  if (type == "tool_result" && by_user) {
+    ChatMessage result;
+    result.role = ChatMessage::Role::kTool;
+    ASSIGN_OR_RETURN(result.content, ReadText(block, "content"));
+    messages.push_back(std::move(result));
+    return absl::OkStatus();
+  }
+  if (type == "tool_use" && !by_user) return ReadToolUse(block, message);
+  // What an earlier answer thought.
+  if ((type == "thinking" || type == "redacted_thinking") && !by_user) return absl::OkStatus();
+  return UnknownBlock(block, type.value_or(""));
+}
+
+absl::Status ReadMessage(dom::element element, std::string name,
+                         std::vector<ChatMessage>& messages) {
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(element, std::move(name)));
+  std::optional<std::string> role;
+  RETURN_IF_ERROR(fields.Read("role", role));
+  ChatMessage message;
+  if (role == "assistant") {
+    message.role = ChatMessage::Role::kAssistant;
+  } else if (role != "user") {
+    return InvalidParameter(fields.NameOf("role"),
+                            absl::StrCat(fields.NameOf("role"), " must be user or assistant, got '",
+                                         role.value_or(""), "'."));
+  }
+  const std::optional<dom::element> content = fields.Find("content");
+  std::string_view text;
+  dom::array blocks;
+  if (content && !content->get(text)) {
+    message.content = std::string(text);
+  } else if (content && !content->get(blocks)) {
+    for (const dom::element block_element : blocks) {
+      ASSIGN_OR_RETURN(const JsonFields block,
+                       JsonFields::Of(block_element, fields.NameOf("content")));
+      RETURN_IF_ERROR(ReadBlock(block, message, messages));
+    }
+  } else {
+    return fields.WrongType("content", "a string or a list of blocks");
+  }
+  if (message.content || !message.tool_calls.empty()) messages.push_back(std::move(message));
+  return absl::OkStatus();
+}
+
+absl::Status ReadMessages(const JsonFields& fields, const ApiLimits& limits,
+                          std::vector<ChatMessage>& messages) {
+  ASSIGN_OR_RETURN(const std::string system, ReadText(fields, "system"));
+  if (!system.empty()) {
+    messages.emplace_back();
+    messages.back().role = ChatMessage::Role::kSystem;
+    messages.back().content = system;
+  }
+  const std::optional<dom::element> value = fields.Find("messages");
+  dom::array list;
+  if (!value || value->get(list)) return fields.WrongType("messages", "a list of messages");
+  if (list.size() == 0) {
+    return InvalidParameter("messages", "messages must have at least one message.");
+  }
+  if (list.size() > limits.messages) {
+    return InvalidParameter("messages", absl::StrCat("messages has ", list.size(),
+                                                     " messages, limit ", limits.messages, "."));
+  }
+  size_t index = 0;
+  for (const dom::element element : list) {
+    RETURN_IF_ERROR(ReadMessage(element, absl::StrCat("messages[", index++, "]"), messages));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadPrompt(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
+  RETURN_IF_ERROR(fields.Read("model", request.model));
+  if (const std::optional<dom::element> tools = fields.Find("tools")) {
+    dom::array list;
+    if (tools->get(list)) return fields.WrongType("tools", "a list of tools");
+    if (list.size() > 0) return NotSupportedYet("tools", "calling tools");
+  }
+  RETURN_IF_ERROR(ReadMessages(fields, limits, request.prompt.messages));
+  if (request.prompt.messages.empty()) {
+    return InvalidParameter("messages", "messages must have at least one message with content.");
+  }
+  // The assistant's last words are continued.
+  if (request.prompt.messages.back().role == ChatMessage::Role::kAssistant) {
+    request.prompt.options.add_generation_prompt = false;
+    request.prompt.options.continue_final_message = true;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadStopSequences(const JsonFields& fields, const ApiLimits& limits,
+                               std::vector<std::string>& stop) {
+  const std::optional<dom::element> value = fields.Find("stop_sequences");
+  if (!value) return absl::OkStatus();
+  dom::array strings;
+  if (value->get(strings)) return fields.WrongType("stop_sequences", "a list of strings");
+  for (const dom::element element : strings) {
+    std::string_view text;
+    if (element.get(text)) return fields.WrongType("stop_sequences", "a list of strings");
+    stop.emplace_back(text);
+  }
+  return CheckStopStrings("stop_sequences", stop, limits);
+}
+
+}  // namespace
+
+absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
+                                                 const SamplingDefaults& defaults,
+                                                 const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  ChatRequest request;
+  RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
+  ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
+  request.parameters.n = 1;
+  request.include_reasoning = false;
+  request.parameters.include_usage = true;  // the last events carry it
+  RETURN_IF_ERROR(ReadStopSequences(fields, limits, request.parameters.stop));
+  std::optional<int64_t> max_tokens;
+  RETURN_IF_ERROR(fields.Read("max_tokens", max_tokens));
+  if (!max_tokens) return fields.WrongType("max_tokens", "an integer");
+  RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, request.parameters));
+  request.max_tokens = static_cast<uint32_t>(*max_tokens);
+  return request;
+}
+
+absl::StatusOr<ChatRequest> ParseCountTokensRequest(std::string_view body,
+                                                    const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  ChatRequest request;
+  RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
+  return request;
+}
+
+}  // namespace fathom

@@ -1,0 +1,242 @@
+#include "gateway/openai/responses_request.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "gateway/openai/errors.h"
+#include "gateway/openai/json_writer.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+constexpr char kLogprobs[] = "message.output_text.logprobs";
+
+std::string Quoted(const std::optional<std::string>& text) {
+  if (!text) return "null";
+  JsonWriter json;
+  json.String(*text);
+  return json.Take();
+}
+
+// A string, or a list of parts with a text.
+absl::StatusOr<std::string> ReadText(const JsonFields& fields, std::string_view key) {
+  const std::optional<dom::element> value = fields.Find(key);
+  std::string_view text;
+  if (value && !value->get(text)) return std::string(text);
+  dom::array parts;
+  if (!value || value->get(parts)) return fields.WrongType(key, "a string or a list of parts");
+  std::string joined;
+  for (const dom::element element : parts) {
+    ASSIGN_OR_RETURN(const JsonFields part, JsonFields::Of(element, fields.NameOf(key)));
+    std::optional<std::string> type, part_text;
+    RETURN_IF_ERROR(part.Read("type", type));
+    if (type != "input_text" && type != "output_text" && type != "text") {
+      return InvalidParameter(part.NameOf("type"),
+                              absl::StrCat("parts of type '", type.value_or(""),
+                                           "' are not supported, expected 'input_text' or "
+                                           "'output_text'"));
+    }
+    RETURN_IF_ERROR(part.Read("text", part_text));
+    if (!part_text) return part.WrongType("text", "a string");
+    if (!joined.empty()) joined += '\n';
+    joined += *part_text;
+  }
+  return joined;
+}
+
+absl::StatusOr<ChatMessage> ReadMessage(const JsonFields& item) {
+  std::optional<std::string> role;
+  RETURN_IF_ERROR(item.Read("role", role));
+  ChatMessage message;
+  if (role == "system" || role == "developer") {
+    message.role = ChatMessage::Role::kSystem;
+  } else if (role == "assistant") {
+    message.role = ChatMessage::Role::kAssistant;
+  } else if (role == "user") {
+    message.role = ChatMessage::Role::kUser;
+  } else {
+    return InvalidParameter(
+        item.NameOf("role"),
+        absl::StrCat(item.NameOf("role"), " must be user, assistant, system or developer, got '",
+                     role.value_or(""), "'."));
+  }
+  ASSIGN_OR_RETURN(message.content, ReadText(item, "content"));
+  return message;
+}
+
+// Calls follow each other as items, in a chat they are one message's.
+absl::Status ReadFunctionCall(const JsonFields& item, std::vector<ChatMessage>& messages) {
+  std::optional<std::string> name, arguments;
+  RETURN_IF_ERROR(item.Read("name", name));
+  RETURN_IF_ERROR(item.Read("arguments", arguments));
+  if (!name) return item.WrongType("name", "a string");
+  if (!arguments) return item.WrongType("arguments", "a string");
+  if (messages.empty() || messages.back().role != ChatMessage::Role::kAssistant) {
+    messages.emplace_back();
+    messages.back().role = ChatMessage::Role::kAssistant;
+  }
+  ChatToolCall call;
+  call.name = *std::move(name);
+  call.arguments = *std::move(arguments);
+  messages.back().tool_calls.push_back(std::move(call));
+  return absl::OkStatus();
+}
+
+absl::Status ReadItem(dom::element element, std::string name, std::vector<ChatMessage>& messages) {
+  ASSIGN_OR_RETURN(const JsonFields item, JsonFields::Of(element, std::move(name)));
+  std::optional<std::string> type;
+  RETURN_IF_ERROR(item.Read("type", type));
+  if (type == "function_call") return ReadFunctionCall(item, messages);
+  if (type == "reasoning") return absl::OkStatus();  // what an earlier answer thought
+  if (type == "function_call_output") {
+    ChatMessage output;
+    output.role = ChatMessage::Role::kTool;
+    ASSIGN_OR_RETURN(output.content, ReadText(item, "output"));
+    messages.push_back(std::move(output));
+    return absl::OkStatus();
+  }
+  if (type && *type != "message") {
+    return InvalidParameter(
+        item.NameOf("type"),
+        absl::StrCat("items of type '", *type, "' are not supported, expected 'message', ",
+                     "'function_call', 'function_call_output' or 'reasoning'"));
+  }
+  ASSIGN_OR_RETURN(ChatMessage message, ReadMessage(item));
+  messages.push_back(std::move(message));
+  return absl::OkStatus();
+}
+
+absl::Status ReadInput(const JsonFields& fields, const ApiLimits& limits,
+                       std::vector<ChatMessage>& messages) {
+  const std::optional<dom::element> value = fields.Find("input");
+  std::string_view text;
+  if (value && !value->get(text)) {
+    messages.emplace_back();
+    messages.back().content = std::string(text);
+    return absl::OkStatus();
+  }
+  dom::array items;
+  if (!value || value->get(items)) return fields.WrongType("input", "a string or a list of items");
+  if (items.size() == 0) return InvalidParameter("input", "input must have at least one item.");
+  if (items.size() > limits.messages) {
+    return InvalidParameter(
+        "input", absl::StrCat("input has ", items.size(), " items, limit ", limits.messages, "."));
+  }
+  size_t index = 0;
+  for (const dom::element element : items) {
+    RETURN_IF_ERROR(ReadItem(element, absl::StrCat("input[", index++, "]"), messages));
+  }
+  if (messages.empty()) return InvalidParameter("input", "input must have at least one message.");
+  return absl::OkStatus();
+}
+
+// What would change the answer and cannot be done.
+absl::Status RefuseState(const JsonFields& fields) {
+  for (const char* name : {"previous_response_id", "conversation", "prompt"}) {
+    if (fields.Find(name)) {
+      return InvalidParameter(name, absl::StrCat(name,
+                                                 " is not supported: this server keeps no "
+                                                 "responses; send the whole input"));
+    }
+  }
+  bool background = false;
+  RETURN_IF_ERROR(fields.Read("background", background));
+  if (background) {
+    return InvalidParameter("background",
+                            "background is not supported: this server keeps no "
+                            "responses");
+  }
+  if (const std::optional<dom::element> tools = fields.Find("tools")) {
+    dom::array list;
+    if (tools->get(list)) return fields.WrongType("tools", "a list of tools");
+    if (list.size() > 0) return NotSupportedYet("tools", "calling tools");
+  }
+  if (const std::optional<dom::element> text = fields.Find("text")) {
+    ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*text, "text"));
+    if (const std::optional<dom::element> value = options.Find("format")) {
+      ASSIGN_OR_RETURN(const JsonFields format, JsonFields::Of(*value, "text.format"));
+      std::optional<std::string> type;
+      RETURN_IF_ERROR(format.Read("type", type));
+      if (type != "text") {
+        return NotSupportedYet("text.format", absl::StrCat("text.format ", type.value_or("")));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& chat) {
+  int64_t top_logprobs = 0;
+  RETURN_IF_ERROR(fields.Read("top_logprobs", top_logprobs));
+  if (top_logprobs < 0 || top_logprobs > limits.logprobs) {
+    return InvalidParameter("top_logprobs",
+                            absl::StrCat("top_logprobs must be in [0, ", limits.logprobs, "], got ",
+                                         top_logprobs, "."));
+  }
+  const std::optional<dom::element> value = fields.Find("include");
+  if (!value) return absl::OkStatus();
+  dom::array names;
+  if (value->get(names)) return fields.WrongType("include", "a list of strings");
+  for (const dom::element element : names) {
+    std::string_view name;
+    if (element.get(name)) return fields.WrongType("include", "a list of strings");
+    if (name == kLogprobs) chat.num_logprobs = static_cast<uint32_t>(top_logprobs);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadEchoes(const JsonFields& fields, ResponsesRequest& request) {
+  if (const std::optional<dom::element> metadata = fields.Find("metadata")) {
+    if (!metadata->is_object()) return fields.WrongType("metadata", "an object");
+    request.metadata = simdjson::minify(*metadata);
+  }
+  std::optional<std::string> user, effort;
+  RETURN_IF_ERROR(fields.Read("user", user));
+  request.user = Quoted(user);
+  if (const std::optional<dom::element> value = fields.Find("reasoning")) {
+    ASSIGN_OR_RETURN(const JsonFields reasoning, JsonFields::Of(*value, "reasoning"));
+    RETURN_IF_ERROR(reasoning.Read("effort", effort));
+    request.reasoning_effort = Quoted(effort);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
+                                                       const SamplingDefaults& defaults,
+                                                       const ApiLimits& limits) {
+  ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
+  ResponsesRequest request;
+  ChatRequest& chat = request.chat;
+  RETURN_IF_ERROR(fields.Read("model", chat.model));
+  RETURN_IF_ERROR(RefuseState(fields));
+  ASSIGN_OR_RETURN(chat.parameters, ReadGenerationParameters(fields, defaults, limits));
+  chat.parameters.n = 1;
+  chat.include_reasoning = false;
+  chat.parameters.include_usage = true;  // the last event carries it
+  std::optional<std::string> instructions;
+  RETURN_IF_ERROR(fields.Read("instructions", instructions));
+  request.instructions = Quoted(instructions);
+  if (instructions) {
+    chat.prompt.messages.emplace_back();
+    chat.prompt.messages.back().role = ChatMessage::Role::kSystem;
+    chat.prompt.messages.back().content = *std::move(instructions);
+  }
+  RETURN_IF_ERROR(ReadInput(fields, limits, chat.prompt.messages));
+  RETURN_IF_ERROR(ReadLogprobs(fields, limits, chat));
+  std::optional<int64_t> max_tokens;
+  RETURN_IF_ERROR(fields.Read("max_output_tokens", max_tokens));
+  if (max_tokens) {
+    RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, chat.parameters));
+    chat.max_tokens = static_cast<uint32_t>(*max_tokens);
+  }
+  RETURN_IF_ERROR(ReadEchoes(fields, request));
+  return request;
+}
+
+}  // namespace fathom
