@@ -46,7 +46,8 @@ class Progress {
 
   TokenUsage UsageOf(size_t index) const {
     const State& state = choices_[index];
-    return {state.prompt_tokens, state.choice.num_tokens(), state.cached_tokens};
+    return {state.prompt_tokens, state.choice.num_tokens(), state.cached_tokens,
+            state.choice.num_reasoning_tokens()};
   }
 
   // A prompt counts once, however many choices it has; what the second finds is the first's.
@@ -59,6 +60,7 @@ class Progress {
         total.cached_tokens += choices_[i].cached_tokens;
       }
       total.completion_tokens += choices_[i].choice.num_tokens();
+      total.reasoning_tokens += choices_[i].choice.num_reasoning_tokens();
     }
     return total;
   }

@@ -24,7 +24,8 @@ namespace fathom {
 struct TokenUsage {
   int64_t prompt_tokens = 0;
   int64_t completion_tokens = 0;
-  int64_t cached_tokens = 0;  // of the prompt: found, not computed
+  int64_t cached_tokens = 0;     // of the prompt: found, not computed
+  int64_t reasoning_tokens = 0;  // of the completion
 };
 
 // The words of an API. What it calls an event is the event's payload; or, of an API whose events

@@ -36,8 +36,11 @@ OutputParserOptions ParserOptionsOf(const ChatRequest& request, const ChatEncode
   options.include_reasoning = request.include_reasoning;
   options.calls_tools = request.tool_calls != ToolCalls::kNone;
   options.only_one_call = request.tool_calls == ToolCalls::kOne;
-  // As vLLM's parsers call them.
-  if (options.syntax.tools == ToolSyntax::kDsml) {
+  if (!request.call_id_prefix.empty()) {
+    options.make_call_id = [prefix = request.call_id_prefix] {
+      return prefix + RandomHex().substr(0, 24);
+    };
+  } else if (options.syntax.tools == ToolSyntax::kDsml) {  // as vLLM's parsers call them
     options.make_call_id = [] { return "call_" + RandomHex().substr(0, 24); };
   } else {
     options.make_call_id = [] { return "chatcmpl-tool-" + RandomHex(); };

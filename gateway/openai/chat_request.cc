@@ -195,6 +195,13 @@ absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLim
   return prompt;
 }
 
+absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request) {
+  std::vector<ChatTool>& tools = request.prompt.options.tools;
+  ASSIGN_OR_RETURN(request.tool_calls, ToolCallsOf(choice, tools));
+  if (request.tool_calls == ToolCalls::kNone) tools.clear();
+  return absl::OkStatus();
+}
+
 absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
                                              const SamplingDefaults& defaults,
                                              const ApiLimits& limits) {
@@ -204,8 +211,8 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
   RETURN_IF_ERROR(fields.Read("model", request.model));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   ASSIGN_OR_RETURN(request.prompt, ReadChatPrompt(fields, limits));
-  ASSIGN_OR_RETURN(request.tool_calls, ReadToolChoice(fields, request.prompt.options.tools));
-  if (request.tool_calls == ToolCalls::kNone) request.prompt.options.tools.clear();
+  ASSIGN_OR_RETURN(const ToolChoice choice, ReadToolChoice(fields, FunctionName::kWrapped));
+  RETURN_IF_ERROR(AllowTools(choice, request));
   RETURN_IF_ERROR(fields.Read("include_reasoning", request.include_reasoning));
   RETURN_IF_ERROR(ReadLogprobs(fields, limits, request));
   RETURN_IF_ERROR(ReadMaxTokens(fields, request));

@@ -34,12 +34,17 @@ struct ChatRequest {
   bool echo = false;                     // an assistant's last message comes before the answer
   std::optional<uint32_t> num_logprobs;  // `logprobs` was true: how many `top_logprobs`
   ToolCalls tool_calls = ToolCalls::kNone;
+  std::string call_id_prefix;  // of calls that the model does not name; empty: as vLLM has them
   bool include_reasoning = true;
 };
 
 absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
                                              const SamplingDefaults& defaults,
                                              const ApiLimits& limits);
+
+// Lets the model call the prompt's tools as the client chose, or hides them. Errors as of
+// ToolCallsOf.
+absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request);
 
 // `messages`, `tools` and what says how to encode them. Contents are strings or lists of text
 // parts, joined by newlines; the role `developer` is a system message. A last message by the

@@ -15,6 +15,8 @@ namespace {
 
 namespace dom = simdjson::dom;
 
+constexpr char kNoParameters[] = R"({"type": "object", "properties": {}})";
+
 absl::StatusOr<ChatTool> ReadTool(dom::element element, std::string name) {
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(element, std::move(name)));
   std::optional<std::string> type;
@@ -36,8 +38,7 @@ absl::StatusOr<ChatTool> ReadTool(dom::element element, std::string name) {
   tool.description = description.value_or("");
   const std::optional<dom::element> parameters = named.Find("parameters");
   if (parameters && !parameters->is_object()) return named.WrongType("parameters", "an object");
-  tool.parameters =
-      parameters ? PythonJson(*parameters) : R"({"type": "object", "properties": {}})";
+  tool.parameters = parameters ? PythonJson(*parameters) : kNoParameters;
   tool.function = PythonJson(*function);
   tool.json = PythonJson(element);
   return tool;
@@ -55,63 +56,129 @@ absl::Status NeedsConstraint(std::string_view choice) {
                    " is not supported yet: it needs structured output. Use 'auto' or 'none'."));
 }
 
-// {"type": "function", "function": {"name": …}}
-absl::Status CheckNamedChoice(dom::element choice, const std::vector<ChatTool>& tools) {
-  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(choice, "tool_choice"));
-  const std::optional<dom::element> function = fields.Find("function");
-  if (!function) return fields.WrongType("function", "an object");
-  ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*function, "tool_choice.function"));
-  std::optional<std::string> name;
-  RETURN_IF_ERROR(named.Read("name", name));
-  if (!name) return named.WrongType("name", "a string");
-  if (!HasTool(tools, *name)) {
+// {"name": …, "description": …, SCHEMA_KEY: …}
+absl::StatusOr<ChatTool> ReadBareTool(dom::element element, std::string name,
+                                      std::string_view known_type, std::string_view schema_key) {
+  ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(element, std::move(name)));
+  std::optional<std::string> type, function_name, description;
+  RETURN_IF_ERROR(fields.Read("type", type));
+  if (type && *type != known_type) {
     return InvalidParameter(
-        "tool_choice",
-        "The tool specified in `tool_choice` does not match any of the specified `tools`");
+        fields.NameOf("type"),
+        absl::StrCat(fields.NameOf("type"), " is '", *type, "', only tools of type '",
+                     std::string(known_type), "' are supported."));
   }
-  return NeedsConstraint("of one tool by name");
+  RETURN_IF_ERROR(fields.Read("name", function_name));
+  RETURN_IF_ERROR(fields.Read("description", description));
+  if (!function_name || function_name->empty()) return fields.WrongType("name", "a string");
+  const std::optional<dom::element> schema = fields.Find(schema_key);
+  if (schema && !schema->is_object()) return fields.WrongType(schema_key, "an object");
+  ChatTool tool;
+  tool.name = *function_name;
+  tool.description = description.value_or("");
+  tool.parameters = schema ? PythonJson(*schema) : kNoParameters;
+  tool.function = absl::StrCat("{\"name\": ", PythonJson(*fields.Find("name")));
+  if (description) {
+    absl::StrAppend(&tool.function, ", \"description\": ", PythonJson(*fields.Find("description")));
+  }
+  absl::StrAppend(&tool.function, ", \"parameters\": ", tool.parameters, "}");
+  tool.json = absl::StrCat("{\"type\": \"function\", \"function\": ", tool.function, "}");
+  return tool;
 }
 
-}  // namespace
-
-absl::StatusOr<std::vector<ChatTool>> ReadTools(const JsonFields& fields) {
+// Calls `read` for every element of `tools`, with its name.
+template <typename Read>
+absl::StatusOr<std::vector<ChatTool>> ReadList(const JsonFields& fields, const Read& read) {
   std::vector<ChatTool> tools;
   const std::optional<dom::element> value = fields.Find("tools");
   if (!value) return tools;
   dom::array array;
   if (value->get(array)) return fields.WrongType("tools", "a list of tools");
   for (const dom::element element : array) {
-    ASSIGN_OR_RETURN(ChatTool tool, ReadTool(element, absl::StrCat("tools[", tools.size(), "]")));
+    ASSIGN_OR_RETURN(ChatTool tool, read(element, absl::StrCat("tools[", tools.size(), "]")));
     tools.push_back(std::move(tool));
   }
   return tools;
 }
 
-absl::StatusOr<ToolCalls> ReadToolChoice(const JsonFields& fields,
-                                         const std::vector<ChatTool>& tools) {
-  bool parallel = true;
-  RETURN_IF_ERROR(fields.Read("parallel_tool_calls", parallel));
-  const ToolCalls if_allowed = parallel ? ToolCalls::kAny : ToolCalls::kOne;
-  const std::optional<dom::element> choice = fields.Find("tool_choice");
-  if (!choice) return tools.empty() ? ToolCalls::kNone : if_allowed;
-  std::string_view name;
-  const bool is_object = choice->is_object();
-  if (!is_object && choice->get(name)) {
-    return fields.WrongType("tool_choice", "a string or an object");
+}  // namespace
+
+absl::StatusOr<std::vector<ChatTool>> ReadTools(const JsonFields& fields) {
+  return ReadList(fields, ReadTool);
+}
+
+absl::StatusOr<std::vector<ChatTool>> ReadBareTools(const JsonFields& fields,
+                                                    std::string_view known_type,
+                                                    std::string_view schema_key) {
+  return ReadList(fields, [&](dom::element element, std::string name) {
+    return ReadBareTool(element, std::move(name), known_type, schema_key);
+  });
+}
+
+absl::StatusOr<ToolCalls> ToolCallsOf(const ToolChoice& choice,
+                                      const std::vector<ChatTool>& tools) {
+  const ToolCalls if_allowed = choice.parallel ? ToolCalls::kAny : ToolCalls::kOne;
+  switch (choice.kind) {
+    case ToolChoice::Kind::kNone:
+      return ToolCalls::kNone;
+    case ToolChoice::Kind::kUnsaid:
+      return tools.empty() ? ToolCalls::kNone : if_allowed;
+    default:
+      break;
   }
-  if (name == "none" && !is_object) return ToolCalls::kNone;
   if (tools.empty()) {
-    // As in vLLM, `required` with an empty list of tools is none.
-    if (name == "required" && fields.Find("tools")) return ToolCalls::kNone;
     return InvalidParameter("tool_choice", "When using `tool_choice`, `tools` must be set.");
   }
-  if (is_object) return CheckNamedChoice(*choice, tools);
-  if (name == "auto") return if_allowed;
-  if (name == "required") return NeedsConstraint("'required'");
-  return InvalidParameter("tool_choice",
-                          absl::StrCat("tool_choice must be 'none', 'auto', 'required' or a tool "
-                                       "by name, got '",
-                                       std::string(name), "'."));
+  switch (choice.kind) {
+    case ToolChoice::Kind::kRequired:
+      return NeedsConstraint("'required'");
+    case ToolChoice::Kind::kNamed:
+      if (HasTool(tools, choice.name)) return NeedsConstraint("of one tool by name");
+      return InvalidParameter(
+          "tool_choice",
+          "The tool specified in `tool_choice` does not match any of the specified `tools`");
+    default:
+      return if_allowed;
+  }
+}
+
+absl::StatusOr<ToolChoice> ReadToolChoice(const JsonFields& fields, FunctionName where) {
+  ToolChoice choice;
+  RETURN_IF_ERROR(fields.Read("parallel_tool_calls", choice.parallel));
+  const std::optional<dom::element> value = fields.Find("tool_choice");
+  if (!value) return choice;
+  std::string_view word;
+  if (value->is_object()) {
+    ASSIGN_OR_RETURN(JsonFields named, JsonFields::Of(*value, "tool_choice"));
+    if (where == FunctionName::kWrapped) {
+      const std::optional<dom::element> function = named.Find("function");
+      if (!function) return named.WrongType("function", "an object");
+      ASSIGN_OR_RETURN(named, JsonFields::Of(*function, "tool_choice.function"));
+    }
+    std::optional<std::string> name;
+    RETURN_IF_ERROR(named.Read("name", name));
+    if (!name) return named.WrongType("name", "a string");
+    choice.kind = ToolChoice::Kind::kNamed;
+    choice.name = *std::move(name);
+  } else if (value->get(word)) {
+    return fields.WrongType("tool_choice", "a string or an object");
+  } else if (word == "none") {
+    choice.kind = ToolChoice::Kind::kNone;
+  } else if (word == "auto") {
+    choice.kind = ToolChoice::Kind::kAuto;
+  } else if (word == "required") {
+    // As in vLLM, `required` with an empty list of tools is none.
+    const std::optional<dom::element> tools = fields.Find("tools");
+    dom::array list;
+    const bool is_empty = tools && !tools->get(list) && list.size() == 0;
+    choice.kind = is_empty ? ToolChoice::Kind::kNone : ToolChoice::Kind::kRequired;
+  } else {
+    return InvalidParameter("tool_choice",
+                            absl::StrCat("tool_choice must be 'none', 'auto', 'required' or a tool "
+                                         "by name, got '",
+                                         std::string(word), "'."));
+  }
+  return choice;
 }
 
 }  // namespace fathom

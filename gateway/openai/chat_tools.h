@@ -1,8 +1,10 @@
-// What a chat request says of tools: which there are, and whether the model may call them.
+// What a request says of tools: which there are, and whether the model may call them.
 //
-// Source: vllm/entrypoints/openai/chat_completion/protocol.py (0.16).
+// Source: vllm/entrypoints/openai/chat_completion/protocol.py, anthropic/serving.py (0.16).
 #pragma once
 
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -15,16 +17,34 @@ namespace fathom {
 // that of no parameters.
 absl::StatusOr<std::vector<ChatTool>> ReadTools(const JsonFields& fields);
 
-// What `tool_choice` and `parallel_tool_calls` ask for.
+// The same where no "function" is around a function: its schema is at `schema_key`, and the only
+// `type` that is known is `known_type`. The model is told of them in the same words.
+absl::StatusOr<std::vector<ChatTool>> ReadBareTools(const JsonFields& fields,
+                                                    std::string_view known_type,
+                                                    std::string_view schema_key);
+
+// Whether the model calls tools.
 enum class ToolCalls {
   kNone,  // the model is not told of tools, and what looks like a call is text
   kOne,   // the first call counts
   kAny
 };
 
+// What a client wishes, in whatever words its API has for it.
+struct ToolChoice {
+  enum class Kind { kUnsaid, kNone, kAuto, kRequired, kNamed };
+  Kind kind = Kind::kUnsaid;
+  std::string name;      // of the tool that is to be called
+  bool parallel = true;  // more than one call
+};
+
 // InvalidArgument: a choice without `tools`, of a tool that is not among them, or one that would
 // need the output to be constrained (required, or a tool by name).
-absl::StatusOr<ToolCalls> ReadToolChoice(const JsonFields& fields,
-                                         const std::vector<ChatTool>& tools);
+absl::StatusOr<ToolCalls> ToolCallsOf(const ToolChoice& choice, const std::vector<ChatTool>& tools);
+
+// The choice that `tool_choice` and `parallel_tool_calls` make: a word, or an object with
+// `type: function`. With `FunctionName::kWrapped` the name of the function is within `function`.
+enum class FunctionName { kWrapped, kBare };
+absl::StatusOr<ToolChoice> ReadToolChoice(const JsonFields& fields, FunctionName name);
 
 }  // namespace fathom

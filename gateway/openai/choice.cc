@@ -46,6 +46,7 @@ ChoiceDelta Choice::Take(v1::GenerateResponse response) {
       delta.logprobs.push_back(std::move(*response.mutable_logprobs(i)));
     }
     ++num_tokens_;
+    if (parser_ != nullptr && parser_->thinks()) ++num_reasoning_tokens_;
     // The token that ended it counts, but is no part of the text.
     const bool hidden = stopped_by_token && i + 1 == response.token_ids_size() &&
                         options_.stop_string == StopString::kLeaveOut;

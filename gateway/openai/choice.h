@@ -65,6 +65,8 @@ class Choice {
   bool finished() const { return finished_; }
 
   uint32_t num_tokens() const { return num_tokens_; }
+  // Of these, what was thought, with the token that ended the thoughts.
+  uint32_t num_reasoning_tokens() const { return num_reasoning_tokens_; }
 
  private:
   // The text that the token lets out goes into `delta`.
@@ -83,6 +85,7 @@ class Choice {
   std::unique_ptr<OutputParser> parser_;
   HeldOutput held_;  // with a parser
   uint32_t num_tokens_ = 0;
+  uint32_t num_reasoning_tokens_ = 0;
   bool finished_ = false;
 };
 

@@ -5,6 +5,7 @@
 
 #include "gateway/http/response.h"
 #include "gateway/openai/errors.h"
+#include "gateway/text/python_json.h"
 
 namespace fathom {
 namespace {
@@ -35,7 +36,9 @@ void WriteEnd(const ChoiceDelta& end, JsonWriter& json) {
   } else if (stop_string != nullptr) {
     json.String("stop_sequence");
   } else {
-    json.String(end.finish_reason == "length" ? "max_tokens" : "end_turn");
+    json.String(end.finish_reason == "length"       ? "max_tokens"
+                : end.finish_reason == "tool_calls" ? "tool_use"
+                                                    : "end_turn");
   }
   json.Key("stop_sequence");
   if (stop_string != nullptr) {
@@ -54,22 +57,40 @@ void WriteUsage(const TokenUsage& usage, JsonWriter& json) {
   json.Key("output_tokens").Int(usage.completion_tokens).EndObject();
 }
 
-void AppendEvent(std::string_view name, JsonWriter json, std::string& events) {
-  json.EndObject();
-  AppendNamedEvent(name, json.text(), events);
-}
+enum class BlockState { kBegun, kComplete };
 
-JsonWriter BeginEvent(std::string_view type) {
-  JsonWriter json;
-  json.BeginObject().Key("type").String(type);
-  return json;
+void WriteBlock(const AnswerItem& item, BlockState state, JsonWriter& json) {
+  const bool complete = state == BlockState::kComplete;
+  const std::string_view text = complete ? std::string_view(item.text) : "";
+  json.BeginObject().Key("type");
+  switch (item.kind()) {
+    case AnswerItem::Kind::kReasoning:
+      json.String("thinking").Key("thinking").String(text).Key("signature").String("");
+      break;
+    case AnswerItem::Kind::kContent:
+      json.String("text").Key("text").String(text);
+      break;
+    case AnswerItem::Kind::kToolCall:
+      json.String("tool_use").Key("id").String(item.call_id).Key("name").String(item.name);
+      json.Key("input");
+      if (!complete) {
+        json.BeginObject().EndObject();
+      } else if (ReadJsonMembers(text).ok()) {
+        json.Raw(text);
+      } else {
+        json.BeginObject().Key("INVALID_JSON").String(text).EndObject();
+      }
+      break;
+  }
+  json.EndObject();
 }
 
 }  // namespace
 
 Response MessagesError(const absl::Status& status, const std::string& request_id) {
   Response response = ErrorResponse(status);
-  JsonWriter json = BeginEvent("error");
+  JsonWriter json;
+  json.BeginObject().Key("type").String("error");
   json.Key("error").BeginObject().Key("type").String(ErrorTypeOf(response.status));
   json.Key("message").String(std::string(status.message())).EndObject();
   json.Key("request_id").String(request_id).EndObject();
@@ -82,9 +103,25 @@ Response MessagesFormat::Error(const absl::Status& status) {
 }
 
 std::string MessagesFormat::ErrorEvent(const absl::Status& status) {
-  std::string events;
-  AppendNamedEvent("error", MessagesError(status, header_.id).body, events);
-  return events;
+  AppendNamedEvent("error", MessagesError(status, header_.id).body, events_);
+  return std::exchange(events_, "");
+}
+
+JsonWriter MessagesFormat::BeginEvent(std::string_view type) {
+  JsonWriter json;
+  json.BeginObject().Key("type").String(type);
+  return json;
+}
+
+JsonWriter MessagesFormat::BeginBlockEvent(std::string_view type, const AnswerItem& item) {
+  JsonWriter json = BeginEvent(type);
+  json.Key("index").Int(static_cast<int64_t>(item.index));
+  return json;
+}
+
+void MessagesFormat::EndEvent(std::string_view type, JsonWriter json) {
+  json.EndObject();
+  AppendNamedEvent(type, json.text(), events_);
 }
 
 void MessagesFormat::WriteHeader(JsonWriter& json) const {
@@ -94,11 +131,13 @@ void MessagesFormat::WriteHeader(JsonWriter& json) const {
 
 std::string MessagesFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
   const ChoiceDelta& answer = choices.front();
+  items_.Append(answer.message, nullptr);
   JsonWriter json;
   json.BeginObject();
   WriteHeader(json);
-  json.Key("content").BeginArray().BeginObject().Key("type").String("text");
-  json.Key("text").String(answer.message.content).EndObject().EndArray();
+  json.Key("content").BeginArray();
+  for (const AnswerItem& item : items_.items()) WriteBlock(item, BlockState::kComplete, json);
+  json.EndArray();
   WriteEnd(answer, json);
   WriteUsage(usage, json);
   json.EndObject();
@@ -106,7 +145,6 @@ std::string MessagesFormat::Whole(std::vector<ChoiceDelta> choices, const TokenU
 }
 
 std::vector<std::string> MessagesFormat::FirstEvents(const std::optional<TokenUsage>&) {
-  std::string events;
   JsonWriter start = BeginEvent("message_start");
   start.Key("message").BeginObject();
   WriteHeader(start);
@@ -114,42 +152,58 @@ std::vector<std::string> MessagesFormat::FirstEvents(const std::optional<TokenUs
   WriteEnd({}, start);
   WriteUsage({.prompt_tokens = num_prompt_tokens_}, start);
   start.EndObject();
-  AppendEvent("message_start", std::move(start), events);
-  JsonWriter block = BeginEvent("content_block_start");
-  block.Key("index").Int(0).Key("content_block").BeginObject();
-  block.Key("type").String("text").Key("text").String("").EndObject();
-  AppendEvent("content_block_start", std::move(block), events);
-  return {std::move(events)};
+  EndEvent("message_start", std::move(start));
+  return {std::exchange(events_, "")};
+}
+
+void MessagesFormat::OnBegin(const AnswerItem& item) {
+  JsonWriter json = BeginBlockEvent("content_block_start", item);
+  json.Key("content_block");
+  WriteBlock(item, BlockState::kBegun, json);
+  EndEvent("content_block_start", std::move(json));
+}
+
+void MessagesFormat::OnPiece(const AnswerItem& item, std::string_view piece) {
+  JsonWriter json = BeginBlockEvent("content_block_delta", item);
+  json.Key("delta").BeginObject().Key("type");
+  switch (item.kind()) {
+    case AnswerItem::Kind::kReasoning:
+      json.String("thinking_delta").Key("thinking").String(piece);
+      break;
+    case AnswerItem::Kind::kContent:
+      json.String("text_delta").Key("text").String(piece);
+      break;
+    case AnswerItem::Kind::kToolCall:
+      json.String("input_json_delta").Key("partial_json").String(piece);
+      break;
+  }
+  json.EndObject();
+  EndEvent("content_block_delta", std::move(json));
+}
+
+void MessagesFormat::OnEnd(const AnswerItem& item) {
+  EndEvent("content_block_stop", BeginBlockEvent("content_block_stop", item));
 }
 
 std::string MessagesFormat::Event(size_t, ChoiceDelta delta, const std::optional<TokenUsage>&) {
-  std::string events;
-  if (!delta.message.content.empty()) {
-    JsonWriter json = BeginEvent("content_block_delta");
-    json.Key("index").Int(0).Key("delta").BeginObject().Key("type").String("text_delta");
-    json.Key("text").String(delta.message.content).EndObject();
-    AppendEvent("content_block_delta", std::move(json), events);
-  }
+  items_.Append(delta.message, this);
   if (!delta.finish_reason.empty()) {
-    JsonWriter json = BeginEvent("content_block_stop");
-    json.Key("index").Int(0);
-    AppendEvent("content_block_stop", std::move(json), events);
+    items_.Finish(this);
     end_.finish_reason = delta.finish_reason;
     end_.stop_reason = std::move(delta.stop_reason);
   }
-  return events;
+  return std::exchange(events_, "");
 }
 
 std::string MessagesFormat::UsageEvent(const TokenUsage& usage) {
-  std::string events;
   JsonWriter delta = BeginEvent("message_delta");
   delta.Key("delta").BeginObject();
   WriteEnd(end_, delta);
   delta.EndObject();
   WriteUsage(usage, delta);
-  AppendEvent("message_delta", std::move(delta), events);
-  AppendEvent("message_stop", BeginEvent("message_stop"), events);
-  return events;
+  EndEvent("message_delta", std::move(delta));
+  EndEvent("message_stop", BeginEvent("message_stop"));
+  return std::exchange(events_, "");
 }
 
 }  // namespace fathom

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
+#include "gateway/text/python_json.h"
 
 namespace fathom {
 namespace {
@@ -55,13 +56,15 @@ absl::StatusOr<std::string> ReadText(const JsonFields& fields, std::string_view 
 
 absl::Status ReadToolUse(const JsonFields& block, ChatMessage& message) {
   ChatToolCall call;
-  std::optional<std::string> name;
+  std::optional<std::string> id, name;
+  RETURN_IF_ERROR(block.Read("id", id));
   RETURN_IF_ERROR(block.Read("name", name));
   if (!name) return block.WrongType("name", "a string");
   const std::optional<dom::element> input = block.Find("input");
   if (!input || !input->is_object()) return block.WrongType("input", "an object");
+  call.id = id.value_or("");
   call.name = *std::move(name);
-  call.arguments = simdjson::minify(*input);
+  call.arguments = PythonJson(*input);
   message.tool_calls.push_back(std::move(call));
   return absl::OkStatus();
 }
@@ -79,15 +82,23 @@ absl::Status ReadBlock(const JsonFields& block, ChatMessage& message,
     return absl::OkStatus();
   }
   if (type == "tool_result" && by_user) {
+    std::optional<std::string> id;
+    RETURN_IF_ERROR(block.Read("tool_use_id", id));
     ChatMessage result;
     result.role = ChatMessage::Role::kTool;
+    result.tool_call_id = id.value_or("");
     ASSIGN_OR_RETURN(result.content, ReadText(block, "content"));
     messages.push_back(std::move(result));
     return absl::OkStatus();
   }
   if (type == "tool_use" && !by_user) return ReadToolUse(block, message);
-  // What an earlier answer thought.
-  if ((type == "thinking" || type == "redacted_thinking") && !by_user) return absl::OkStatus();
+  if (type == "thinking" && !by_user) {
+    std::optional<std::string> thoughts;
+    RETURN_IF_ERROR(block.Read("thinking", thoughts));
+    message.reasoning += thoughts.value_or("");
+    return absl::OkStatus();
+  }
+  if (type == "redacted_thinking" && !by_user) return absl::OkStatus();  // not for us to read
   return UnknownBlock(block, type.value_or(""));
 }
 
@@ -147,13 +158,60 @@ absl::Status ReadMessages(const JsonFields& fields, const ApiLimits& limits,
   return absl::OkStatus();
 }
 
+// {"type": "auto", "any", "tool" or "none", "name": …, "disable_parallel_tool_use": …}
+absl::StatusOr<ToolChoice> ReadChoice(const JsonFields& fields) {
+  ToolChoice choice;
+  const std::optional<dom::element> value = fields.Find("tool_choice");
+  if (!value) return choice;
+  ASSIGN_OR_RETURN(const JsonFields said, JsonFields::Of(*value, "tool_choice"));
+  std::optional<std::string> type, name;
+  bool only_one = false;
+  RETURN_IF_ERROR(said.Read("type", type));
+  RETURN_IF_ERROR(said.Read("name", name));
+  RETURN_IF_ERROR(said.Read("disable_parallel_tool_use", only_one));
+  choice.parallel = !only_one;
+  if (type == "auto") {
+    choice.kind = ToolChoice::Kind::kAuto;
+  } else if (type == "none") {
+    choice.kind = ToolChoice::Kind::kNone;
+  } else if (type == "any") {
+    choice.kind = ToolChoice::Kind::kRequired;
+  } else if (type == "tool" && name) {
+    choice.kind = ToolChoice::Kind::kNamed;
+    choice.name = *std::move(name);
+  } else if (type == "tool") {
+    return said.WrongType("name", "a string");
+  } else {
+    return InvalidParameter(said.NameOf("type"),
+                            absl::StrCat("tool_choice.type must be auto, any, tool or none, got '",
+                                         type.value_or(""), "'."));
+  }
+  return choice;
+}
+
+absl::Status ReadToolUse(const JsonFields& fields, ChatRequest& request) {
+  ASSIGN_OR_RETURN(request.prompt.options.tools, ReadBareTools(fields, "custom", "input_schema"));
+  ASSIGN_OR_RETURN(const ToolChoice choice, ReadChoice(fields));
+  request.call_id_prefix = "toolu_";
+  return AllowTools(choice, request);
+}
+
+// {"type": "enabled", "adaptive" or "disabled"}; how much it thinks is for the model to know.
+absl::Status ReadThinking(const JsonFields& fields, bool& thinking) {
+  const std::optional<dom::element> value = fields.Find("thinking");
+  if (!value) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const JsonFields said, JsonFields::Of(*value, "thinking"));
+  std::optional<std::string> type;
+  RETURN_IF_ERROR(said.Read("type", type));
+  if (!type) return said.WrongType("type", "a string");
+  thinking = *type != "disabled";
+  return absl::OkStatus();
+}
+
 absl::Status ReadPrompt(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
   RETURN_IF_ERROR(fields.Read("model", request.model));
-  if (const std::optional<dom::element> tools = fields.Find("tools")) {
-    dom::array list;
-    if (tools->get(list)) return fields.WrongType("tools", "a list of tools");
-    if (list.size() > 0) return NotSupportedYet("tools", "calling tools");
-  }
+  RETURN_IF_ERROR(ReadToolUse(fields, request));
+  RETURN_IF_ERROR(ReadThinking(fields, request.prompt.options.thinking));
   RETURN_IF_ERROR(ReadMessages(fields, limits, request.prompt.messages));
   if (request.prompt.messages.empty()) {
     return InvalidParameter("messages", "messages must have at least one message with content.");
@@ -191,7 +249,6 @@ absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
   RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   request.parameters.n = 1;
-  request.include_reasoning = false;
   request.parameters.include_usage = true;  // the last events carry it
   RETURN_IF_ERROR(ReadStopSequences(fields, limits, request.parameters.stop));
   std::optional<int64_t> max_tokens;

@@ -16,6 +16,11 @@ absl::StatusOr<ResponsesRequest> ResponsesHandler::Parse(const HttpRequest& requ
                    ParseResponsesRequest(request.body, api_.defaults, api_.limits));
   RETURN_IF_ERROR(api_.model.CheckName(parsed.chat.model));
   RETURN_IF_ERROR(api_.text.CheckHasChat());
+  const ChatPrompt& prompt = parsed.chat.prompt;
+  if (parsed.chat.num_logprobs &&
+      api_.text.chat_encoder().EndsInThinking(prompt.messages, prompt.options)) {
+    return InvalidParameter("include", "logprobs of an answer with thoughts are not supported");
+  }
   return parsed;
 }
 

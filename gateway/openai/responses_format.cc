@@ -9,12 +9,11 @@
 
 namespace fathom {
 
+using Kind = AnswerItem::Kind;
+
 ResponsesFormat::ResponsesFormat(ResponseHeader header, const ResponsesRequest& request,
                                  TokenNames names)
-    : header_(std::move(header)),
-      request_(request),
-      names_(names),
-      item_id_(absl::StrCat("msg_", header_.id.substr(header_.id.find('_') + 1))) {}
+    : header_(std::move(header)), request_(request), names_(names) {}
 
 JsonWriter ResponsesFormat::BeginEvent(std::string_view type) {
   JsonWriter json;
@@ -23,13 +22,24 @@ JsonWriter ResponsesFormat::BeginEvent(std::string_view type) {
   return json;
 }
 
-void ResponsesFormat::EndEvent(std::string_view type, JsonWriter json, std::string& events) const {
-  json.EndObject();
-  AppendNamedEvent(type, json.text(), events);
+JsonWriter ResponsesFormat::BeginItemEvent(std::string_view type, const AnswerItem& item) {
+  JsonWriter json = BeginEvent(type);
+  json.Key("item_id").String(IdOf(item)).Key("output_index").Int(static_cast<int64_t>(item.index));
+  if (item.kind() != Kind::kToolCall) json.Key("content_index").Int(0);
+  return json;
 }
 
-void ResponsesFormat::WritePlace(JsonWriter& json) const {
-  json.Key("item_id").String(item_id_).Key("output_index").Int(0).Key("content_index").Int(0);
+void ResponsesFormat::EndEvent(std::string_view type, JsonWriter json) {
+  json.EndObject();
+  AppendNamedEvent(type, json.text(), events_);
+}
+
+std::string ResponsesFormat::IdOf(const AnswerItem& item) const {
+  const std::string_view prefix = item.kind() == Kind::kReasoning ? "rs_"
+                                  : item.kind() == Kind::kContent ? "msg_"
+                                                                  : "fc_";
+  const std::string_view id = std::string_view(header_.id).substr(header_.id.find('_') + 1);
+  return absl::StrCat(std::string(prefix), std::string(id), "_", item.index);
 }
 
 void ResponsesFormat::WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const {
@@ -41,22 +51,45 @@ void ResponsesFormat::WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) 
   WriteLogprobList(tokens, names_, json);
 }
 
-void ResponsesFormat::WritePart(ItemState state, JsonWriter& json) const {
-  const ChoiceDelta nothing;
-  const ChoiceDelta& answer = state == ItemState::kDone ? answer_ : nothing;
-  json.BeginObject().Key("type").String("output_text").Key("text").String(answer.message.content);
+void ResponsesFormat::WritePart(const AnswerItem& item, std::string_view text,
+                                JsonWriter& json) const {
+  if (item.kind() == Kind::kReasoning) {
+    json.BeginObject().Key("type").String("reasoning_text").Key("text").String(text).EndObject();
+    return;
+  }
+  json.BeginObject().Key("type").String("output_text").Key("text").String(text);
   json.Key("annotations").BeginArray().EndArray();
-  WriteLogprobs(answer, json);
+  const ChoiceDelta nothing;
+  WriteLogprobs(text.empty() ? nothing : tokens_, json);
   json.EndObject();
 }
 
-void ResponsesFormat::WriteItem(ItemState state, JsonWriter& json) const {
-  const std::string_view done = complete() ? "completed" : "incomplete";
-  json.BeginObject().Key("id").String(item_id_).Key("type").String("message");
-  json.Key("status").String(state == ItemState::kDone ? done : "in_progress");
-  json.Key("role").String("assistant").Key("content").BeginArray();
-  if (state == ItemState::kDone) WritePart(state, json);
+void ResponsesFormat::WriteItem(const AnswerItem& item, ItemState state, JsonWriter& json) const {
+  const bool has_begun = state == ItemState::kBegun;
+  const std::string_view status = has_begun                        ? "in_progress"
+                                  : state == ItemState::kCompleted ? "completed"
+                                                                   : "incomplete";
+  json.BeginObject().Key("id").String(IdOf(item)).Key("type");
+  if (item.kind() == Kind::kToolCall) {
+    json.String("function_call").Key("status").String(status);
+    json.Key("call_id").String(item.call_id).Key("name").String(item.name);
+    json.Key("arguments").String(has_begun ? "" : item.text).EndObject();
+    return;
+  }
+  if (item.kind() == Kind::kReasoning) {
+    json.String("reasoning").Key("status").String(status);
+    json.Key("summary").BeginArray().EndArray().Key("encrypted_content").Null();
+  } else {
+    json.String("message").Key("status").String(status).Key("role").String("assistant");
+  }
+  json.Key("content").BeginArray();
+  if (!has_begun) WritePart(item, item.text, json);
   json.EndArray().EndObject();
+}
+
+ResponsesFormat::ItemState ResponsesFormat::EndOf(const AnswerItem& item) const {
+  const bool is_last = item.index + 1 == items_.items().size();
+  return is_last && !complete() ? ItemState::kIncomplete : ItemState::kCompleted;
 }
 
 void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
@@ -79,14 +112,17 @@ void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
     json.Null();
   }
   json.Key("model").String(header_.model).Key("output").BeginArray();
-  if (usage) WriteItem(ItemState::kDone, json);
-  json.EndArray().Key("parallel_tool_calls").Bool(true).Key("previous_response_id").Null();
+  if (usage) {
+    for (const AnswerItem& item : items_.items()) WriteItem(item, EndOf(item), json);
+  }
+  json.EndArray().Key("parallel_tool_calls").Bool(request_.parallel_tool_calls);
+  json.Key("previous_response_id").Null();
   json.Key("reasoning").BeginObject().Key("effort").Raw(request_.reasoning_effort);
   json.Key("summary").Null().EndObject().Key("service_tier").Null().Key("store").Bool(false);
   json.Key("temperature").Float(sampling.temperature());
   json.Key("text").BeginObject().Key("format").BeginObject().Key("type").String("text");
-  json.EndObject().EndObject().Key("tool_choice").String("auto");
-  json.Key("tools").BeginArray().EndArray().Key("top_logprobs");
+  json.EndObject().EndObject().Key("tool_choice").Raw(request_.tool_choice);
+  json.Key("tools").Raw(request_.tools).Key("top_logprobs");
   json.Int(request_.chat.num_logprobs.value_or(0));
   json.Key("top_p").Float(sampling.top_p()).Key("truncation").String("disabled").Key("usage");
   if (usage) {
@@ -94,7 +130,8 @@ void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
     json.Key("input_tokens_details").BeginObject();
     json.Key("cached_tokens").Int(usage->cached_tokens).EndObject();
     json.Key("output_tokens").Int(usage->completion_tokens);
-    json.Key("output_tokens_details").BeginObject().Key("reasoning_tokens").Int(0).EndObject();
+    json.Key("output_tokens_details").BeginObject();
+    json.Key("reasoning_tokens").Int(usage->reasoning_tokens).EndObject();
     json.Key("total_tokens").Int(usage->prompt_tokens + usage->completion_tokens).EndObject();
   } else {
     json.Null();
@@ -103,62 +140,86 @@ void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
 }
 
 std::string ResponsesFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
-  answer_ = std::move(choices.front());
+  tokens_ = std::move(choices.front());
+  finish_reason_ = tokens_.finish_reason;
+  items_.Append(tokens_.message, nullptr);
   JsonWriter json;
   WriteResponse(usage, json);
   return json.Take();
 }
 
 std::vector<std::string> ResponsesFormat::FirstEvents(const std::optional<TokenUsage>&) {
-  std::string events;
   for (const char* type : {"response.created", "response.in_progress"}) {
     JsonWriter json = BeginEvent(type);
     json.Key("response");
     WriteResponse(std::nullopt, json);
-    EndEvent(type, std::move(json), events);
+    EndEvent(type, std::move(json));
   }
-  JsonWriter item = BeginEvent("response.output_item.added");
-  item.Key("output_index").Int(0).Key("item");
-  WriteItem(ItemState::kBegun, item);
-  EndEvent("response.output_item.added", std::move(item), events);
-  JsonWriter part = BeginEvent("response.content_part.added");
-  WritePlace(part);
-  part.Key("part");
-  WritePart(ItemState::kBegun, part);
-  EndEvent("response.content_part.added", std::move(part), events);
-  return {std::move(events)};
+  return {std::exchange(events_, "")};
+}
+
+void ResponsesFormat::AppendItemEvent(std::string_view type, const AnswerItem& item,
+                                      ItemState state) {
+  JsonWriter json = BeginEvent(type);
+  json.Key("output_index").Int(static_cast<int64_t>(item.index)).Key("item");
+  WriteItem(item, state, json);
+  EndEvent(type, std::move(json));
+}
+
+void ResponsesFormat::AppendPartEvent(std::string_view type, const AnswerItem& item,
+                                      std::string_view text) {
+  JsonWriter json = BeginItemEvent(type, item);
+  json.Key("part");
+  WritePart(item, text, json);
+  EndEvent(type, std::move(json));
+}
+
+void ResponsesFormat::OnBegin(const AnswerItem& item) {
+  AppendItemEvent("response.output_item.added", item, ItemState::kBegun);
+  if (item.kind() != Kind::kToolCall) AppendPartEvent("response.content_part.added", item, "");
+}
+
+void ResponsesFormat::OnPiece(const AnswerItem& item, std::string_view piece) {
+  const std::string_view type = item.kind() == Kind::kReasoning ? "response.reasoning_text.delta"
+                                : item.kind() == Kind::kContent
+                                    ? "response.output_text.delta"
+                                    : "response.function_call_arguments.delta";
+  JsonWriter json = BeginItemEvent(type, item);
+  json.Key("delta").String(piece);
+  if (item.kind() == Kind::kContent) WriteLogprobs(std::exchange(new_tokens_, {}), json);
+  EndEvent(type, std::move(json));
+}
+
+void ResponsesFormat::OnEnd(const AnswerItem& item) {
+  const std::string_view type = item.kind() == Kind::kReasoning ? "response.reasoning_text.done"
+                                : item.kind() == Kind::kContent
+                                    ? "response.output_text.done"
+                                    : "response.function_call_arguments.done";
+  JsonWriter json = BeginItemEvent(type, item);
+  if (item.kind() == Kind::kToolCall) {
+    json.Key("name").String(item.name).Key("arguments").String(item.text);
+  } else {
+    json.Key("text").String(item.text);
+  }
+  if (item.kind() == Kind::kContent) WriteLogprobs(tokens_, json);
+  EndEvent(type, std::move(json));
+  if (item.kind() != Kind::kToolCall) {
+    AppendPartEvent("response.content_part.done", item, item.text);
+  }
+  AppendItemEvent("response.output_item.done", item, EndOf(item));
 }
 
 std::string ResponsesFormat::Event(size_t, ChoiceDelta delta, const std::optional<TokenUsage>&) {
-  std::string events;
-  if (!delta.message.content.empty()) {
-    JsonWriter json = BeginEvent("response.output_text.delta");
-    WritePlace(json);
-    json.Key("delta").String(delta.message.content);
-    WriteLogprobs(delta, json);
-    EndEvent("response.output_text.delta", std::move(json), events);
+  const std::string_view finish_reason = delta.finish_reason;
+  const MessageDelta message = std::exchange(delta.message, {});
+  if (!delta.logprobs.empty()) {
+    tokens_.Append(delta);
+    new_tokens_.Append(std::move(delta));
   }
-  const bool finished = !delta.finish_reason.empty();
-  answer_.Append(std::move(delta));
-  if (finished) AppendEndOfItem(events);
-  return events;
-}
-
-void ResponsesFormat::AppendEndOfItem(std::string& events) {
-  JsonWriter text = BeginEvent("response.output_text.done");
-  WritePlace(text);
-  text.Key("text").String(answer_.message.content);
-  WriteLogprobs(answer_, text);
-  EndEvent("response.output_text.done", std::move(text), events);
-  JsonWriter part = BeginEvent("response.content_part.done");
-  WritePlace(part);
-  part.Key("part");
-  WritePart(ItemState::kDone, part);
-  EndEvent("response.content_part.done", std::move(part), events);
-  JsonWriter item = BeginEvent("response.output_item.done");
-  item.Key("output_index").Int(0).Key("item");
-  WriteItem(ItemState::kDone, item);
-  EndEvent("response.output_item.done", std::move(item), events);
+  items_.Append(message, this);
+  finish_reason_ = finish_reason;  // of the last item alone
+  if (!finish_reason_.empty()) items_.Finish(this);
+  return std::exchange(events_, "");
 }
 
 std::string ResponsesFormat::UsageEvent(const TokenUsage& usage) {
@@ -166,15 +227,13 @@ std::string ResponsesFormat::UsageEvent(const TokenUsage& usage) {
   JsonWriter json = BeginEvent(type);
   json.Key("response");
   WriteResponse(usage, json);
-  std::string events;
-  EndEvent(type, std::move(json), events);
-  return events;
+  EndEvent(type, std::move(json));
+  return std::exchange(events_, "");
 }
 
 std::string ResponsesFormat::ErrorEvent(const absl::Status& status) {
-  std::string events;
-  AppendNamedEvent("error", ErrorJson(status), events);
-  return events;
+  AppendNamedEvent("error", ErrorJson(status), events_);
+  return std::exchange(events_, "");
 }
 
 }  // namespace fathom

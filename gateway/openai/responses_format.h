@@ -1,16 +1,19 @@
 // The words of /v1/responses. Not thread-safe; one per request.
 //
-// A stream is response.created, response.in_progress, what becomes of the one output item, and
-// response.completed or response.incomplete with all of it; events are numbered.
+// A stream is response.created, response.in_progress, what becomes of each output item, and
+// response.completed or response.incomplete with all of it; events are numbered. Items are
+// `reasoning` (with the thoughts as its content, no summary), `message` and `function_call`.
 // Source: OpenAI's API reference, "The response object" and "Streaming events".
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "gateway/openai/answer.h"
+#include "gateway/openai/answer_items.h"
 #include "gateway/openai/json_writer.h"
 #include "gateway/openai/model_text.h"
 #include "gateway/openai/response_header.h"
@@ -18,7 +21,7 @@
 
 namespace fathom {
 
-class ResponsesFormat : public AnswerFormat {
+class ResponsesFormat : public AnswerFormat, private AnswerItems::Listener {
  public:
   // `request` must outlive this.
   ResponsesFormat(ResponseHeader header, const ResponsesRequest& request, TokenNames names);
@@ -32,26 +35,39 @@ class ResponsesFormat : public AnswerFormat {
   std::string ErrorEvent(const absl::Status& status) override;
 
  private:
+  enum class ItemState { kBegun, kCompleted, kIncomplete };
+
+  void OnBegin(const AnswerItem& item) override;
+  void OnPiece(const AnswerItem& item, std::string_view piece) override;
+  void OnEnd(const AnswerItem& item) override;
+
   // {"type":TYPE,"sequence_number":N, and what the caller adds up to EndEvent.
   JsonWriter BeginEvent(std::string_view type);
-  void EndEvent(std::string_view type, JsonWriter json, std::string& events) const;
-  // "item_id" to "content_index".
-  void WritePlace(JsonWriter& json) const;
+  // The same of an event about that item.
+  JsonWriter BeginItemEvent(std::string_view type, const AnswerItem& item);
+  void EndEvent(std::string_view type, JsonWriter json);
+  void AppendItemEvent(std::string_view type, const AnswerItem& item, ItemState state);
+  void AppendPartEvent(std::string_view type, const AnswerItem& item, std::string_view text);
 
   // `usage` absent: it is still in progress.
   void WriteResponse(const std::optional<TokenUsage>& usage, JsonWriter& json) const;
-  enum class ItemState { kBegun, kDone };
-  void WriteItem(ItemState state, JsonWriter& json) const;
-  void WritePart(ItemState state, JsonWriter& json) const;
+  void WriteItem(const AnswerItem& item, ItemState state, JsonWriter& json) const;
+  // Of thoughts and text.
+  void WritePart(const AnswerItem& item, std::string_view text, JsonWriter& json) const;
   void WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const;
-  void AppendEndOfItem(std::string& events);
-  bool complete() const { return answer_.finish_reason != "length"; }
+  // Of an item that has ended; the length limit cuts the last one short.
+  ItemState EndOf(const AnswerItem& item) const;
+  std::string IdOf(const AnswerItem& item) const;
+  bool complete() const { return finish_reason_ != "length"; }
 
   const ResponseHeader header_;
   const ResponsesRequest& request_;
   const TokenNames names_;
-  const std::string item_id_;
-  ChoiceDelta answer_;  // so far
+  AnswerItems items_;
+  std::string_view finish_reason_;  // "" while it goes on
+  ChoiceDelta tokens_;              // with logprobs, if asked for: then the answer is text alone
+  ChoiceDelta new_tokens_;          // not yet in an event
+  std::string events_;              // not yet returned
   int64_t next_number_ = 0;
 };
 

@@ -33,7 +33,8 @@ absl::StatusOr<std::string> ReadText(const JsonFields& fields, std::string_view 
     ASSIGN_OR_RETURN(const JsonFields part, JsonFields::Of(element, fields.NameOf(key)));
     std::optional<std::string> type, part_text;
     RETURN_IF_ERROR(part.Read("type", type));
-    if (type != "input_text" && type != "output_text" && type != "text") {
+    if (type != "input_text" && type != "output_text" && type != "text" &&
+        type != "reasoning_text") {
       return InvalidParameter(part.NameOf("type"),
                               absl::StrCat("parts of type '", type.value_or(""),
                                            "' are not supported, expected 'input_text' or "
@@ -67,47 +68,76 @@ absl::StatusOr<ChatMessage> ReadMessage(const JsonFields& item) {
   return message;
 }
 
-// Calls follow each other as items, in a chat they are one message's.
-absl::Status ReadFunctionCall(const JsonFields& item, std::vector<ChatMessage>& messages) {
-  std::optional<std::string> name, arguments;
-  RETURN_IF_ERROR(item.Read("name", name));
-  RETURN_IF_ERROR(item.Read("arguments", arguments));
-  if (!name) return item.WrongType("name", "a string");
-  if (!arguments) return item.WrongType("arguments", "a string");
-  if (messages.empty() || messages.back().role != ChatMessage::Role::kAssistant) {
-    messages.emplace_back();
-    messages.back().role = ChatMessage::Role::kAssistant;
-  }
-  ChatToolCall call;
-  call.name = *std::move(name);
-  call.arguments = *std::move(arguments);
-  messages.back().tool_calls.push_back(std::move(call));
-  return absl::OkStatus();
-}
+// Items as messages of a chat: thoughts, words and calls that follow each other are one message's.
+class ItemReader {
+ public:
+  explicit ItemReader(std::vector<ChatMessage>& messages) : messages_(messages) {}
 
-absl::Status ReadItem(dom::element element, std::string name, std::vector<ChatMessage>& messages) {
-  ASSIGN_OR_RETURN(const JsonFields item, JsonFields::Of(element, std::move(name)));
-  std::optional<std::string> type;
-  RETURN_IF_ERROR(item.Read("type", type));
-  if (type == "function_call") return ReadFunctionCall(item, messages);
-  if (type == "reasoning") return absl::OkStatus();  // what an earlier answer thought
-  if (type == "function_call_output") {
-    ChatMessage output;
-    output.role = ChatMessage::Role::kTool;
-    ASSIGN_OR_RETURN(output.content, ReadText(item, "output"));
-    messages.push_back(std::move(output));
-    return absl::OkStatus();
-  }
-  if (type && *type != "message") {
+  absl::Status Read(dom::element element, std::string name) {
+    ASSIGN_OR_RETURN(const JsonFields item, JsonFields::Of(element, std::move(name)));
+    std::optional<std::string> type;
+    RETURN_IF_ERROR(item.Read("type", type));
+    if (!type || *type == "message") return ReadWords(item);
+    if (*type == "function_call") return ReadCall(item);
+    if (*type == "function_call_output") return ReadOutput(item);
+    if (*type == "reasoning") return ReadThoughts(item);
     return InvalidParameter(
         item.NameOf("type"),
         absl::StrCat("items of type '", *type, "' are not supported, expected 'message', ",
                      "'function_call', 'function_call_output' or 'reasoning'"));
   }
-  ASSIGN_OR_RETURN(ChatMessage message, ReadMessage(item));
-  messages.push_back(std::move(message));
-  return absl::OkStatus();
-}
+
+ private:
+  absl::Status ReadWords(const JsonFields& item) {
+    ASSIGN_OR_RETURN(ChatMessage message, ReadMessage(item));
+    if (message.role == ChatMessage::Role::kAssistant) {
+      message.reasoning = std::exchange(thoughts_, "");
+    }
+    messages_.push_back(std::move(message));
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadCall(const JsonFields& item) {
+    std::optional<std::string> id, name, arguments;
+    RETURN_IF_ERROR(item.Read("call_id", id));
+    RETURN_IF_ERROR(item.Read("name", name));
+    RETURN_IF_ERROR(item.Read("arguments", arguments));
+    if (!name) return item.WrongType("name", "a string");
+    if (!arguments) return item.WrongType("arguments", "a string");
+    if (messages_.empty() || messages_.back().role != ChatMessage::Role::kAssistant ||
+        !thoughts_.empty()) {
+      messages_.emplace_back();
+      messages_.back().role = ChatMessage::Role::kAssistant;
+      messages_.back().reasoning = std::exchange(thoughts_, "");
+    }
+    ChatToolCall call;
+    call.id = id.value_or("");
+    call.name = *std::move(name);
+    call.arguments = *std::move(arguments);
+    messages_.back().tool_calls.push_back(std::move(call));
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadOutput(const JsonFields& item) {
+    std::optional<std::string> id;
+    RETURN_IF_ERROR(item.Read("call_id", id));
+    ChatMessage output;
+    output.role = ChatMessage::Role::kTool;
+    output.tool_call_id = id.value_or("");
+    ASSIGN_OR_RETURN(output.content, ReadText(item, "output"));
+    messages_.push_back(std::move(output));
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadThoughts(const JsonFields& item) {
+    if (!item.Find("content")) return absl::OkStatus();  // only a summary
+    ASSIGN_OR_RETURN(thoughts_, ReadText(item, "content"));
+    return absl::OkStatus();
+  }
+
+  std::vector<ChatMessage>& messages_;
+  std::string thoughts_;  // of the assistant's next message
+};
 
 absl::Status ReadInput(const JsonFields& fields, const ApiLimits& limits,
                        std::vector<ChatMessage>& messages) {
@@ -126,8 +156,9 @@ absl::Status ReadInput(const JsonFields& fields, const ApiLimits& limits,
         "input", absl::StrCat("input has ", items.size(), " items, limit ", limits.messages, "."));
   }
   size_t index = 0;
+  ItemReader reader(messages);
   for (const dom::element element : items) {
-    RETURN_IF_ERROR(ReadItem(element, absl::StrCat("input[", index++, "]"), messages));
+    RETURN_IF_ERROR(reader.Read(element, absl::StrCat("input[", index++, "]")));
   }
   if (messages.empty()) return InvalidParameter("input", "input must have at least one message.");
   return absl::OkStatus();
@@ -148,11 +179,6 @@ absl::Status RefuseState(const JsonFields& fields) {
     return InvalidParameter("background",
                             "background is not supported: this server keeps no "
                             "responses");
-  }
-  if (const std::optional<dom::element> tools = fields.Find("tools")) {
-    dom::array list;
-    if (tools->get(list)) return fields.WrongType("tools", "a list of tools");
-    if (list.size() > 0) return NotSupportedYet("tools", "calling tools");
   }
   if (const std::optional<dom::element> text = fields.Find("text")) {
     ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*text, "text"));
@@ -200,7 +226,20 @@ absl::Status ReadEchoes(const JsonFields& fields, ResponsesRequest& request) {
     ASSIGN_OR_RETURN(const JsonFields reasoning, JsonFields::Of(*value, "reasoning"));
     RETURN_IF_ERROR(reasoning.Read("effort", effort));
     request.reasoning_effort = Quoted(effort);
+    if (effort) request.chat.prompt.options.thinking = *effort != "none";
   }
+  return absl::OkStatus();
+}
+
+absl::Status ReadToolUse(const JsonFields& fields, ResponsesRequest& request) {
+  ChatRequest& chat = request.chat;
+  ASSIGN_OR_RETURN(chat.prompt.options.tools, ReadBareTools(fields, "function", "parameters"));
+  ASSIGN_OR_RETURN(const ToolChoice choice, ReadToolChoice(fields, FunctionName::kBare));
+  RETURN_IF_ERROR(AllowTools(choice, chat));
+  chat.call_id_prefix = "call_";
+  request.parallel_tool_calls = choice.parallel;
+  if (const auto tools = fields.Find("tools")) request.tools = simdjson::minify(*tools);
+  if (const auto value = fields.Find("tool_choice")) request.tool_choice = simdjson::minify(*value);
   return absl::OkStatus();
 }
 
@@ -217,7 +256,6 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
   RETURN_IF_ERROR(RefuseState(fields));
   ASSIGN_OR_RETURN(chat.parameters, ReadGenerationParameters(fields, defaults, limits));
   chat.parameters.n = 1;
-  chat.include_reasoning = false;
   chat.parameters.include_usage = true;  // the last event carries it
   std::optional<std::string> instructions;
   RETURN_IF_ERROR(fields.Read("instructions", instructions));
@@ -236,6 +274,10 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
     chat.max_tokens = static_cast<uint32_t>(*max_tokens);
   }
   RETURN_IF_ERROR(ReadEchoes(fields, request));
+  RETURN_IF_ERROR(ReadToolUse(fields, request));
+  if (chat.num_logprobs && chat.tool_calls != ToolCalls::kNone) {
+    return InvalidParameter("include", absl::StrCat(kLogprobs, " is not supported with tools"));
+  }
   return request;
 }
 

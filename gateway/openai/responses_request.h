@@ -21,6 +21,9 @@ struct ResponsesRequest {
   std::string instructions = "null";
   std::string metadata = "{}";
   std::string reasoning_effort = "null";
+  std::string tools = "[]";
+  std::string tool_choice = "\"auto\"";
+  bool parallel_tool_calls = true;
   std::string user = "null";
 };
 

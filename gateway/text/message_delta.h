@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace fathom {
@@ -16,18 +17,40 @@ struct ToolCallDelta {
   std::string arguments;
 };
 
+// Neighbouring bytes of one kind, of a tool call those of its arguments, which may be none.
+struct MessageRun {
+  enum class Kind { kReasoning, kContent, kToolCall };
+  Kind kind = Kind::kContent;
+  size_t call = 0;  // its index in the answer
+  size_t num_bytes = 0;
+
+  bool IsOfSamePart(const MessageRun& other) const {
+    return kind == other.kind && call == other.call;
+  }
+};
+
 struct MessageDelta {
   std::string reasoning;
   std::string content;
   std::vector<ToolCallDelta> tool_calls;  // at most one for each index, in order
+  // In which order the model wrote all that. Neighbours are of different parts.
+  std::vector<MessageRun> runs;
 
   bool empty() const { return reasoning.empty() && content.empty() && tool_calls.empty(); }
 
   // Appends `next`, which follows this.
   void Append(MessageDelta next);
 
-  // The piece of the call `index`, new if this has none.
+  void AddReasoning(std::string_view text);
+  void AddContent(std::string_view text);
+  void BeginCall(size_t index, std::string id, std::string name);
+  // Of a call that has begun, here or before this.
+  void AddArguments(size_t index, std::string_view text);
+
+ private:
+  // The piece of the call `index`, the last or new.
   ToolCallDelta& CallAt(size_t index);
+  void AddRun(const MessageRun& run);
 };
 
 }  // namespace fathom

@@ -40,23 +40,22 @@ void OutputParser::Finish(MessageDelta& delta) {
 
 void OutputParser::PlainText(std::string_view text) {
   if (!thinks_) {
-    delta_->content += text;
+    delta_->AddContent(text);
   } else if (options_.include_reasoning) {
-    delta_->reasoning += text;
+    delta_->AddReasoning(text);
   }
 }
 
 void OutputParser::BeginCall(std::string id, std::string name) {
   ++num_calls_;
   if (options_.only_one_call && num_calls_ > 1) return;
-  ToolCallDelta& call = delta_->CallAt(num_calls_ - 1);
-  call.id = id.empty() && options_.make_call_id ? options_.make_call_id() : std::move(id);
-  call.name = std::move(name);
+  if (id.empty() && options_.make_call_id) id = options_.make_call_id();
+  delta_->BeginCall(num_calls_ - 1, std::move(id), std::move(name));
 }
 
 void OutputParser::Arguments(std::string_view text) {
-  if (text.empty() || (options_.only_one_call && num_calls_ > 1)) return;
-  delta_->CallAt(num_calls_ - 1).arguments += text;
+  if (options_.only_one_call && num_calls_ > 1) return;
+  delta_->AddArguments(num_calls_ - 1, text);
 }
 
 }  // namespace fathom

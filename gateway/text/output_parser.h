@@ -44,6 +44,8 @@ class OutputParser : private ToolCallSink {
   // The end.
   void Finish(MessageDelta& delta);
 
+  // Whether what comes next is a thought, unless a marker ends them.
+  bool thinks() const { return thinks_; }
   // Whether a call has begun.
   bool has_called() const { return num_calls_ > 0; }
 

@@ -1,16 +1,10 @@
 // POST /v1/chat/completions for models that think and call tools.
-#include <stdlib.h>
-
-#include <filesystem>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "base/check.h"
 #include "gmock/gmock.h"
-#include "tests/gateway/gateway_fixture.h"
+#include "tests/gateway/tool_model_fixture.h"
 
 namespace fathom {
 namespace {
@@ -19,7 +13,6 @@ using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-constexpr char kTiny[] = "tests/golden/tokenizer_tiny";
 constexpr char kAsk[] = R"("messages":[{"role":"user","content":"hi"}])";
 constexpr char kTools[] =
     R"("tools":[{"type":"function","function":{"name":"get","description":"d","parameters":{}}}])";
@@ -28,49 +21,11 @@ constexpr char kCall[] =
     "<｜tool▁call▁end｜><｜tool▁call▁begin｜>get<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
     "<｜tool▁calls▁end｜>";
 
-// The tiny tokenizer with the tokens of DeepSeek-V3.1, in a folder of its own.
-class ChatToolsTest : public GatewayTest {
+class ChatToolsTest : public ToolModelTest {
  protected:
-  ChatToolsTest() {
-    char folder[] = "/tmp/fathom-chat-tools-XXXXXX";
-    CHECK(mkdtemp(folder) != nullptr);
-    folder_ = folder;
-    std::ostringstream text;
-    text << std::ifstream(std::string(kTiny) + "/tokenizer.json").rdbuf();
-    std::string json = text.str();
-    std::string tokens;
-    uint32_t id = 512;
-    for (const char* part : {"calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep",
-                             "outputs▁begin", "outputs▁end", "output▁begin", "output▁end"}) {
-      absl::StrAppend(&tokens, "{\"id\":", id++, ",\"content\":\"<｜tool▁", part,
-                      "｜>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,"
-                      "\"normalized\":true,\"special\":false},");
-    }
-    constexpr std::string_view kBegin = "\"added_tokens\": [";
-    json.insert(json.find(kBegin) + kBegin.size(), tokens);
-    std::ofstream(folder_ + "/tokenizer.json") << json;
-    std::filesystem::copy(std::string(kTiny) + "/tokenizer_config.json", folder_);
-    tokenizer_ = *Tokenizer::Load(folder_);
-    options_.model_dir = folder_;
-    options_.chat_encoding = "deepseek_v31";
-    coordinator_.model_info().set_vocab_size(id);
-    coordinator_.model_info().set_max_model_len(4096);
-  }
-  ~ChatToolsTest() override { std::filesystem::remove_all(folder_); }
-
-  // The prompt of the last call, as text.
-  std::string LastPrompt() const {
-    std::string text;
-    const v1::GenerateRequest request = coordinator_.requests().back();
-    for (const uint32_t id : request.prompt_token_ids()) text += tokenizer_->BytesOf(id);
-    return text;
-  }
-
   HttpResponse Chat(const std::string& fields) {
     return PostChat(absl::StrCat("{", kAsk, fields.empty() ? "" : ",", fields, "}"));
   }
-
-  std::string folder_;
 };
 
 TEST_F(ChatToolsTest, GivesThoughtsUnderBothNames) {

@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "gmock/gmock.h"
 #include "tests/gateway/gateway_fixture.h"
+#include "tests/gateway/named_events.h"
 
 namespace fathom {
 namespace {
@@ -15,37 +15,10 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-using NamedEvents = std::vector<std::pair<std::string, std::string>>;
-
 class DialectsTest : public GatewayTest {
  protected:
   HttpResponse PostResponses(std::string_view json) { return Ask(Post("/v1/responses", json)); }
   HttpResponse PostMessages(std::string_view json) { return Ask(Post("/v1/messages", json)); }
-
-  // Whole events with names, each chunk one or more of them; nothing else.
-  static NamedEvents EventsWithNames(const HttpResponse& response) {
-    NamedEvents events;
-    for (const std::string& chunk : response.chunks) {
-      EXPECT_TRUE(chunk.ends_with("\n\n")) << chunk;
-      for (const absl::string_view event : absl::StrSplit(chunk, "\n\n", absl::SkipEmpty())) {
-        const std::vector<std::string> lines = absl::StrSplit(event, '\n');
-        EXPECT_EQ(lines.size(), 2u) << event;
-        EXPECT_THAT(lines[0], StartsWith("event: "));
-        EXPECT_THAT(lines[1], StartsWith("data: "));
-        events.emplace_back(lines[0].substr(7), lines[1].substr(6));
-      }
-    }
-    return events;
-  }
-
-  static std::vector<std::string> Names(const NamedEvents& events) {
-    std::vector<std::string> names;
-    for (const auto& [name, data] : events) {
-      names.push_back(name);
-      EXPECT_THAT(data, StartsWith(absl::StrCat("{\"type\":\"", name, "\"")));
-    }
-    return names;
-  }
 
   std::string LastPrompt() {
     const v1::GenerateRequest sent = coordinator_.requests().back();
@@ -70,7 +43,7 @@ TEST_F(DialectsTest, AResponseIsAsDocumented) {
       HasSubstr(absl::StrCat(
           R"("status":"completed","background":false,"error":null,"incomplete_details":null,)"
           R"("instructions":"be brief","max_output_tokens":20,"model":"tiny","output":[)"
-          R"({"id":"msg_test","type":"message","status":"completed","role":"assistant","content":[)"
+          R"({"id":"msg_test_0","type":"message","status":"completed","role":"assistant","content":[)"
           R"({"type":"output_text","text":"hi","annotations":[],"logprobs":[]}]}],)"
           R"("parallel_tool_calls":true,"previous_response_id":null,)"
           R"("reasoning":{"effort":null,"summary":null},"service_tier":null,"store":false,)"
@@ -110,7 +83,7 @@ TEST_F(DialectsTest, AStreamedResponseTellsItsLifeInNumberedEvents) {
       PostResponses(R"({"input":"x","stream":true,"max_output_tokens":2})");
   EXPECT_EQ(response.status, 200);
   const NamedEvents events = EventsWithNames(response);
-  ASSERT_THAT(Names(events),
+  ASSERT_THAT(NamesOf(events),
               ElementsAre("response.created", "response.in_progress", "response.output_item.added",
                           "response.content_part.added", "response.output_text.delta",
                           "response.output_text.delta", "response.output_text.done",
@@ -121,7 +94,7 @@ TEST_F(DialectsTest, AStreamedResponseTellsItsLifeInNumberedEvents) {
   }
   EXPECT_THAT(events[0].second, HasSubstr(R"("status":"in_progress")"));
   EXPECT_EQ(events[4].second,
-            R"({"type":"response.output_text.delta","sequence_number":4,"item_id":"msg_test",)"
+            R"({"type":"response.output_text.delta","sequence_number":4,"item_id":"msg_test_0",)"
             R"("output_index":0,"content_index":0,"delta":"a","logprobs":[]})");
   EXPECT_THAT(events[6].second, HasSubstr(R"("text":"ab")"));
   EXPECT_THAT(events[9].second,
@@ -151,6 +124,15 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
       {R"({"input":"x","temperature":-1})", "temperature must be non-negative"},
       {R"({"input":"x","text":{"format":{"type":"json_schema"}}})", "is not supported yet"},
       {R"({"input":"x","top_logprobs":21})", "top_logprobs must be in [0, 20]"},
+      {R"({"input":"x","tools":[{"type":"web_search"}]})",
+       "only tools of type 'function' are supported"},
+      {R"({"input":"x","tools":[{"type":"function"}]})", "tools[0].name must be a string"},
+      {R"({"input":"x","tool_choice":"auto"})", "`tools` must be set"},
+      {R"({"input":"x","tools":[{"type":"function","name":"f"}],"tool_choice":"required"})",
+       "it needs structured output"},
+      {R"({"input":"x","tools":[{"type":"function","name":"f"}],)"
+       R"("include":["message.output_text.logprobs"]})",
+       "not supported with tools"},
       {R"({"input":"x","metadata":7})", "metadata must be an object"}};
   for (const auto& [json, message] : cases) {
     const HttpResponse response = PostResponses(json);
@@ -189,9 +171,9 @@ TEST_F(DialectsTest, AStreamedMessageTellsItsLifeInEvents) {
   coordinator_.SetScript(Saying({Ids("a")[0], Ids("b")[0]}, v1::FINISH_REASON_LENGTH));
   const NamedEvents events = EventsWithNames(
       PostMessages(R"({"max_tokens":2,"stream":true,"messages":[{"role":"user","content":"x"}]})"));
-  ASSERT_THAT(Names(events), ElementsAre("message_start", "content_block_start",
-                                         "content_block_delta", "content_block_delta",
-                                         "content_block_stop", "message_delta", "message_stop"));
+  ASSERT_THAT(NamesOf(events), ElementsAre("message_start", "content_block_start",
+                                           "content_block_delta", "content_block_delta",
+                                           "content_block_stop", "message_delta", "message_stop"));
   EXPECT_THAT(events[0].second, HasSubstr(R"("content":[],"stop_reason":null)"));
   EXPECT_EQ(events[2].second,
             R"({"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}})");
@@ -208,6 +190,19 @@ TEST_F(DialectsTest, AMessagesErrorsAreInItsOwnWords) {
       {R"({"max_tokens":9,"messages":[{"role":"system","content":"x"}]})", "got 'system'"},
       {R"({"max_tokens":9,"messages":[{"role":"user","content":[{"type":"image"}]}]})",
        "blocks of type 'image' are not supported here"},
+      {R"({"max_tokens":9,"tools":[{"name":"f","type":"bash_20250124"}],)"
+       R"("messages":[{"role":"user","content":"x"}]})",
+       "only tools of type 'custom' are supported"},
+      {R"({"max_tokens":9,"tools":[{"name":"f","input_schema":7}],)"
+       R"("messages":[{"role":"user","content":"x"}]})",
+       "tools[0].input_schema must be an object"},
+      {R"({"max_tokens":9,"tools":[{"name":"f"}],"tool_choice":{"type":"tool","name":"g"},)"
+       R"("messages":[{"role":"user","content":"x"}]})",
+       "does not match any of the specified `tools`"},
+      {R"({"max_tokens":9,"tool_choice":"auto","messages":[{"role":"user","content":"x"}]})",
+       "tool_choice must be a JSON object"},
+      {R"({"max_tokens":9,"thinking":{},"messages":[{"role":"user","content":"x"}]})",
+       "thinking.type must be a string"},
       {R"({"max_tokens":9,"stop_sequences":[""],"messages":[{"role":"user","content":"x"}]})",
        "stop_sequences cannot contain an empty string."}};
   for (const auto& [json, message] : cases) {

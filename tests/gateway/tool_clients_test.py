@@ -1,4 +1,4 @@
-"""The openai package against fathom-gateway: tool calls and thoughts, whole and streamed.
+"""The openai and anthropic packages against fathom-gateway: tool calls and thoughts, whole and streamed.
 
 A model cannot be made to call tools, so a coordinator of this test's own, behind the real protocol,
 generates what it is told."""
@@ -13,10 +13,11 @@ import unittest
 from concurrent import futures
 
 try:
+    import anthropic
     import grpc
     import openai
 except ImportError:
-    print("the packages grpcio and openai are not installed")
+    print("the packages anthropic, grpcio and openai are not installed")
     sys.exit(77)
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -96,7 +97,8 @@ class ToolClientsTest(unittest.TestCase):
         self.addCleanup(lambda: self.coordinator.server.stop(None))
         self.address = address
 
-    def client(self, encoding):
+    def start(self, encoding):
+        """The address of a gateway."""
         process = subprocess.Popen(
             [PROGRAM, f"--coordinator={self.address}", f"--model={self.folder.name}", "--host=127.0.0.1", "--port=0",
              f"--chat-encoding={encoding}", "--served-model-name=tiny"], stderr=subprocess.PIPE, text=True)
@@ -108,13 +110,20 @@ class ToolClientsTest(unittest.TestCase):
         self.addCleanup(stop)
         for line in process.stderr:
             if found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
-                return openai.OpenAI(base_url=found[1] + "/v1", api_key="none", max_retries=0, timeout=30)
+                return found[1]
         self.fail("fathom-gateway did not start")
 
     def check(self, encoding, output, arguments):
         """Both ways give the same thoughts, text and calls."""
+        address = self.start(encoding)
+        client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=30)
+        self.check_chat(client, output, arguments)
+        self.check_responses(client, output, arguments)
+        self.check_messages(anthropic.Anthropic(base_url=address, api_key="none", max_retries=0, timeout=30),
+                            output, arguments)
+
+    def check_chat(self, client, output, arguments):
         self.coordinator.ids = self.ids_of(output)
-        client = self.client(encoding)
         fields = dict(model="tiny", messages=[{"role": "user", "content": "Weather?"}], tools=TOOLS,
                       extra_body={"chat_template_kwargs": {"thinking": True}})
         choice = client.chat.completions.create(**fields).choices[0]
@@ -149,6 +158,82 @@ class ToolClientsTest(unittest.TestCase):
         self.coordinator.ids = self.ids_of("</think>It is sunny.")
         answer = client.chat.completions.create(**(fields | {"messages": messages})).choices[0]
         self.assertEqual((answer.message.content, answer.finish_reason), ("It is sunny.", "stop"))
+
+    def check_responses(self, client, output, arguments):
+        self.coordinator.ids = self.ids_of(output)
+        function = TOOLS[0]["function"]
+        fields = dict(model="tiny", input=[{"role": "user", "content": "Weather?"}], reasoning={"effort": "medium"},
+                      tools=[{"type": "function", **function, "strict": None}])
+        whole = client.responses.create(**fields)
+        self.assertEqual((whole.status, whole.output_text), ("completed", "One moment."))
+        self.assertEqual([item.type for item in whole.output],
+                         ["reasoning", "message", "function_call", "function_call"])
+        self.assertEqual(whole.output[0].content[0].text, "I look.")
+        calls = whole.output[2:]
+        self.assertEqual([(call.name, call.arguments) for call in calls],
+                         [("get_weather", text) for text in arguments])
+        self.assertEqual(len({call.call_id for call in calls}), 2)
+        self.assertGreater(whole.usage.output_tokens_details.reasoning_tokens, 0)
+
+        def shape(response):
+            """All but what differs by chance."""
+            return [item.model_dump(exclude={"id", "call_id", "parsed_arguments"}) for item in response.output]
+
+        events = list(client.responses.create(stream=True, **fields))
+        self.assertEqual([event.sequence_number for event in events], list(range(len(events))))
+        self.assertEqual(shape(events[-1].response), shape(whole))
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        self.assertEqual([item.model_dump() for item in done],
+                         [item.model_dump() for item in events[-1].response.output])
+        for kind, texts in (("reasoning_text", ["I look."]), ("output_text", ["One moment."]),
+                            ("function_call_arguments", arguments)):
+            joined = {}
+            for event in events:
+                if event.type == f"response.{kind}.delta":
+                    joined[event.output_index] = joined.get(event.output_index, "") + event.delta
+            self.assertEqual(list(joined.values()), texts)
+        with client.responses.stream(**fields) as stream:
+            final = stream.get_final_response()
+        self.assertEqual([item.type for item in final.output], [item.type for item in whole.output])
+        self.assertEqual([call.arguments for call in final.output[2:]], arguments)
+
+        # The client sends what it got, with the results, and the model is told.
+        self.coordinator.ids = self.ids_of("</think>It is sunny.")
+        results = [{"type": "function_call_output", "call_id": call.call_id, "output": "sunny"} for call in calls]
+        answer = client.responses.create(**(fields | {"input": fields["input"] + whole.output + results}))
+        self.assertEqual(answer.output_text, "It is sunny.")
+
+    def check_messages(self, client, output, arguments):
+        self.coordinator.ids = self.ids_of(output)
+        function = TOOLS[0]["function"]
+        fields = dict(model="tiny", max_tokens=2048, messages=[{"role": "user", "content": "Weather?"}],
+                      thinking={"type": "enabled", "budget_tokens": 1024},
+                      tools=[{"name": function["name"], "description": function["description"],
+                              "input_schema": function["parameters"]}])
+        whole = client.messages.create(**fields)
+        self.assertEqual([block.type for block in whole.content], ["thinking", "text", "tool_use", "tool_use"])
+        self.assertEqual((whole.content[0].thinking, whole.content[1].text), ("I look.", "One moment."))
+        calls = whole.content[2:]
+        self.assertEqual([(call.name, call.input) for call in calls],
+                         [("get_weather", json.loads(text)) for text in arguments])
+        self.assertEqual(len({call.id for call in calls}), 2)
+        self.assertEqual(whole.stop_reason, "tool_use")
+        with client.messages.stream(**fields) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_message()
+        self.assertEqual(kinds.count("content_block_start"), 4)
+        self.assertEqual([block.model_dump(exclude={"id"}) for block in final.content],
+                         [block.model_dump(exclude={"id"}) for block in whole.content])
+        self.assertEqual((final.stop_reason, final.usage.output_tokens), ("tool_use", whole.usage.output_tokens))
+
+        self.coordinator.ids = self.ids_of("</think>It is sunny.")
+        messages = fields["messages"] + [
+            {"role": "assistant", "content": whole.content},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"}
+                                         for call in calls]}]
+        answer = client.messages.create(**(fields | {"messages": messages}))
+        self.assertEqual([(block.type, block.text) for block in answer.content], [("text", "It is sunny.")])
+        self.assertEqual(answer.stop_reason, "end_turn")
 
     def test_deepseek_v31(self):
         self.check("deepseek_v31", V31_OUTPUT, ARGUMENTS)
