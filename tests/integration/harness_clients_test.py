@@ -1,8 +1,8 @@
-"""What `vllm bench serve` and lm-eval's `local-completions` ask, and what they make of the answers.
+"""The programs that measure servers and models.
 
-Both are large packages; these are their requests, field by field, and the assumptions that their
-parsers make (vllm/benchmarks/lib/endpoint_request_func.py 0.16, lm_eval/models/openai_completions.py
-0.4): a server that satisfies them satisfies the programs.
+lm-eval's `local-completions` is the package itself, unmodified. `vllm bench serve` comes only with all of
+vLLM; here are its requests, field by field, and what its parser assumes
+(vllm/benchmarks/lib/endpoint_request_func.py 0.16).
 """
 
 import http.client
@@ -10,6 +10,8 @@ import json
 import math
 
 import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 
 from fathom_server import FathomServer
 from http_client import HOST
@@ -90,70 +92,59 @@ def test_vllm_bench_finds_the_model_and_the_metrics_it_wants(server):
     assert server.client.metric("vllm:num_requests_running") == 0
 
 
-# lm-eval, local-completions
+# lm-eval, local-completions: the package's own class, as its command line makes it
 
-def loglikelihoods(answer, context_lengths):
-    """(sum, is greedy) of each continuation, as the harness takes them from an answer."""
-    results = []
-    for choice, context_length in zip(sorted(answer["choices"], key=lambda c: c["index"]),
-                                      context_lengths):
-        logprobs = choice["logprobs"]["token_logprobs"][context_length:-1]
-        top = choice["logprobs"]["top_logprobs"][context_length:-1]
-        greedy = all(mine == max(best.values()) for mine, best in zip(logprobs, top))
-        results.append((sum(logprobs), greedy))
-    return results
+@pytest.fixture(scope="module")
+def harness(server):
+    """What `lm_eval run --model local-completions --model_args base_url=…,num_concurrent=4` uses."""
+    return get_model("local-completions").create_from_arg_string(
+        f"model={NAME},base_url=http://{HOST}:{server.port}/v1/completions,num_concurrent=4,"
+        "max_retries=1,batch_size=2,max_length=512")
 
 
-def test_lm_eval_tokenizes_by_the_server(server):
-    """Its remote tokenizer: special tokens by name, there and back."""
-    client = server.client
-    info = client.get("/tokenizer_info").json()
-    for name in ("bos_token", "eos_token"):
-        body = {"prompt": info[name], "add_special_tokens": False}
-        assert client.post("/tokenize", body).json()["count"] == 1
-    tokens = client.post("/tokenize", {"prompt": "test 龜", "add_special_tokens": False}).json()
-    assert client.post("/detokenize", {"tokens": tokens["tokens"]}).json()["prompt"] == "test 龜"
+def requests_of(kind, *arguments):
+    """What a task asks the harness for."""
+    return [Instance(request_type=kind, doc={}, arguments=each, idx=index)
+            for index, each in enumerate(arguments)]
 
 
-def test_lm_eval_scores_continuations(server):
-    """Token ids in batches, echoed with logprobs, one token generated and ignored."""
-    def ids(text):
-        return server.client.post("/tokenize", {"prompt": text}).json()["tokens"]
-
-    contexts = [ids("The sea is"), ids("Once upon a")]
-    answer = server.client.complete(model=NAME, prompt=contexts, max_tokens=3, temperature=0,
-                                    seed=1234)
-    best = [ids_of(server, choice["text"]) for choice in answer["choices"]]
-    prompts = [context + continuation for context, continuation in zip(contexts, best)]
-    scored = server.client.complete(model=NAME, prompt=prompts, temperature=0, max_tokens=1,
-                                    logprobs=1, seed=1234, echo=True)
-    results = loglikelihoods(scored, [len(context) for context in contexts])
-    assert len(results) == 2
-    for (score, _), choice, prompt in zip(results, scored["choices"], prompts):
-        assert len(choice["logprobs"]["token_logprobs"]) == len(prompt) + 1
-        assert choice["logprobs"]["token_logprobs"][0] is None
-        assert math.isfinite(score) and score < 0
-    # A continuation that greedy decoding gave, token by token, is recognised as greedy.
-    generated = server.client.complete(model=NAME, prompt=contexts[0], max_tokens=4, temperature=0,
-                                       ignore_eos=True, return_token_ids=True)
-    continuation = generated["choices"][0]["token_ids"]
-    scored = server.client.complete(model=NAME, prompt=[contexts[0] + continuation], temperature=0,
-                                    max_tokens=1, logprobs=1, seed=1234, echo=True)
-    assert loglikelihoods(scored, [len(contexts[0])])[0][1]
+def test_lm_eval_tokenizes_by_the_server(harness):
+    """It finds the server's tokenizer by itself."""
+    assert harness.tokenizer_backend == "remote"
+    assert harness.tokenizer.decode(harness.tok_encode("test 龜")) == "test 龜"
+    assert len(harness.tok_encode(harness.eos_string)) == 1
+    ends = harness.tokenizer.bos_token_id, harness.tokenizer.eos_token_id
+    assert harness.prefix_token_id == (ends[0] or ends[1])  # id 0 is none to it
 
 
-def ids_of(server, text):
-    """Without BOS; at least one."""
-    body = {"prompt": text or "a", "add_special_tokens": False}
-    return server.client.post("/tokenize", body).json()["tokens"] or [5]
+def test_lm_eval_scores_continuations(server, harness):
+    """What greedy decoding gave is greedy, anything else is not; both as the logprobs say."""
+    context = "The sea is"
+    prompt = harness.tok_encode(context)
+    made = server.client.complete(model=NAME, prompt=prompt, max_tokens=6, temperature=0,
+                                  ignore_eos=True, return_token_ids=True, logprobs=0)["choices"][0]
+    greedy = made["token_ids"]
+    other = [greedy[0], (greedy[1] + 1) % 500, *greedy[2:]]
+    results = harness._loglikelihood_tokens([(None, prompt, greedy), (None, prompt, other)])
+    assert [is_greedy for _, is_greedy in results] == [True, False]
+    assert results[0][0] == pytest.approx(sum(made["logprobs"]["token_logprobs"]), abs=1e-3)
+    assert results[1][0] < 0
+    texts = [(context, " blue"), (context, " green and deep"), ("", "Once")]
+    scores = harness.loglikelihood(requests_of("loglikelihood", *texts))
+    assert len(scores) == 3 and all(math.isfinite(score) and score < 0 for score, _ in scores)
+    rolled = harness.loglikelihood_rolling(
+        requests_of("loglikelihood_rolling", ("The sea is blue. " * 3,)))
+    assert rolled[0] < 0
 
 
-def test_lm_eval_generates_until_a_string(server):
-    """As its `generate_until`: greedy, with stop strings."""
-    fields = dict(model=NAME, prompt=["The sea is"], max_tokens=32, temperature=0, seed=1234)
-    whole = server.client.complete(**fields)["choices"][0]["text"]
-    assert whole
-    stop = whole[len(whole) // 2]
-    answer = server.client.complete(**fields, stop=[stop])
-    assert answer["choices"][0]["text"] == whole[:whole.index(stop)]
-    assert answer["choices"][0]["finish_reason"] == "stop"
+def test_lm_eval_generates_until_a_string(harness):
+    """Greedy, the stop string left out."""
+    options = {"until": ["\u0000"], "max_gen_toks": 32, "do_sample": False}
+    contexts = ["The sea is", "Once upon a time"]
+    texts = harness.generate_until(
+        requests_of("generate_until", *((context, options) for context in contexts)))
+    assert len(texts) == 2 and all(texts)
+    stop = texts[0][len(texts[0]) // 2]
+    again = harness.generate_until(
+        requests_of("generate_until", (contexts[0], options | {"until": [stop]})))
+    assert again == [texts[0][:texts[0].index(stop)]]
