@@ -202,19 +202,6 @@ TEST_F(HttpTest, HangsUpOnClientsThatDoNotFinishTheirRequest) {
   EXPECT_EQ(Ask(Get("/version")).status, 200);
 }
 
-TEST_F(HttpTest, ANewConnectionReplacesTheOneThatHasWaitedLongest) {
-  options_.server.max_connections = 2;
-  HttpClient first(port()), second(port());
-  for (HttpClient* client : {&first, &second}) {
-    client->Send(Get("/version"));
-    EXPECT_EQ(client->Read().status, 200);
-  }
-  EXPECT_EQ(Ask(Get("/version")).status, 200);
-  EXPECT_TRUE(first.ReadsEnd());
-  second.Send(Get("/version"));
-  EXPECT_EQ(second.Read().status, 200);
-}
-
 TEST_F(HttpTest, TurnsAwayConnectionsBeyondTheLimitWhileAllOthersAreServed) {
   options_.server.max_connections = 2;
   coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {

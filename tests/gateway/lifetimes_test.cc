@@ -1,10 +1,15 @@
 // Clients, the coordinator and the gateway itself come and go while requests run.
+#include <netinet/in.h>
+#include <sys/socket.h>
+
 #include <chrono>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/unique_fd.h"
 #include "gmock/gmock.h"
 #include "tests/gateway/gateway_fixture.h"
 
@@ -12,6 +17,27 @@ namespace fathom {
 namespace {
 
 using ::testing::HasSubstr;
+
+// Its kernel takes connections; it never reads nor writes.
+class FrozenPeer {
+ public:
+  FrozenPeer() : listener_(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t size = sizeof(address);
+    auto* const bytes = reinterpret_cast<sockaddr*>(&address);
+    CHECK(bind(listener_.get(), bytes, size) == 0 && listen(listener_.get(), 16) == 0);
+    CHECK(getsockname(listener_.get(), bytes, &size) == 0);
+    port_ = ntohs(address.sin_port);
+  }
+
+  std::string address() const { return absl::StrCat("127.0.0.1:", port_); }
+
+ private:
+  const UniqueFd listener_;
+  int port_ = 0;
+};
 
 class LifetimesTest : public GatewayTest {
  protected:
@@ -159,6 +185,17 @@ TEST_F(LifetimesTest, RefusesFastWithoutACoordinator) {
   // Not a measurement: each has its own deadline of at most five seconds, and none may hang.
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
   coordinator_.Start();
+}
+
+// Stopped, or on a machine that hangs: the connection is there, and nothing ever comes.
+TEST_F(LifetimesTest, ProbesAreAnsweredWhileTheCoordinatorIsFrozen) {
+  const FrozenPeer frozen;
+  options_.coordinator.address = frozen.address();
+  options_.coordinator.health_timeout = std::chrono::milliseconds(50);
+  for (const char* probe : {"/health", "/ready", "/ping"}) {
+    EXPECT_EQ(Ask(Get(probe)).status, 503) << probe;
+  }
+  EXPECT_EQ(Ask(Get("/live")).status, 200);
 }
 
 TEST_F(LifetimesTest, ReachesACoordinatorOverTcp) {
