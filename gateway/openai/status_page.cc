@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <functional>
 #include <utility>
 
@@ -30,14 +31,19 @@ letter-spacing:.05em}
 .good{background:#12875f}.wait{background:#b9761a}.down{background:#c43535}
 .dim{color:var(--dim)}.right{margin-left:auto}
 .grid{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));margin-bottom:14px}
-.wide{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));margin-bottom:14px}
+.wide{display:grid;gap:14px;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));margin-bottom:14px}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;
 min-width:0}
 .big{font-size:26px;font-weight:650;line-height:1.15;font-variant-numeric:tabular-nums}
 .unit{font-size:14px;font-weight:400;color:var(--dim)}
+h2 span{float:right;text-transform:none;letter-spacing:0;font-weight:400}
+.small{font-size:13px;color:var(--dim);font-variant-numeric:tabular-nums}
 svg{display:block;width:100%;height:96px}
-polyline{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
+polyline{fill:none;stroke-width:1.8;stroke-linejoin:round;vector-effect:non-scaling-stroke}
+polygon{opacity:.13}
 .axis{stroke:var(--line);stroke-width:1;vector-effect:non-scaling-stroke}
+.ends{display:flex;justify-content:space-between;gap:12px;margin-top:5px;font-size:13px;
+color:var(--dim)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 td,th{padding:5px 0;border-top:1px solid var(--line);text-align:left;font-weight:400;
 overflow-wrap:anywhere}
@@ -82,22 +88,32 @@ std::string WithCommas(int64_t number) {
   return text;
 }
 
-std::string Rate(double tokens_per_second) {
-  return tokens_per_second < 100 ? absl::StrFormat("%.1f", tokens_per_second)
-                                 : WithCommas(static_cast<int64_t>(tokens_per_second + 0.5));
+std::string Rate(double per_second) {
+  return per_second < 100 && per_second != std::floor(per_second)
+             ? absl::StrFormat("%.1f", per_second)
+             : WithCommas(static_cast<int64_t>(per_second + 0.5));
 }
 
-std::string Milliseconds(double seconds) {
+struct Duration {
+  std::string value;
+  std::string_view unit;
+};
+
+Duration DurationOf(double seconds) {
   const double ms = seconds * 1e3;
-  if (ms >= 10'000) return absl::StrFormat("%.1f s", seconds);
-  return absl::StrFormat(ms < 10 ? "%.1f ms" : "%.0f ms", ms);
+  if (ms >= 10'000) return {absl::StrFormat("%.1f", seconds), "s"};
+  return {absl::StrFormat(ms < 10 ? "%.1f" : "%.0f", ms), "ms"};
+}
+
+std::string Text(const Duration& duration) {
+  return absl::StrCat(duration.value, "&nbsp;", std::string(duration.unit));
 }
 
 std::string Card(std::string_view title, std::string_view value, std::string_view unit,
                  std::string_view below) {
   return absl::StrCat("<section><h2>", std::string(title), "</h2><div class=\"big\">",
                       std::string(value), " <span class=\"unit\">", std::string(unit),
-                      "</span></div><div class=\"dim\">", std::string(below), "</div></section>");
+                      "</span></div><div class=\"small\">", std::string(below), "</div></section>");
 }
 
 std::string Row(std::string_view name, std::string_view value) {
@@ -106,13 +122,14 @@ std::string Row(std::string_view name, std::string_view value) {
 
 std::string LatencyCard(std::string_view title, const RecentValues::Quantiles& quantiles) {
   if (quantiles.count == 0) return Card(title, "&ndash;", "", "nothing in the last minute");
-  return Card(title, Milliseconds(quantiles.p50), "p50",
-              absl::StrCat("p90 ", Milliseconds(quantiles.p90), " &middot; p99 ",
-                           Milliseconds(quantiles.p99)));
+  const Duration median = DurationOf(quantiles.p50);
+  return Card(title, median.value, median.unit,
+              absl::StrCat("p90&nbsp;", Text(DurationOf(quantiles.p90)), "<br>p99&nbsp;",
+                           Text(DurationOf(quantiles.p99))));
 }
 
 struct Curve {
-  std::string_view name;
+  std::string_view name;    // "": the title says it
   std::string_view colour;  // a variable of the style
   std::function<double(const LoadHistory::Sample&)> value;
 };
@@ -120,35 +137,38 @@ struct Curve {
 // Ten minutes, the newest at the right.
 std::string Chart(std::string_view title, const std::deque<LoadHistory::Sample>& history,
                   const std::vector<Curve>& curves) {
-  constexpr double kHeight = 96;
+  constexpr int kWidth = LoadHistory::kMaxSamples - 1;
   double highest = 0;
   for (const Curve& curve : curves) {
     for (const LoadHistory::Sample& sample : history) {
       highest = std::max(highest, curve.value(sample));
     }
   }
-  std::string html =
-      absl::StrCat("<section><h2>", std::string(title), "</h2><svg viewBox=\"0 0 ",
-                   LoadHistory::kMaxSamples - 1, " ", kHeight,
-                   "\" preserveAspectRatio=\"none\" role=\"img\"><line class=\"axis\" "
-                   "x1=\"0\" y1=\"95\" x2=\"119\" y2=\"95\"/>");
+  std::string lines, names;
+  for (const int y : {6, 50, 95}) {
+    absl::StrAppend(&lines, "<line class=\"axis\" x1=\"0\" y1=\"", y, "\" x2=\"", kWidth,
+                    "\" y2=\"", y, "\"/>");
+  }
   for (const Curve& curve : curves) {
+    const size_t first = LoadHistory::kMaxSamples - history.size();
     std::string points;
-    size_t x = LoadHistory::kMaxSamples - history.size();
+    size_t x = first;
     for (const LoadHistory::Sample& sample : history) {
       const double share = highest > 0 ? curve.value(sample) / highest : 0;
       absl::StrAppend(&points, x++, ",", absl::StrFormat("%.1f ", 94 - share * 88));
     }
-    absl::StrAppend(&html, "<polyline stroke=\"var(", std::string(curve.colour), ")\" points=\"",
-                    points, "\"/>");
+    const std::string colour = absl::StrCat("\"var(", std::string(curve.colour), ")\"");
+    absl::StrAppend(&lines, "<polygon fill=", colour, " points=\"", first, ",94 ", points, kWidth,
+                    ",94\"/><polyline stroke=", colour, " points=\"", points, "\"/>");
+    if (curve.name.empty()) continue;
+    absl::StrAppend(&names, "<span><span class=\"key\" style=\"background:var(",
+                    std::string(curve.colour), ")\"></span>", std::string(curve.name), "</span>");
   }
-  absl::StrAppend(&html, "</svg><div class=\"dim\">");
-  for (const Curve& curve : curves) {
-    absl::StrAppend(&html, "<span class=\"key\" style=\"background:var(", std::string(curve.colour),
-                    ")\"></span>", std::string(curve.name), " &nbsp; ");
-  }
-  absl::StrAppend(&html, "peak ", Rate(highest), "</div></section>");
-  return html;
+  return absl::StrCat("<section><h2>", std::string(title), "<span>peak ", Rate(highest),
+                      "</span></h2><svg viewBox=\"0 0 ", kWidth,
+                      " 96\" preserveAspectRatio=\"none\" role=\"img\">", lines,
+                      "</svg><div class=\"ends\"><span>10 minutes ago</span>", names,
+                      "<span>now</span></div></section>");
 }
 
 std::string Header(const StatusPageData& data) {
@@ -184,10 +204,10 @@ std::string Cards(const StatusPageData& data) {
   const double usage = blocks > 0 ? 100 * (1 - free / blocks) : 0;
   return absl::StrCat(
       "<div class=\"grid\">",
-      Card("Generation", Rate(now.generated_tokens_per_second), "tokens/s", "now"),
-      Card("Prompts", Rate(now.prompt_tokens_per_second), "tokens/s", "now"),
-      Card("Requests", WithCommas(running), "running",
-           absl::StrCat(WithCommas(waiting), " waiting")),
+      Card("Generated", Rate(now.generated_tokens_per_second), "", "tokens/s now"),
+      Card("Prompts", Rate(now.prompt_tokens_per_second), "", "tokens/s now"),
+      Card("Requests", WithCommas(running), "",
+           absl::StrCat("running, ", WithCommas(waiting), " waiting")),
       LatencyCard("First token", data.first_tokens), LatencyCard("Next tokens", data.inter_tokens),
       Card("KV cache", absl::StrFormat("%.1f", usage), "% used",
            absl::StrFormat("<div class=\"bar\"><div style=\"width:%.1f%%;background:var(--one)\">"
@@ -214,18 +234,9 @@ std::string ServerTable(const StatusPageData& data) {
   std::string rows;
   if (data.server) {
     const v1::ServerInfo& server = *data.server;
-    const int64_t tokens = int64_t{server.num_kv_blocks()} * server.block_size();
     rows += Row("workers", WithCommas(server.num_workers()));
     rows += Row("incarnation of the group", WithCommas(static_cast<int64_t>(server.epoch())));
     rows += Row("steps made", WithCommas(static_cast<int64_t>(server.steps())));
-    rows += Row("KV cache",
-                absl::StrCat(WithCommas(tokens), " tokens, ", WithCommas(server.num_kv_blocks()),
-                             " blocks of ", server.block_size()));
-    if (data.model && data.model->max_model_len() > 0) {
-      rows += Row("full-length requests",
-                  absl::StrFormat("%.2f fit at a time",
-                                  static_cast<double>(tokens) / data.model->max_model_len()));
-    }
   }
   const auto count = [&data](std::string_view name) {
     return WithCommas(static_cast<int64_t>(MetricValue(data.metrics_text, name)));
@@ -244,8 +255,24 @@ std::string ServerTable(const StatusPageData& data) {
   return absl::StrCat("<section><h2>Server</h2><table>", rows, "</table></section>");
 }
 
-// What each worker has planned its memory for; nothing when the coordinator does not say.
-std::string MemoryTable(const StatusPageData& data) {
+// How much fits into the KV cache.
+std::string CacheRow(const StatusPageData& data) {
+  if (!data.server || data.server->num_kv_blocks() == 0) return "";
+  const v1::ServerInfo& server = *data.server;
+  const int64_t tokens = int64_t{server.num_kv_blocks()} * server.block_size();
+  std::string text =
+      absl::StrCat("KV cache of ", WithCommas(tokens), " tokens, ",
+                   WithCommas(server.num_kv_blocks()), " blocks of ", server.block_size());
+  if (data.model && data.model->max_model_len() > 0) {
+    absl::StrAppend(&text,
+                    absl::StrFormat(" &middot; %.1f requests of full length fit at a time",
+                                    static_cast<double>(tokens) / data.model->max_model_len()));
+  }
+  return absl::StrCat("<tr><td style=\"text-align:left\">", text, "</td></tr>");
+}
+
+// Bar and numbers of what a worker has planned its memory for; "" when it does not say.
+std::string MemoryOf(uint32_t worker, const StatusPageData& data) {
   struct Kind {
     std::string_view label;
     std::string_view name;
@@ -254,28 +281,39 @@ std::string MemoryTable(const StatusPageData& data) {
   constexpr Kind kKinds[] = {{"weights", "weights", "--one"},
                              {"activations", "activations", "--three"},
                              {"kv_cache", "KV cache", "--two"}};
-  std::string rows;
-  for (uint32_t worker = 0; data.server && worker < data.server->num_workers(); ++worker) {
-    const auto bytes_of = [&](std::string_view kind) {
-      return MetricValue(data.metrics_text, "fathom:worker_memory_bytes",
-                         {absl::StrCat("kind=\"", std::string(kind), "\""),
-                          absl::StrCat("worker=\"", worker, "\"")});
-    };
-    const double budget = bytes_of("budget");
-    if (budget <= 0) continue;
-    std::string bar, texts;
-    for (const Kind& kind : kKinds) {
-      const double bytes = bytes_of(kind.label);
-      absl::StrAppend(&bar, absl::StrFormat("<div style=\"width:%.2f%%;background:var(%s)\"></div>",
-                                            100 * bytes / budget, std::string(kind.colour)));
-      absl::StrAppend(&texts, "<span class=\"key\" style=\"background:var(",
-                      std::string(kind.colour), ")\"></span>", std::string(kind.name), " ",
-                      HumanBytes(static_cast<uint64_t>(bytes)), " &nbsp; ");
-    }
-    absl::StrAppend(&rows, "<tr><td style=\"text-align:left\">worker ", worker,
-                    " <span class=\"dim\">&middot; ", texts, "of ",
-                    HumanBytes(static_cast<uint64_t>(budget)), "</span><div class=\"bar\">", bar,
-                    "</div></td></tr>");
+  const auto bytes_of = [&](std::string_view kind) {
+    return MetricValue(data.metrics_text, "fathom:worker_memory_bytes",
+                       {absl::StrCat("kind=\"", std::string(kind), "\""),
+                        absl::StrCat("worker=\"", worker, "\"")});
+  };
+  const double budget = bytes_of("budget");
+  if (budget <= 0) return "";
+  std::string bar, texts;
+  for (const Kind& kind : kKinds) {
+    const double bytes = bytes_of(kind.label);
+    absl::StrAppend(&bar, absl::StrFormat("<div style=\"width:%.2f%%;background:var(%s)\"></div>",
+                                          100 * bytes / budget, std::string(kind.colour)));
+    absl::StrAppend(&texts, "<span class=\"key\" style=\"background:var(", std::string(kind.colour),
+                    ")\"></span>", std::string(kind.name), " ",
+                    HumanBytes(static_cast<uint64_t>(bytes)), " &nbsp; ");
+  }
+  return absl::StrCat(" <span class=\"dim\">&middot; ", texts, "of ",
+                      HumanBytes(static_cast<uint64_t>(budget)), "</span><div class=\"bar\">", bar,
+                      "</div>");
+}
+
+// Neighbours with the same plan share a row.
+std::string MemoryTable(const StatusPageData& data) {
+  const uint32_t num_workers = data.server ? data.server->num_workers() : 0;
+  std::string rows = CacheRow(data);
+  for (uint32_t first = 0, end = 1; first < num_workers; first = end++) {
+    const std::string plan = MemoryOf(first, data);
+    while (end < num_workers && MemoryOf(end, data) == plan) ++end;
+    if (plan.empty()) continue;
+    absl::StrAppend(&rows, "<tr><td style=\"text-align:left\">",
+                    end == first + 1 ? absl::StrCat("worker ", first)
+                                     : absl::StrCat("workers ", first, " to ", end - 1),
+                    plan, "</td></tr>");
   }
   if (rows.empty()) return "";
   return absl::StrCat("<section><h2>Memory plan</h2><table>", rows, "</table></section>");
@@ -284,12 +322,14 @@ std::string MemoryTable(const StatusPageData& data) {
 }  // namespace
 
 std::string StatusPage(const StatusPageData& data) {
-  const std::string speed =
-      Chart("Tokens per second, 10 minutes", data.history,
-            {{"generated", "--one", [](const auto& s) { return s.generated_tokens_per_second; }},
-             {"of prompts", "--two", [](const auto& s) { return s.prompt_tokens_per_second; }}});
+  const std::string generated =
+      Chart("Generated tokens/s", data.history,
+            {{"", "--one", [](const auto& s) { return s.generated_tokens_per_second; }}});
+  const std::string prompts =
+      Chart("Prompt tokens/s", data.history,
+            {{"", "--two", [](const auto& s) { return s.prompt_tokens_per_second; }}});
   const std::string load =
-      Chart("Requests, 10 minutes", data.history,
+      Chart("Requests", data.history,
             {{"running", "--one", [](const auto& s) { return s.num_running; }},
              {"waiting", "--three", [](const auto& s) { return s.num_waiting; }}});
   return absl::StrCat(
@@ -298,7 +338,7 @@ std::string StatusPage(const StatusPageData& data) {
       "<meta http-equiv=\"refresh\" content=\"5\"><title>",
       Escaped(data.model_names.empty() ? "" : data.model_names.front()),
       " &middot; Fathom</title><style>", kStyle, "</style></head><body><main>", Header(data),
-      Cards(data), "<div class=\"wide\">", speed, load, "</div><div class=\"wide\">",
+      Cards(data), "<div class=\"wide\">", generated, prompts, load, "</div><div class=\"wide\">",
       ModelTable(data), ServerTable(data), "</div>", MemoryTable(data),
       "<footer>Metrics for Prometheus are at /metrics, the API at /v1. This page loads itself anew "
       "every 5 seconds.</footer></main></body></html>\n");

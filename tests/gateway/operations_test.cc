@@ -302,6 +302,10 @@ TEST(StatusPageTest, ShowsTheStateTheMemoryPlanAndTheLoad) {
     EXPECT_THAT(page, HasSubstr(shown));
   }
   EXPECT_THAT(page, Not(HasSubstr("worker 0")));
+  data.metrics_text +=
+      "fathom:worker_memory_bytes{engine=\"0\",kind=\"budget\",worker=\"0\"} 1073741824\n"
+      "fathom:worker_memory_bytes{engine=\"0\",kind=\"weights\",worker=\"0\"} 536870912\n";
+  EXPECT_THAT(StatusPage(data), HasSubstr("workers 0 to 1"));
   data.server.reset();
   EXPECT_THAT(StatusPage(data), HasSubstr("unreachable"));
 }
