@@ -17,6 +17,10 @@
 // one has its first answer. --process adds the CPU time that a process spent from the first request
 // to the last event, per million tokens.
 //
+// All clients begin at once, so that TTFT says how long all of them wait for each other. With
+// --staggered the first answers are cut to different lengths: from then on requests come one at a
+// time while all others stream, and TTFT is that of these.
+//
 // Exit code 1 when a token is wrong, or a request fails or is not complete.
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -70,6 +74,7 @@ struct Flags {
   std::vector<int> eos_ids = {1};
   uint64_t seed = 0;
   double ideal_step_ms = 0;
+  bool staggered = false;
   std::vector<std::string> processes;
   bool json = false;
 };
@@ -122,6 +127,12 @@ class Clients {
     return prompt;
   }
 
+  // How many tokens a client's current request asks for.
+  int OutputTokens(int index) const {
+    if (!flags_.staggered || clients_[index].rounds > 1) return flags_.output_tokens;
+    return 1 + static_cast<int>(int64_t{flags_.output_tokens - 1} * index / flags_.streams);
+  }
+
   void OnTokens(int index, absl::Span<const uint32_t> token_ids, Clock::time_point now) {
     Client& client = clients_[index];
     for (const uint32_t token_id : token_ids) {
@@ -138,7 +149,8 @@ class Clients {
     ++num_events_;
     last_event_ = now;
     if (client.num_tokens == static_cast<int>(token_ids.size())) {
-      ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
+      const bool counts = !flags_.staggered || client.rounds > 1;
+      if (counts) ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
       if (flags_.rounds == 1) CountReady();
     } else {
       itls_.push_back(SecondsBetween(client.last, now) * 1e3);
@@ -154,7 +166,7 @@ class Clients {
     if (client.rounds == flags_.rounds && steady_from_.has_value() && !steady_until_.has_value()) {
       steady_until_ = {last_event_, num_tokens_};
     }
-    if (error.empty() && client.num_tokens == flags_.output_tokens) return;
+    if (error.empty() && client.num_tokens == OutputTokens(index)) return;
     if (++num_failed_ <= 10) {
       std::fprintf(stderr, "stream %d ended after %d tokens: %s\n", index, client.num_tokens,
                    error.empty() ? "it is not complete" : error.c_str());
@@ -278,7 +290,7 @@ class GrpcStreams {
     command.set_stream(static_cast<uint64_t>(num_started_[index]++ * flags_.streams + index));
     v1::GenerateRequest& request = *command.mutable_start();
     request.mutable_prompt_token_ids()->Add(prompt.begin(), prompt.end());
-    request.set_max_tokens(flags_.output_tokens);
+    request.set_max_tokens(clients_.OutputTokens(index));
     request.set_ignore_eos(true);
     call_->Write(command);
   }
@@ -340,7 +352,7 @@ class HttpStreams {
     if (prompt.empty()) return;
     const std::string body = absl::StrCat(
         R"({"stream":true,"return_token_ids":true,"ignore_eos":true,"temperature":0,"max_tokens":)",
-        flags_.output_tokens, R"(,"prompt":[)", absl::StrJoin(prompt, ","), "]}");
+        clients_.OutputTokens(index), R"(,"prompt":[)", absl::StrJoin(prompt, ","), "]}");
     const std::string request = absl::StrCat(
         "POST /v1/completions HTTP/1.1\r\nHost: ", flags_.http,
         "\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: ", body.size(),
@@ -455,7 +467,8 @@ int Main(int argc, char** argv) {
   where->add_option("--http", flags.http, "the gateway: ADDRESS:PORT, IPv4");
   app.option_defaults()->always_capture_default();
   app.add_option("--streams", flags.streams, "clients")->check(CLI::Range(1, 60000));
-  app.add_option("--rounds", flags.rounds, "requests of each")->check(CLI::PositiveNumber);
+  auto* rounds =
+      app.add_option("--rounds", flags.rounds, "requests of each")->check(CLI::PositiveNumber);
   app.add_option("--prompt-tokens", flags.prompt_tokens)->check(CLI::PositiveNumber);
   app.add_option("--output-tokens", flags.output_tokens)->check(CLI::PositiveNumber);
   app.add_option("--vocab-size", flags.vocab_size, "of the model; --grpc asks the coordinator")
@@ -463,6 +476,8 @@ int Main(int argc, char** argv) {
   app.add_option("--eos-token-id", flags.eos_ids, "of the model; --grpc asks the coordinator");
   app.add_option("--seed", flags.seed, "of the prompts");
   app.add_option("--ideal-step-ms", flags.ideal_step_ms, "what a step of the workers takes");
+  app.add_flag("--staggered", flags.staggered, "requests come one at a time; needs --rounds")
+      ->needs(rounds);
   app.add_option("--process", flags.processes, "NAME=PID; several times");
   app.add_flag("--json", flags.json, "one object instead of lines");
   CLI11_PARSE(app, argc, argv);
