@@ -387,27 +387,56 @@ __device__ void FinishSums(const Place& place, float (*warp_values)[kHeads], Sta
 
 // --- what becomes of a row's sums: output, or a part to be combined with others
 
-__device__ float4 Divide(float4 a, float4 b) {
-  return make_float4(a.x / b.x, a.y / b.y, a.z / b.z, a.w / b.w);
+// A row's whole output from one block: [16 heads, 512] by way of shared memory, so that rows are
+// written 16 bytes at a time. `staging` is what held the query.
+constexpr int kStagedRowBytes = kRank * 2 + 16;  // eight heads meet no bank twice
+static_assert(kHeads * kStagedRowBytes <= kPanels * kQueryPanelBytes);
+
+__device__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// One block computed all of this share's part of the row.
-__device__ void WriteAlone(const State& state, const Place& place, const CutRow& row,
-                           const Partials& partials, __nv_bfloat16* out) {
+__device__ void WriteWhole(const State& state, const Place& place, unsigned char* staging,
+                           __nv_bfloat16* out) {
+  float inverse[4];
+#pragma unroll
+  for (int slot = 0; slot < 4; ++slot) inverse[slot] = 1.0f / state.sum[slot];
+  // Lane l has the address of row l % 8 of matrix l / 8: a head, and eight columns of its output.
+  const int matrix = place.lane / 8, head = matrix / 2 * 8 + place.lane % 8;
+  const int column = place.warp * 16 + matrix % 2 * 8;
+  const uint32_t base = SharedAddress(staging) + head * kStagedRowBytes + column * 2;
+#pragma unroll
+  for (int piece = 0; piece < kLatentPanels; ++piece) {
+    const float* o = state.output[piece];
+    sm90::StoreTransposed(base + piece * 64 * 2, PackBf16(o[0] * inverse[0], o[1] * inverse[1]),
+                          PackBf16(o[2] * inverse[0], o[3] * inverse[1]),
+                          PackBf16(o[4] * inverse[2], o[5] * inverse[3]),
+                          PackBf16(o[6] * inverse[2], o[7] * inverse[3]));
+  }
+  SyncThreads(kAllConsumers, kConsumers);
+  constexpr int kPieces = kRank * 2 / 16;  // of a head
+#pragma unroll
+  for (int i = 0; i < kHeads * kPieces / kConsumers; ++i) {
+    const int at = place.thread + i * kConsumers;
+    reinterpret_cast<uint4*>(out)[at] = *reinterpret_cast<const uint4*>(
+        staging + at / kPieces * kStagedRowBytes + at % kPieces * 16);
+  }
+}
+
+// One block computed all of this share's part of a row that others have parts of.
+__device__ void WritePart(const State& state, const Place& place, const CutRow& row,
+                          const Partials& partials) {
   const int64_t slot = row.Slot(row.part);
 #pragma unroll
   for (int piece = 0; piece < kLatentPanels; ++piece) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int position = (piece * 64 + place.row() + half * 8) * 4 + place.lane % 4;
-      if (row.num_parts == 1) {
-        StoreHeads(Divide(state.Quad(piece, half), state.Sum()), position, out);
-      } else {
-        partials.sums[slot * kPositions + position] = state.Quad(piece, half);
-      }
+      partials.sums[slot * kPositions + position] = state.Quad(piece, half);
     }
   }
-  if (row.num_parts > 1 && place.thread < 4) {
+  if (place.thread < 4) {
     auto* maxima = reinterpret_cast<float4*>(partials.maxima + slot * kMaximaFloats);
     maxima[place.thread] = state.Largest();
     maxima[4 + place.thread] = state.Sum();
@@ -442,6 +471,10 @@ __device__ void SendToPeers(const State& state, const Place& place, int rank,
           state.Quad(piece, half), sm90::PeerAddress(barrier, peer));
     }
   }
+}
+
+__device__ float4 Divide(float4 a, float4 b) {
+  return make_float4(a.x / b.x, a.y / b.y, a.z / b.z, a.w / b.w);
 }
 
 // This block's slice of what the cluster computed.
@@ -511,7 +544,8 @@ __device__ void AttendAll(const Arguments& arguments, const Share& share, int ra
     Attend(TokensOf<kCluster>(item, rank), arguments.scale_log2, place, ring, shared, state);
     FinishSums(place, shared.warp_values, state);
     if constexpr (kCluster == 1) {
-      WriteAlone(state, place, cut, partials, out);
+      cut.num_parts == 1 ? WriteWhole(state, place, shared.query, out)
+                         : WritePart(state, place, cut, partials);
     } else {
       const int round = row - share.first_row;
       if (round == 0) {
