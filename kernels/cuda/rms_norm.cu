@@ -41,13 +41,14 @@ __device__ float BlockSum(float value) {
   return WarpSum(lane < warps ? warp_sums[lane] : 0.0f);
 }
 
-// kEarlyGain: the weight is in registers before the kernel before has ended. Otherwise registers
-// are spared, so that more rows are under way at once.
-template <typename Act, typename Gain, bool kAligned, int kPieces, bool kEarlyGain>
+// kBlocks rows are under way on a multiprocessor at once. If they are few, the weight is in
+// registers before the kernel before has ended; otherwise registers are spared.
+template <typename Act, typename Gain, bool kAligned, int kPieces, int kBlocks>
 __global__ __launch_bounds__(
-    kEarlyGain ? kMostThreads : kMostThreads / 2,
-    kPieces == 2 ? 3 : 1) void AddRmsNormKernel(const NormArguments<Act, Gain> arguments,
-                                                const PrefetchList prefetch) {
+    kPieces == 1 ? kMostThreads : kMostThreads / 2,
+    kBlocks) void AddRmsNormKernel(const NormArguments<Act, Gain> arguments,
+                                   const PrefetchList prefetch) {
+  constexpr bool kEarlyGain = kPieces <= 2 && kBlocks <= 2;
   LetDependentsLaunch();
   const int row = blockIdx.x;
   if (row >= arguments.num_rows) {
@@ -56,10 +57,13 @@ __global__ __launch_bounds__(
     return;
   }
   const int stride = blockDim.x * kEight, first = threadIdx.x * kEight, size = arguments.size;
-  float gain[kEight];
+  float gain[kEarlyGain ? kPieces : 1][kEight];
   if constexpr (kEarlyGain) {
-    static_assert(kPieces == 1);
-    if (first < size) LoadEight<kAligned>(arguments.gain + first, size - first, gain);
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int column = first + p * stride;
+      if (column < size) LoadEight<kAligned>(arguments.gain + column, size - column, gain[p]);
+    }
   }
   WaitForPredecessors();
 
@@ -99,9 +103,10 @@ __global__ __launch_bounds__(
     const int column = first + p * stride, count = size - column;
     float normed[kEight] = {};
     if (count > 0) {
-      if constexpr (!kEarlyGain) LoadEight<kAligned>(arguments.gain + column, count, gain);
+      float(&g)[kEight] = gain[kEarlyGain ? p : 0];
+      if constexpr (!kEarlyGain) LoadEight<kAligned>(arguments.gain + column, count, g);
 #pragma unroll
-      for (int i = 0; i < kEight; ++i) normed[i] = RoundedTo<Act>(values[p][i] * factor * gain[i]);
+      for (int i = 0; i < kEight; ++i) normed[i] = RoundedTo<Act>(values[p][i] * factor * g[i]);
       if (arguments.normed.present()) {
         StoreEight<kAligned>(normed, count, arguments.normed[row] + column);
       }
@@ -264,8 +269,7 @@ bool LaunchStream(const NormArguments<Act, Gain>& arguments, const Multiprocesso
 
 template <typename Act, typename Gain, bool kAligned>
 void Launch(const NormArguments<Act, Gain>& arguments, const PrefetchList& prefetch,
-            cudaStream_t stream) {
-  constexpr int kFewRows = 128;  // a multiprocessor each
+            const Multiprocessors& multiprocessors, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int pieces) {
     const auto threads =
         static_cast<unsigned>(DivideUp(arguments.size, int64_t{kEight} * kWarp * pieces) * kWarp);
@@ -273,13 +277,15 @@ void Launch(const NormArguments<Act, Gain>& arguments, const PrefetchList& prefe
                     arguments, prefetch);
   };
   constexpr int kFew = kMostThreads * kEight, kMany = kMostThreads / 2 * kEight;
-  if (arguments.size <= kFew && arguments.num_rows <= kFewRows) {
-    launch(AddRmsNormKernel<Act, Gain, kAligned, 1, true>, 1);
+  if (arguments.size <= kFew && arguments.num_rows <= multiprocessors.count) {
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 1, 1>, 1);
+  } else if (arguments.size <= 2 * kMany && arguments.num_rows <= 2 * multiprocessors.count) {
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 2, 2>, 2);
   } else if (arguments.size <= 2 * kMany) {
-    launch(AddRmsNormKernel<Act, Gain, kAligned, 2, false>, 2);
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 2, 3>, 2);
   } else {
     CHECK_LE(arguments.size, 8 * kMany);
-    launch(AddRmsNormKernel<Act, Gain, kAligned, 8, false>, 8);
+    launch(AddRmsNormKernel<Act, Gain, kAligned, 8, 1>, 8);
   }
 }
 
@@ -309,7 +315,7 @@ void CudaOps::AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight,
         const cuda::Multiprocessors multiprocessors = {device_.multiProcessorCount,
                                                        device_.major >= 9};
         if (cuda::LaunchStream<Act, Gain, kAligned>(arguments, multiprocessors, stream_)) return;
-        cuda::Launch<Act, Gain, kAligned>(arguments, prefetch, stream_);
+        cuda::Launch<Act, Gain, kAligned>(arguments, prefetch, multiprocessors, stream_);
       });
     });
   });
