@@ -279,6 +279,77 @@ struct BlockSums {
   int all, before;
 };
 
+// All blocks of a kernel, all of which are resident: what they wrote before they met is visible to
+// all behind. Two counters that are zero; whoever leaves last leaves them so.
+__device__ inline void MeetBlocks(int* counters) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counters) : "memory");
+    int arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                   : "=r"(arrived)
+                   : "l"(counters)
+                   : "memory");
+    } while (arrived < static_cast<int>(gridDim.x));
+  }
+  __syncthreads();
+}
+__device__ inline void LeaveBlocks(int* counters) {
+  const int last = static_cast<int>(gridDim.x) - 1;
+  if (threadIdx.x == 0 && atomicAdd(counters + 1, 1) == last) counters[0] = counters[1] = 0;
+}
+
+// As GroupRowsTogether, of so few rows that every block counts them all.
+//   shared: 2 * experts, the block's rows, 2 * kWarp
+__device__ inline void GroupSomeRowsTogether(const Grouping& grouping, int first, int end,
+                                             int* counters, int* shared) {
+  constexpr int kInFlight = 4;
+  const int num_experts = grouping.num_experts;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int* all = shared;                // rows of an expert
+  int* before = all + num_experts;  // of those, the ones before this block's
+  int* warp_sums = before + num_experts;
+  int* mine = warp_sums + 2 * kWarp;  // experts of this block's rows
+  for (int e = threadIdx.x; e < 2 * num_experts; e += blockDim.x) shared[e] = 0;
+  MeetBlocks(counters);
+  for (int base = threadIdx.x; base < grouping.num_rows; base += kInFlight * blockDim.x) {
+    int experts[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = base + i * blockDim.x;
+      experts[i] = row < grouping.num_rows ? __ldcg(grouping.experts + row) : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = base + i * blockDim.x, expert = experts[i] - grouping.first_expert;
+      const bool is_here = row < grouping.num_rows && expert >= 0 && expert < num_experts;
+      if (is_here) atomicAdd(&all[expert], 1);
+      if (is_here && row < first) atomicAdd(&before[expert], 1);
+      if (row >= first && row < end) mine[row - first] = is_here ? expert : -1;
+    }
+  }
+  __syncthreads();
+  ScanExperts(
+      grouping, warp_sums, blockIdx.x == 0, [&](int expert) { return all[expert]; },
+      [&](int expert, int place) { before[expert] += place; });
+  LeaveBlocks(counters);
+  if (warp > 0) return;
+  for (int row = first + lane; row - lane < end; row += kWarp) {
+    const int expert = row < end ? mine[row - first] : -1;
+    const unsigned same = __match_any_sync(kAllLanes, expert);
+    int place = -1;
+    if (expert >= 0) {
+      place = before[expert] + __popc(same & ((1u << lane) - 1));
+      grouping.rows[place] = row;
+    }
+    __syncwarp();
+    if (expert >= 0 && (same >> lane) == 1) before[expert] = place + 1;
+    __syncwarp();
+    if (grouping.notes != nullptr && row < end) grouping.notes[grouping.places_at + row] = place;
+  }
+}
+
 // By all blocks of a kernel, at most kMostGroupingBlocks, all of which are resident: rows [first,
 // end) are this one's, those of later blocks stand behind them.
 //   block_counts [E, kMostGroupingBlocks]: room, 16-byte aligned
@@ -298,18 +369,7 @@ __device__ inline void GroupRowsTogether(const Grouping& grouping, int first, in
   for (int e = threadIdx.x; e < experts; e += blockDim.x) {
     block_counts[e * kMostGroupingBlocks + block] = rows.CountOf(e, counts);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counters) : "memory");
-    int arrived;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                   : "=r"(arrived)
-                   : "l"(counters)
-                   : "memory");
-    } while (arrived < blocks);
-  }
-  __syncthreads();
+  MeetBlocks(counters);
   constexpr int kInFlight = 9;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int e = threadIdx.x / kWarp; e < experts; e += kInFlight * warps) {
@@ -334,9 +394,7 @@ __device__ inline void GroupRowsTogether(const Grouping& grouping, int first, in
       grouping, warp_sums, block == 0, [&](int expert) { return sums[expert]; },
       [&](int expert, int place) { rows.Place(expert, place + sums[experts + expert], counts); });
   rows.Store(counts);
-  if (threadIdx.x == 0 && atomicAdd(counters + 1, 1) == blocks - 1) {
-    counters[0] = counters[1] = 0;  // all have met
-  }
+  LeaveBlocks(counters);
 }
 
 }  // namespace fathom::cuda

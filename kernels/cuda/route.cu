@@ -263,6 +263,7 @@ __global__ __launch_bounds__(kStreamThreads,
 
 template <int kPer>
 inline constexpr int kChooseThreads = kPer <= 8 ? 1024 : 512;
+constexpr int kSomeRows = 4096;  // that every block may read: less than the counts of all blocks
 
 // Logits of some tokens, in shared memory and where they are asked for. All threads.
 //
@@ -351,8 +352,14 @@ __global__ __launch_bounds__(kChooseThreads<kPer>) void ChooseKernel(const Route
     __syncthreads();
   }
   const int choices = arguments.choice.config.num_choices();
-  GroupRowsTogether(arguments.grouping, begin * choices, end * choices, arguments.block_counts,
-                    arguments.counters, reinterpret_cast<int*>(shared));
+  const int first_row = begin * choices, end_row = end * choices;
+  auto* room = reinterpret_cast<int*>(shared);
+  if (arguments.grouping.num_rows <= kSomeRows) {
+    GroupSomeRowsTogether(arguments.grouping, first_row, end_row, arguments.counters, room);
+  } else {
+    GroupRowsTogether(arguments.grouping, first_row, end_row, arguments.block_counts,
+                      arguments.counters, room);
+  }
 }
 
 // --- the host's side
@@ -396,7 +403,9 @@ void LaunchChoose(const RouteArguments& arguments, const float* parts, int slice
     const auto block_tokens = static_cast<int>(DivideUp(arguments.num_tokens, num_blocks));
     const int floats =
         std::max({2 * std::min(kWarps, block_tokens) * experts, 4 * kChooseThreads<kPer>,
-                  Grouping::SharedIntsTogether(arguments.grouping.num_experts, kWarps)});
+                  Grouping::SharedIntsTogether(arguments.grouping.num_experts, kWarps),
+                  2 * arguments.grouping.num_experts + 2 * kWarp +
+                      block_tokens * arguments.choice.config.num_choices()});
     const int shared_bytes = floats * static_cast<int>(sizeof(float));
     const auto blocks = static_cast<unsigned>(DivideUp(arguments.num_tokens, block_tokens));
     const auto kernel = ChooseKernel<kPer>;
