@@ -74,8 +74,9 @@ class CudaOps final : public Ops {
   bool LinearBf16(const LinearInput& x, const Weight& weight, const Tensor& out);
   bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
                          int num_choices, const Tensor& out);
-  bool GatedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
-                       const ExpertRoom& room);
+  // DownAndCombine of one token.
+  bool JoinedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
+                        const LinearInput& activated, const Tensor& out);
 
   // The steps of MlaAttention, for some tokens: queries into the latent space, what they gather
   // there, and out of it.

@@ -37,10 +37,10 @@ struct Place {
 };
 
 template <int kN, typename Shared>
-__device__ void StartProducts(int stage, int tile, const Place& place, const Shared& shared,
+__device__ void StartProducts(int stage, const Place& place, const Shared& shared,
                               float (&products)[kN / 2]) {
   const uint32_t weight = SharedAddress(shared.weight[stage]) + place.row_group * kTileBytes;
-  const uint32_t x = SharedAddress(shared.x[tile]);
+  const uint32_t x = SharedAddress(shared.x[stage]);
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     sm90::ProductFp8<kN>(products, TileDescriptor(weight + step * 32),
@@ -54,10 +54,11 @@ struct Factors {
   float values[kN / 4];
 
   template <typename Shared>
-  __device__ void Load(int tile, float weight, const Place& place, const Shared& shared) {
+  __device__ void Load(int stage, float weight, const Place& place, const Shared& shared) {
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
-      const float2 x = *reinterpret_cast<const float2*>(&shared.x_scales[tile][place.token(4 * j)]);
+      const float2 x =
+          *reinterpret_cast<const float2*>(&shared.x_scales[stage][place.token(4 * j)]);
       values[2 * j] = x.x * weight;
       values[2 * j + 1] = x.y * weight;
     }
@@ -69,20 +70,19 @@ struct Factors {
 };
 
 // sums += `count` stages of this warpgroup, a batch at a time; what a last batch lacks is its first
-// stage again, counting nothing. Activations that the kernel makes are tiles from `tile` on.
+// stage again, counting nothing.
 template <typename Form, typename Shared>
-__device__ void Multiply(int count, int tile, const Place& place, Ring<Form::kStages>& ring,
-                         Shared& shared, float (&sums)[Form::kTokens / 2]) {
+__device__ void Multiply(int count, const Place& place, Ring<Form::kStages>& ring, Shared& shared,
+                         float (&sums)[Form::kTokens / 2]) {
   constexpr int kBatch = Form::kBatch;
 #pragma unroll 1
-  for (; count > 0; count -= kBatch, tile += kBatch) {
-    int stages[kBatch], tiles[kBatch];
+  for (; count > 0; count -= kBatch) {
+    int stages[kBatch];
     float products[kBatch][Form::kTokens / 2];
     Factors<Form::kTokens> factors[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       stages[i] = i < count ? ring.stage : stages[0];
-      tiles[i] = !Form::kMakesInput ? stages[i] : i < count ? tile + i : tile;
       if (i < count) {
         BarrierWait(&shared.full[ring.stage], ring.parity);
         ring.Next(Form::kTurns);
@@ -92,13 +92,13 @@ __device__ void Multiply(int count, int tile, const Place& place, Ring<Form::kSt
     sm90::ProductsBegin();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      StartProducts<Form::kTokens>(stages[i], tiles[i], place, shared, products[i]);
+      StartProducts<Form::kTokens>(stages[i], place, shared, products[i]);
     }
     sm90::ProductsCommit();
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const float weight_scale = i < count ? shared.weight_scales[stages[i]] : 0.0f;
-      factors[i].Load(tiles[i], weight_scale, place, shared);
+      factors[i].Load(stages[i], weight_scale, place, shared);
     }
     sm90::ProductsWait<0>();
 #pragma unroll
@@ -234,6 +234,20 @@ __device__ void AddParts(const Arguments& arguments, const Place& place, int las
 __device__ void Convert(float value, __nv_bfloat16& out) { out = __float2bfloat16(value); }
 __device__ void Convert(float value, float& out) { out = value; }
 
+// The L2 should keep this share of what is stored, and forget the rest first.
+__device__ uint64_t KeepingPolicy(float share) {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, %1;"
+               : "=l"(policy)
+               : "f"(share));
+  return policy;
+}
+__device__ void StoreSixteen(void* to, uint4 value, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "l"(policy)
+               : "memory");
+}
+
 // A warpgroup's [64 rows, tokens] to out[token][row], 16 bytes at a time.
 template <typename Form, typename Out, typename Shared>
 __device__ void WriteTile(const Arguments& arguments, const Place& place, const ExpertChunk& chunk,
@@ -249,86 +263,90 @@ __device__ void WriteTile(const Arguments& arguments, const Place& place, const 
   int token = place.row_thread % 128 / kPiecesPerToken;
   Out* target = static_cast<Out*>(arguments.out) +
                 int64_t{chunk.begin + token} * arguments.out_stride + row + piece;
+  // Made here: kept from the beginning of the kernel on it costs w2 at 256 tokens 7 µs.
+  [[maybe_unused]] const uint64_t policy =
+      Form::kKeepsOutput ? KeepingPolicy(arguments.kept) : uint64_t{0};
 #pragma unroll 1
   for (; token < chunk.count; token += 128 / kPiecesPerToken) {
-    // Read soon and once, and as quickly forgotten as the weights: left to the ordinary policy,
-    // outputs fill the L2 (w2 at 256 tokens: 33 MB) and the weights' stream is 8% slower.
-    __stcs(reinterpret_cast<uint4*>(target), *reinterpret_cast<const uint4*>(&tile[token][piece]));
+    const uint4 values = *reinterpret_cast<const uint4*>(&tile[token][piece]);
+    if constexpr (Form::kKeepsOutput) {
+      StoreSixteen(target, values, policy);
+    } else {
+      // Read soon and once, and as quickly forgotten as the weights: left to the ordinary policy,
+      // outputs fill the L2 (w2 at 256 tokens: 33 MB) and the weights' stream is 8% slower.
+      __stcs(reinterpret_cast<uint4*>(target), values);
+    }
     target += 128 / kPiecesPerToken * arguments.out_stride;
   }
   sync();
 }
 
-// --- activations that the kernel makes itself
+// --- activations that the kernel makes itself, of one token
 
-// Those of a chunk, all K blocks of them, as Ops::SwiGlu would: silu(gate) * up, rounded, in 1×128.
-// Sixteen lanes have the 128 of a token.
+// As Ops::SwiGlu would: silu(gate) * up, rounded, in 1×128; their factor times the token's share of
+// the expert. Half a warp makes those of a unit, a row of its stage's tile; what stands in the
+// other rows counts for no token that exists.
 template <typename Form, typename Shared>
-__device__ void MakeChunk(const Arguments& arguments, const ExpertChunk& chunk, int thread,
-                          int first_tile, Shared& shared) {
-  constexpr int kAtOnce = Form::kMakers / cuda::kGroupLanes;
-  constexpr int kInFlight = 2;
-  const int lane = thread % cuda::kGroupLanes;
-  const auto token_of = [](int unit) { return unit % Form::kTokens; };
-  const auto block_of = [](int unit) { return unit / Form::kTokens; };
+__device__ void MakeInputs(const Arguments& arguments, const Work<Form>& work, Shared& shared) {
+  constexpr int kAtOnce = Form::kMakers * 32 / Form::kMakerLanes;  // units
+  static_assert(Form::kMakerLanes == cuda::kGroupLanes);
+  const int lane = threadIdx.x % Form::kMakerLanes;
+  const int half = (threadIdx.x - Form::kConsumers) / Form::kMakerLanes;
 #pragma unroll 1
-  for (int first = thread / cuda::kGroupLanes; first < Form::kTokens * arguments.k_blocks;
-       first += kInFlight * kAtOnce) {
-    cuda::PackedEight<__nv_bfloat16> gate[kInFlight], up[kInFlight];
+  for (unsigned at = 0; work.begin + at < work.end; at += kAtOnce) {
+    const unsigned index = at + half;
+    const Cursor cursor(arguments, work, min(work.begin + index, work.end - 1));
+    const int chunk = arguments.by_k_blocks(cursor.first);
+    const int k = cursor.first - chunk * arguments.k_blocks;
+    const int row = ChunkOf<Form::kTokens>(arguments, chunk, shared).begin;
+    const int choice = ChoiceOf(arguments, row, shared);
+    const auto* from =
+        reinterpret_cast<const __nv_bfloat16*>(arguments.x + int64_t{row} * arguments.x_row_bytes);
+    from += k * kBlock + lane * cuda::kEight;
+    sm90::WaitForPredecessors();
+    cuda::PackedEight<__nv_bfloat16> gate, up;
+    gate.template Load<true>(from, cuda::kEight);
+    up.template Load<true>(from + arguments.k_blocks * kBlock, cuda::kEight);
+    const float share = arguments.shares[choice];
+    float x[cuda::kEight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int unit = first + i * kAtOnce;
-      const int row = chunk.begin + min(token_of(unit), chunk.count - 1);
-      const auto* from = reinterpret_cast<const __nv_bfloat16*>(
-          arguments.x + int64_t{row} * arguments.x_row_bytes);
-      from += min(block_of(unit), arguments.k_blocks - 1) * kBlock + lane * cuda::kEight;
-      gate[i].template Load<true>(from, cuda::kEight);
-      up[i].template Load<true>(from + arguments.k_blocks * kBlock, cuda::kEight);
+    for (int j = 0; j < cuda::kEight; ++j) {
+      const float silu = gate[j] / (1.0f + expf(-gate[j]));
+      x[j] = cuda::RoundedTo<__nv_bfloat16>(silu * up[j]);
     }
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int token = token_of(first + i * kAtOnce), k = block_of(first + i * kAtOnce);
-      float x[cuda::kEight];
-#pragma unroll
-      for (int j = 0; j < cuda::kEight; ++j) {
-        const float silu = gate[i][j] / (1.0f + expf(-gate[i][j]));
-        x[j] = cuda::RoundedTo<__nv_bfloat16>(silu * up[i][j]);
-      }
-      const float factor = cuda::FactorOf(cuda::WarpMax<cuda::kGroupLanes>(cuda::LargestOf(x)));
-      if (k >= arguments.k_blocks) continue;
-      unsigned char* tile = shared.x[first_tile + k] + token * kBlock;
-      *reinterpret_cast<uint2*>(tile + (lane / 2 ^ token % 8) * 16 + lane % 2 * 8) =
+    const float factor = cuda::FactorOf(cuda::WarpMax<cuda::kGroupLanes>(cuda::LargestOf(x)));
+    if (work.begin + index < work.end) {
+      const int stage = index % Form::kStages;
+      BarrierWait(&shared.empty[stage], (index / Form::kStages & 1) ^ 1);
+      *reinterpret_cast<uint2*>(shared.x[stage] + lane * cuda::kEight) =
           cuda::EncodeEight(x, factor);
-      if (lane == 0) shared.x_scales[first_tile + k][token] = factor;
+      if (lane == 0) shared.x_scales[stage][0] = factor * share;
+      sm90::FenceForAsyncProxy();
+      sm90::BarrierArriveIf(&shared.full[stage], true);
     }
+    __syncwarp();
   }
 }
 
-// The warps that make them, a chunk ahead of those that multiply.
-template <typename Form, typename Shared>
-__device__ void MakeInputs(const Arguments& arguments, const Work& work, int thread,
-                           Shared& shared) {
-  Ring<2> ring;
-#pragma unroll 1
-  for (Cursor cursor(arguments, work.begin, work.end); !cursor.Done(); cursor.Next()) {
-    if (!cursor.enters_chunk) continue;
-    BarrierWait(&shared.used[ring.stage], ring.parity ^ 1);
-    MakeChunk<Form>(arguments, ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared), thread,
-                    ring.stage * kMostGatedBlocks, shared);
-    sm90::FenceForAsyncProxy();
-    sm90::BarrierArriveIf(&shared.made[ring.stage], true);
-    ring.Next();
+// No expert is this rank's: the token gets nothing from here.
+template <typename Out>
+__device__ void WriteZeros(const Arguments& arguments) {
+  sm90::WaitForPredecessors();
+  for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < static_cast<unsigned>(arguments.n);
+       i += gridDim.x * blockDim.x) {
+    Convert(0.0f, static_cast<Out*>(arguments.out)[i]);
   }
 }
 
-// One item of the share; `count` K blocks of it are this warpgroup's. Activations that the kernel
-// makes are tiles from `first_tile` on.
+// --- the warpgroups, item by item
+
+// One item of the share; `count` K blocks of it are this warpgroup's.
 template <typename Form, typename Out, typename Shared>
-__device__ void ComputeItem(const Arguments& arguments, const Work& work, const Cursor& cursor,
-                            const ExpertChunk& chunk, int count, const Place& place, int first_tile,
-                            Ring<Form::kStages>& ring, Shared& shared) {
+__device__ void ComputeItem(const Arguments& arguments, const Work<Form>& work,
+                            const Cursor& cursor, const ExpertChunk& chunk, int count,
+                            const Place& place, Ring<Form::kStages>& ring, Shared& shared) {
   float sums[Form::kTokens / 2] = {};
-  Multiply<Form>(count, first_tile + cursor.first, place, ring, shared, sums);
+  Multiply<Form>(count, place, ring, shared, sums);
   if (!AddTurns<Form>(place, sums, shared)) return;
   if (cursor.first > 0) {
     SendPart<Form>(arguments, place, sums);
@@ -342,42 +360,22 @@ __device__ void ComputeItem(const Arguments& arguments, const Work& work, const 
   if (row < arguments.n) WriteTile<Form, Out>(arguments, place, chunk, row, sums, shared);
 }
 
-// Where the chunk at hand has its activations, of those that multiply.
-struct MadeInputs {
-  Ring<2> next;
-  int first_tile = 0;
-  bool has_chunk = false;
-
-  template <typename Shared>
-  __device__ void NextChunk(const Place& place, Shared& shared) {
-    __syncwarp();
-    sm90::BarrierArriveIf(&shared.used[next.stage ^ 1], has_chunk && place.lane == 0);
-    BarrierWait(&shared.made[next.stage], next.parity);
-    first_tile = next.stage * kMostGatedBlocks;
-    has_chunk = true;
-    next.Next();
-  }
-};
-
 template <typename Form, typename Out, typename Shared>
-__device__ void Compute(const Arguments& arguments, const Work& work, Shared& shared) {
+__device__ void Compute(const Arguments& arguments, const Work<Form>& work, Shared& shared) {
   const Place place(Form::kRows);
   Ring<Form::kStages> ring;
   ring.Next(place.turn);
-  int skip = place.turn;  // units of the share until this warpgroup's next one
-  ExpertChunk chunk;
-  MadeInputs inputs;
+  int skip = place.turn;             // units of the share until this warpgroup's next one
+  ExpertChunk chunk = {0, 0, 1, 0};  // the only row that joined matrices have
 #pragma unroll 1
-  for (Cursor cursor(arguments, work.begin, work.end); !cursor.Done(); cursor.Next()) {
-    if (cursor.enters_chunk) {
+  for (Cursor cursor(arguments, work, work.begin); !cursor.Done(); cursor.Next()) {
+    if (!Form::kJoins && cursor.enters_chunk) {
       chunk = ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared);
-      if constexpr (Form::kMakesInput) inputs.NextChunk(place, shared);
     }
     const int units = cursor.last - cursor.first;
     const int count = (units - skip + Form::kTurns - 1) / Form::kTurns;
     skip += count * Form::kTurns - units;
-    ComputeItem<Form, Out>(arguments, work, cursor, chunk, count, place, inputs.first_tile, ring,
-                           shared);
+    ComputeItem<Form, Out>(arguments, work, cursor, chunk, count, place, ring, shared);
   }
 }
 
@@ -398,27 +396,25 @@ __global__ __launch_bounds__(Form::kThreads,
       sm90::BarrierInit(&shared.full[i], Form::kFullArrivals);
       sm90::BarrierInit(&shared.empty[i], Form::kRows * 4);
     }
-    for (int i = 0; i < 2; ++i) {
-      sm90::BarrierInit(&shared.made[i], Form::kMakers);
-      sm90::BarrierInit(&shared.used[i], Form::kConsumers / 32);
-    }
     sm90::BarrierInitFence();
   }
   // What to copy of one matrix is known before the predecessors end.
   if (arguments.notes != nullptr && !arguments.complete_early) sm90::WaitForPredecessors();
   sm90::LetDependentsLaunch();
-  const Work work(arguments, LoadChunks<Form>(arguments, shared));
+  const Work<Form> work(arguments, LoadChunks<Form>(arguments, shared));
   __syncthreads();
-  if (blockIdx.x >= work.shares) {
+  if (Form::kJoins && work.pieces == 0) {
+    WriteZeros<Out>(arguments);
+  } else if (blockIdx.x >= work.shares) {
     sm90::WaitForPredecessors();
   } else if (warp == Form::kWeightWarp) {
     if (threadIdx.x % 32 == 0) CopyWeights<Form>(weight_map, arguments, work, shared);
-  } else if constexpr (Form::kMakesInput) {
-    sm90::WaitForPredecessors();
+  } else if constexpr (Form::kJoins) {
     if (warp < Form::kTokenWarp) {
+      sm90::WaitForPredecessors();
       Compute<Form, Out>(arguments, work, shared);
     } else {
-      MakeInputs<Form>(arguments, work, threadIdx.x - Form::kConsumers, shared);
+      MakeInputs<Form>(arguments, work, shared);
     }
     sm90::WaitForCopies();
   } else {
@@ -483,15 +479,18 @@ void LaunchForTokens(int max_count, const Fp8StreamSm90::Weight& weight, const A
     LaunchKernel<FormOf<kCodes, 8, 1, 2, 20>, Out>(weight, arguments, kFineShares, blocks, stream);
   } else if (max_count <= 8) {
     LaunchKernel<FormOf<kCodes, 8, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
-  } else {
+  } else if (arguments.kept == 0.0f) {
     LaunchKernel<FormOf<kCodes, 16, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
+  } else {
+    LaunchKernel<FormOf<kCodes, 16, 2, 1, 9, true>, Out>(weight, arguments, kFineShares, blocks,
+                                                         stream);
   }
 }
 template <typename Out>
-void LaunchGated(const Fp8StreamSm90::Weight& weight, const Arguments& arguments, int blocks,
-                 cudaStream_t stream) {
-  LaunchKernel<FormOf<Reads::kGateUp, Fp8StreamSm90::kMaxGatedTokens, 2, 1, 10>, Out>(
-      weight, arguments, kFineShares, blocks, stream);
+void LaunchJoined(const Fp8StreamSm90::Weight& weight, const Arguments& arguments, int blocks,
+                  cudaStream_t stream) {
+  LaunchKernel<FormOf<Reads::kGateUp, 8, 2, 1, 10>, Out>(weight, arguments, kFineShares, blocks,
+                                                         stream);
 }
 
 void SetSizes(const Fp8StreamSm90::Weight& weight, const Fp8StreamSm90::Output& out, int blocks,
@@ -500,6 +499,7 @@ void SetSizes(const Fp8StreamSm90::Weight& weight, const Fp8StreamSm90::Output& 
   arguments.weight_scales = weight.scale_inv;
   arguments.out = out.values;
   arguments.out_stride = out.row_stride;
+  arguments.kept = out.kept;
   arguments.n = weight.n;
   arguments.k_blocks = weight.k / kBlock;
   arguments.scale_rows = (weight.n + kBlock - 1) / kBlock;
@@ -573,26 +573,21 @@ void Fp8StreamSm90::GroupedLinear(const Input& x, const Groups& groups, const We
   fp8_stream::Launch(x, weight, out, groups.max_count, num_multiprocessors_, arguments, stream);
 }
 
-bool Fp8StreamSm90::SupportsGated(const Weight& weight) {
-  return Supports(weight) && weight.k <= fp8_stream::kMostGatedBlocks * fp8_stream::kBlock;
-}
-
-void Fp8StreamSm90::GroupedGatedLinear(const GateUp& gate_up, const Groups& groups,
-                                       const Weight& weight, const Output& out,
-                                       cudaStream_t stream) const {
-  CHECK(SupportsGated(weight) && groups.rows == nullptr);
-  CHECK_LE(groups.max_count, kMaxGatedTokens);
+void Fp8StreamSm90::JoinedLinear(const GateUp& gate_up, const Groups& groups, const float* shares,
+                                 const Weight& weight, const Output& out,
+                                 cudaStream_t stream) const {
+  CHECK(groups.rows != nullptr && groups.max_count == 1);
   fp8_stream::Arguments arguments = {};
   fp8_stream::SetGroups(groups, arguments);
-  if (groups.num_rows == 0) return;
   fp8_stream::SetSizes(weight, out, num_multiprocessors_, arguments);
   arguments.partials = static_cast<float*>(workspace_);
   arguments.x = static_cast<const unsigned char*>(gate_up.values);
   arguments.x_row_bytes = static_cast<unsigned>(gate_up.row_bytes);
+  arguments.shares = shares;
   if (out.type == OutputType::kBf16) {
-    fp8_stream::LaunchGated<__nv_bfloat16>(weight, arguments, num_multiprocessors_, stream);
+    fp8_stream::LaunchJoined<__nv_bfloat16>(weight, arguments, num_multiprocessors_, stream);
   } else {
-    fp8_stream::LaunchGated<float>(weight, arguments, num_multiprocessors_, stream);
+    fp8_stream::LaunchJoined<float>(weight, arguments, num_multiprocessors_, stream);
   }
 }
 

@@ -4,7 +4,8 @@
 //
 // Words: an item is a form's weight rows of one matrix times one chunk of tokens; a unit is one K
 // block (128 columns) of it, which is also one stage of the ring; a share is the units of one
-// thread block.
+// thread block. Where the matrices are joined, an item is the same rows of all that have a chunk,
+// whose K blocks follow each other as if there were one long matrix.
 //
 // With one token a layer takes a few thousand cycles, and instructions that run once cost more to
 // fetch than to execute. So loops that run once or twice are not unrolled, and one instance of the
@@ -22,36 +23,37 @@ using sm90::SharedAddress;
 constexpr int kTileRows = 64;  // of a warpgroup's matrix products
 constexpr int kBlock = 128;    // columns under one factor; one byte each
 constexpr int kTileBytes = kTileRows * kBlock;
-constexpr int kMostGatedBlocks = 4;  // K blocks of activations that the kernel makes itself
-constexpr int kKnownChunks = 432;    // that are kept in shared memory
+constexpr int kKnownChunks = 432;  // that are kept in shared memory
 constexpr int kKnownRows = 128;
 
-// Rows in 1×128; or gate and up, bf16, of which the kernel makes them.
+// Rows in 1×128; or gate and up of one token's experts, bf16, of which the kernel makes them, and
+// joins the matrices.
 enum class Reads { kCodes, kGateUp };
 
 // One instance of the kernel: its items are 64 · kRowGroups weight rows times at most kMaxTokens
 // tokens. kRowGroups · kTurns warpgroups compute: one per 64 rows, and kTurns that take turns with
 // the K blocks. Many turns are for few tokens, where the time between the last activation's arrival
 // and the end counts; several rows for many, where the number of stages does.
-template <Reads kWhat, int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kRingStages>
+// kKeeps: its output has a policy of its own (Output::kept); otherwise it is forgotten first.
+template <Reads kWhat, int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kRingStages,
+          bool kKeeps = false>
 struct FormOf {
-  static constexpr bool kMakesInput = kWhat == Reads::kGateUp;
+  static constexpr bool kKeepsOutput = kKeeps;
+  static constexpr bool kJoins = kWhat == Reads::kGateUp;
   static constexpr int kTokens = kMaxTokens;
   static constexpr int kRows = kRowGroups;
   static constexpr int kTurns = kTurnsOfBlocks;
   static constexpr int kStages = kRingStages;
   static_assert(kStages % kTurns == 0 && (kTurns == 1 ? kRows <= 2 : kRows == 1));  // barriers
-  static_assert(!kMakesInput || kTurns == 1);
 
   static constexpr int kConsumers = kRows * kTurns * 128;
   static constexpr int kTokenWarp = kConsumers / 32;  // copies activations and their factors
-  static constexpr int kMakers = 128;                 // threads in its place
-  static constexpr int kWeightWarp = kTokenWarp + (kMakesInput ? kMakers / 32 : 1);
+  static constexpr int kMakers = 4;                   // warps that make them instead
+  static constexpr int kMakerLanes = 16;              // that make those of a unit
+  static constexpr int kWeightWarp = kTokenWarp + (kJoins ? kMakers : 1);
   static constexpr int kThreads = (kWeightWarp + 1) * 32;
-  // At a stage's barrier: the weights, their factor, each lane's small copies.
-  static constexpr int kFullArrivals = 1 + 1 + (kMakesInput ? 0 : 32);
-  // Tiles of activations: one to a stage, or all of two chunks'.
-  static constexpr int kInputTiles = kMakesInput ? 2 * kMostGatedBlocks : kStages;
+  // At a stage's barrier: the weights, their factor, each lane that brings activations.
+  static constexpr int kFullArrivals = 1 + 1 + (kJoins ? kMakerLanes : 32);
   static constexpr int kItemRows = kRows * kTileRows;
   static constexpr int kBatch = 2;  // K blocks that a warpgroup multiplies at a time
 };
@@ -81,7 +83,9 @@ struct Arguments {
   const int* notes;     // null: one matrix
   bool complete_early;  // notes and rows (Fp8StreamSm90::Groups)
   const int* rows;      // sorted row to row of x, times divisor; null: the same
+  const float* shares;  // of the token's choices, where matrices are joined
   void* out;
+  float kept;       // which share of the output the L2 should keep
   float* partials;  // [shares][tokens / 8][128 * rows][4]
   int64_t out_stride;
   unsigned x_row_bytes;  // all of x is below 2³¹ bytes (CHECKed by the host)
@@ -102,8 +106,8 @@ struct SharedMemory {
   static constexpr bool kAdds = Form::kTurns > 1;
   static constexpr int kPitch = kTileRows + 16 / sizeof(Out);  // bank conflicts
   alignas(sm90::kTileAlignment) unsigned char weight[kStages][Form::kItemRows * kBlock];
-  alignas(sm90::kTileAlignment) unsigned char x[Form::kInputTiles][kTokens * kBlock];
-  float x_scales[Form::kInputTiles][kTokens];
+  alignas(sm90::kTileAlignment) unsigned char x[kStages][kTokens * kBlock];
+  float x_scales[kStages][kTokens];
   float weight_scales[kStages];
   alignas(16) Out out[Form::kRows][kTokens][kPitch];
   // What the warpgroups of the same rows add up.
@@ -111,8 +115,6 @@ struct SharedMemory {
              [kAdds ? Form::kItemRows * 2 : 1];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  uint64_t made[2];  // the activations of a chunk
-  uint64_t used[2];
   int4 chunks[kKnownChunks];
   int rows[kKnownRows];
 };
@@ -120,16 +122,19 @@ struct SharedMemory {
 // --- who does what
 
 // Of P pieces of `grain` units, share i of S owns [P * i / S, P * (i + 1) / S).
+template <typename Form>
 struct Work {
   unsigned pieces;  // times shares it stays below 2³¹ (CHECKed by the host)
   unsigned shares;
   unsigned begin, end;  // this block's units
+  int k_blocks;         // of an item
 
   __device__ Work(const Arguments& arguments, int num_chunks)
       : pieces(num_chunks * arguments.items_per_chunk * arguments.pieces_per_item),
         shares(min(gridDim.x, pieces)),
         begin(Begin(arguments, blockIdx.x)),
-        end(Begin(arguments, blockIdx.x + 1)) {}
+        end(Begin(arguments, blockIdx.x + 1)),
+        k_blocks(arguments.k_blocks * (Form::kJoins ? num_chunks : 1)) {}
 
   __device__ unsigned Begin(const Arguments& arguments, unsigned share) const {
     const unsigned piece = shares < gridDim.x ? share : arguments.by_blocks(pieces * share);
@@ -137,6 +142,9 @@ struct Work {
   }
   __device__ int ShareOf(const Arguments& arguments, unsigned unit) const {
     return ((unit / arguments.grain + 1) * shares - 1) / pieces;
+  }
+  __device__ unsigned ItemOf(const Arguments& arguments, unsigned unit) const {
+    return Form::kJoins ? unit / k_blocks : arguments.by_k_blocks(unit);
   }
 };
 
@@ -167,14 +175,18 @@ __device__ ExpertChunk ChunkOf(const Arguments& arguments, int index, const Shar
                          : reinterpret_cast<const int4*>(arguments.notes + kFirstChunkNote)[index];
   return {chunk.x, chunk.y, chunk.z, 0};
 }
-// Which row of x a sorted row is.
+// Which choice a sorted row is, and which row of x.
+template <typename Shared>
+__device__ unsigned ChoiceOf(const Arguments& arguments, int row, const Shared& shared) {
+  return row < kKnownRows ? shared.rows[row] : arguments.rows[row];
+}
 template <typename Shared>
 __device__ unsigned InputRow(const Arguments& arguments, int row, const Shared& shared) {
   if (arguments.rows == nullptr) return row;
-  return arguments.by_divisor(row < kKnownRows ? shared.rows[row] : arguments.rows[row]);
+  return arguments.by_divisor(ChoiceOf(arguments, row, shared));
 }
 
-// Walks units [begin, end) item by item.
+// Walks the units of a share from `begin` on, item by item.
 struct Cursor {
   int k_blocks, items_per_chunk;
   int units;        // left, this item's included
@@ -182,10 +194,11 @@ struct Cursor {
   int chunk, row_block;
   bool enters_chunk = true;
 
-  __device__ Cursor(const Arguments& arguments, unsigned begin, unsigned end)
-      : k_blocks(arguments.k_blocks), items_per_chunk(arguments.items_per_chunk) {
-    const unsigned item = arguments.by_k_blocks(begin);
-    units = end - begin;
+  template <typename Form>
+  __device__ Cursor(const Arguments& arguments, const Work<Form>& work, unsigned begin)
+      : k_blocks(work.k_blocks), items_per_chunk(arguments.items_per_chunk) {
+    const unsigned item = work.ItemOf(arguments, begin);
+    units = work.end - begin;
     first = begin - item * k_blocks;
     last = min(k_blocks, first + units);
     chunk = arguments.by_items_per_chunk(item);
@@ -222,28 +235,39 @@ struct Ring {
 
 // Weights and their factors; one thread.
 template <typename Form, typename Shared>
-__device__ void CopyWeights(const CUtensorMap& map, const Arguments& arguments, const Work& work,
-                            Shared& shared) {
+__device__ void CopyWeights(const CUtensorMap& map, const Arguments& arguments,
+                            const Work<Form>& work, Shared& shared) {
   constexpr int kBytes = Form::kItemRows * kBlock;
   const uint64_t policy = sm90::EvictFirstPolicy();
+  const auto expert_of = [&](int chunk) {
+    return ChunkOf<Form::kTokens>(arguments, chunk, shared).expert;
+  };
   Ring<Form::kStages> ring;
   int expert = 0;
 #pragma unroll 1
-  for (Cursor cursor(arguments, work.begin, work.end); !cursor.Done(); cursor.Next()) {
-    if (cursor.enters_chunk) {
-      expert = ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared).expert;
-    }
+  for (Cursor cursor(arguments, work, work.begin); !cursor.Done(); cursor.Next()) {
+    if (!Form::kJoins && cursor.enters_chunk) expert = expert_of(cursor.chunk);
     const int row = cursor.row_block * Form::kItemRows;
-    const int scale_row = expert * arguments.scale_rows + row / kBlock;
-    const float* scales = arguments.weight_scales + int64_t{scale_row} * cursor.k_blocks;
+    const auto scales_of = [&] {
+      const int scale_row = expert * arguments.scale_rows + row / kBlock;
+      return arguments.weight_scales + int64_t{scale_row} * arguments.k_blocks;
+    };
+    const float* scales = scales_of();
 #pragma unroll 1
     for (int k = cursor.first; k < cursor.last; ++k, ring.Next()) {
+      int block = k;
+      if constexpr (Form::kJoins) {
+        const int chunk = arguments.by_k_blocks(k);
+        expert = expert_of(chunk);
+        block -= chunk * arguments.k_blocks;
+        scales = scales_of();
+      }
       uint64_t* full = &shared.full[ring.stage];
       BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
       sm90::BarrierExpectBytes(full, kBytes);
-      sm90::CopyBox(shared.weight[ring.stage], &map, k * kBlock, expert * arguments.n + row, full,
-                    policy);
-      sm90::CopyFour(SharedAddress(&shared.weight_scales[ring.stage]), scales + k);
+      sm90::CopyBox(shared.weight[ring.stage], &map, block * kBlock, expert * arguments.n + row,
+                    full, policy);
+      sm90::CopyFour(SharedAddress(&shared.weight_scales[ring.stage]), scales + block);
       sm90::BarrierArriveAfterCopies(full);
     }
   }
@@ -308,13 +332,14 @@ class TokenCopier {
 
 // The first round of the ring: all warps but the one that copies weights, a stage each.
 template <typename Form, typename Shared>
-__device__ void CopyFirstActivations(const Arguments& arguments, const Work& work, Shared& shared) {
+__device__ void CopyFirstActivations(const Arguments& arguments, const Work<Form>& work,
+                                     Shared& shared) {
   TokenCopier<Form::kTokens> copier;
   const unsigned count = min(static_cast<unsigned>(Form::kStages), work.end - work.begin);
 #pragma unroll 1
   for (unsigned stage = threadIdx.x / 32; stage < Form::kStages; stage += Form::kWeightWarp) {
     const unsigned unit = work.begin + min(stage, count - 1);
-    const Cursor cursor(arguments, unit, work.end);
+    const Cursor cursor(arguments, work, unit);
     copier.Enter(arguments, cursor.chunk, shared);
     sm90::WaitForPredecessors();
     if (stage < count) copier.Copy(arguments, cursor.first, stage, shared);
@@ -324,13 +349,14 @@ __device__ void CopyFirstActivations(const Arguments& arguments, const Work& wor
 
 // The other rounds; one warp.
 template <typename Form, typename Shared>
-__device__ void CopyActivations(const Arguments& arguments, const Work& work, Shared& shared) {
+__device__ void CopyActivations(const Arguments& arguments, const Work<Form>& work,
+                                Shared& shared) {
   TokenCopier<Form::kTokens> copier;
   Ring<Form::kStages> ring;
   ring.parity = 1;
   const unsigned begin = min(work.begin + Form::kStages, work.end);
 #pragma unroll 1
-  for (Cursor cursor(arguments, begin, work.end); !cursor.Done(); cursor.Next()) {
+  for (Cursor cursor(arguments, work, begin); !cursor.Done(); cursor.Next()) {
     if (cursor.enters_chunk) copier.Enter(arguments, cursor.chunk, shared);
 #pragma unroll 1
     for (int k = cursor.first; k < cursor.last; ++k, ring.Next()) {

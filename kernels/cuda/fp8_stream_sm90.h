@@ -19,8 +19,7 @@ namespace fathom {
 
 class Fp8StreamSm90 {
  public:
-  static constexpr int kMaxTokens = 16;      // of one chunk
-  static constexpr int kMaxGatedTokens = 8;  // the same, for GroupedGatedLinear
+  static constexpr int kMaxTokens = 16;  // of one chunk
 
   struct Input {
     const void* values = nullptr;   // [rows, k] e4m3, 16-byte aligned, as is row_bytes
@@ -45,6 +44,7 @@ class Fp8StreamSm90 {
     void* values = nullptr;  // [rows, n], 16-byte aligned, as is every row
     OutputType type = OutputType::kBf16;
     int64_t row_stride = 0;  // elements
+    float kept = 0.0f;       // which share of it the L2 should keep; the rest it may forget first
   };
   // Which rows go to which matrix (expert_chunks.h), in device memory.
   struct Groups {
@@ -65,9 +65,8 @@ class Fp8StreamSm90 {
 
   // Whether this device can run it (compute capability 9.0).
   static bool Supports(const cudaDeviceProp& device);
-  // Whether it can multiply by this weight; and make the activations itself.
+  // Whether it can multiply by this weight.
   static bool Supports(const Weight& weight);
-  static bool SupportsGated(const Weight& weight);
 
   // REQUIRES: workspace of WorkspaceBytes, 256-byte aligned; written here, complete on return, and
   // left as it was by every call. Does not own it.
@@ -81,11 +80,11 @@ class Fp8StreamSm90 {
   void GroupedLinear(const Input& x, const Groups& groups, const Weight& weight, const Output& out,
                      cudaStream_t stream) const;
 
-  // out[i] = (silu(gate[i]) * up[i]) · weight[expert of i]ᵀ: the activations are rounded to bf16,
-  // then 1×128, by each block for the chunks that it works on. groups.rows: null; max_count: at
-  // most kMaxGatedTokens.
-  void GroupedGatedLinear(const GateUp& gate_up, const Groups& groups, const Weight& weight,
-                          const Output& out, cudaStream_t stream) const;
+  // What one token's experts add up to: out[0] = Σ shares[rows[i]] · (silu(gate[i]) * up[i]) ·
+  // weight[expert of i]ᵀ over its sorted rows i, 0 if it has none. Activations are rounded to bf16,
+  // then 1×128. groups.max_count: 1; divisor does not count.
+  void JoinedLinear(const GateUp& gate_up, const Groups& groups, const float* shares,
+                    const Weight& weight, const Output& out, cudaStream_t stream) const;
 
  private:
   void* workspace_;

@@ -18,6 +18,14 @@ namespace {
 using Stream = Fp8StreamSm90;
 using Tile = Fp8TileSm90;
 
+// What share of a tensor that is read right after it is written the L2 should hold until then. A
+// small one stays there anyway.
+float KeptShare(const Tensor& tensor, const cudaDeviceProp& device) {
+  const auto bytes = static_cast<float>(tensor.num_bytes());
+  const auto room = static_cast<float>(device.l2CacheSize);
+  return bytes < room / 4 ? 0.0f : std::min(1.0f, room * 2 / 3 / bytes);
+}
+
 // Whether rows begin at multiples of 16 bytes.
 bool HasAlignedRows(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.raw()) % 16 == 0 &&
@@ -114,6 +122,8 @@ bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups
     // No token chooses an expert twice.
     const int64_t max_count =
         is_gathered ? std::min<int64_t>(chunk_rows, x.values.dim(0)) : chunk_rows;
+    Stream::Output stream_out = StreamOutput(out);
+    stream_out.kept = KeptShare(out, device_);
     fp8_stream_->GroupedLinear(StreamInput(x),
                                {.notes = notes,
                                 .rows = sorted_rows,
@@ -122,7 +132,7 @@ bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups
                                 .complete_early = notes == complete_notes_,
                                 .num_rows = rows,
                                 .max_chunks = MaxChunks(rows, experts)},
-                               StreamWeight(weight), StreamOutput(out), stream_);
+                               StreamWeight(weight), stream_out, stream_);
     complete_notes_ = notes;
     return true;
   }
@@ -133,27 +143,26 @@ bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups
   return true;
 }
 
-bool CudaOps::GatedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
-                              const ExpertRoom& room) {
-  // Of one token it saves a launch; of eight the step took longer with it (NOTES.md).
-  constexpr int64_t kMostTokens = 1;
+bool CudaOps::JoinedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
+                               const LinearInput& activated, const Tensor& out) {
+  // Of more tokens it is no faster, of 16 slower (NOTES.md).
   const ExpertGroups& groups = routes.groups;
   const int64_t rows = groups.rows.dim(0), experts = weight.values.dim(0);
-  if (!fp8_stream_.has_value() || !groups.notes.present() || routes.weights.dim(0) > kMostTokens ||
+  if (!fp8_stream_.has_value() || !groups.notes.present() || out.dim(0) > 1 ||
       gate_up.dtype() != DType::kBF16 || !HasAlignedRows(gate_up) ||
-      !IsFp8Product(room.activated, weight, room.y) ||
-      !Stream::SupportsGated(StreamWeight(weight))) {
+      !IsFp8Product(activated, weight, out) || !Stream::Supports(StreamWeight(weight))) {
     return false;
   }
   const int* notes = groups.notes.data<int32_t>();
-  fp8_stream_->GroupedGatedLinear(
+  fp8_stream_->JoinedLinear(
       {.values = gate_up.raw(), .row_bytes = gate_up.stride(0) * SizeOf(gate_up.dtype())},
       {.notes = notes,
-       .max_count = kMostTokens,  // of an expert: no token chooses one twice
+       .rows = groups.rows.data<int32_t>(),
+       .max_count = 1,  // of an expert: no token chooses one twice
        .complete_early = notes == complete_notes_,
        .num_rows = rows,
        .max_chunks = MaxChunks(rows, experts)},
-      StreamWeight(weight), StreamOutput(room.y), stream_);
+      routes.weights.data<float>(), StreamWeight(weight), StreamOutput(out), stream_);
   complete_notes_ = notes;
   return true;
 }
@@ -186,10 +195,9 @@ void CudaOps::DownAndCombine(const Tensor& gate_up, const Routes& routes, const 
                              bool accumulate, const ExpertRoom& room, const Tensor& out) {
   CheckSwiGlu(gate_up, &routes.groups, room.activated);
   CheckGroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
-  if (gate_up.dim(0) > 0 && GatedLinearSm90(gate_up, routes, weight, room)) {
-    CombineExperts(room.y, routes, accumulate, out);
-    return;
-  }
+  CheckCombineExperts(room.y, routes, out);
+  if (out.num_elements() == 0) return;
+  if (!accumulate && JoinedLinearSm90(gate_up, routes, weight, room.activated, out)) return;
   Ops::DownAndCombine(gate_up, routes, weight, accumulate, room, out);
 }
 

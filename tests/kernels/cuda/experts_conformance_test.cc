@@ -302,7 +302,8 @@ TEST_F(ExpertsConformanceTest, SwiGluOfSortedRowsAgrees) {
   }
 }
 
-// Fewer kernels where there are such, which give the same bits.
+// Fewer kernels where there are such. Of one token they round less: apart, each expert's row is
+// rounded to bf16 (2⁻⁹ of it) before the sum is.
 TEST_F(ExpertsConformanceTest, DownAndCombineIsItsPartsTheOneAfterTheOther) {
   constexpr int kChoices = 3;
   for (const int64_t tokens : {1, 7, 70}) {
@@ -320,7 +321,25 @@ TEST_F(ExpertsConformanceTest, DownAndCombineIsItsPartsTheOneAfterTheOther) {
       gpu().SwiGlu(gate_up, &routes.groups, room.activated);
       gpu().GroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
       gpu().CombineExperts(room.y, routes, /*accumulate=*/false, apart);
-      EXPECT_EQ(OnHost(together), OnHost(apart));
+      const std::vector<double> expected = OnHost(apart), found = OnHost(together);
+      if (tokens > 1) {
+        EXPECT_EQ(found, expected);
+        continue;
+      }
+      const std::vector<double> y = OnHost(room.y), shares = OnHost(routes.weights);
+      const std::vector<double> choices = OnHost(routes.groups.rows);
+      const auto num_rows = static_cast<int64_t>(OnHost(routes.groups.offsets)[kExperts]);
+      std::vector<double> terms(found.size(), 0.0);
+      for (int64_t row = 0; row < num_rows; ++row) {
+        const double share = shares[static_cast<size_t>(choices[row])];
+        for (int64_t i = 0; i < size; ++i) terms[i] += std::abs(share * y[row * size + i]);
+      }
+      double difference = 0.0, norm = 0.0;
+      for (size_t i = 0; i < found.size(); ++i) {
+        difference += std::pow(found[i] - expected[i], 2);
+        norm += terms[i] * terms[i];
+      }
+      EXPECT_LE(std::sqrt(difference), 3 * 0x1p-9 * std::sqrt(norm));
     }
   }
 }

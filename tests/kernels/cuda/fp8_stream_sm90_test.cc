@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/cuda_check.h"
@@ -96,7 +97,6 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     const int rows = std::accumulate(counts.begin(), counts.end(), 0);
     const int tokens = choices > 0 ? std::max(1, rows / choices) : rows;
     MakeInputs(shape, tokens);
-    if (gated_) MakeGateUp(rows);
     expert_of_.clear();
     input_of_.clear();
     sorted_rows_.clear();
@@ -129,19 +129,52 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     Run(&groups, type);
   }
 
-  // counts[e] rows, sorted, of which the kernel makes the activations.
-  void Gated(const Shape& shape, const std::vector<int>& counts, OutputType type, int max_count) {
-    gated_ = true;
-    Grouped(shape, counts, 0, type, max_count);
-    gated_ = false;
+  // The rows of a token that chooses among these experts and `others` that are not here.
+  void Joined(const Shape& shape, int choices, int others, OutputType type) {
+    std::vector<int> experts(shape.num_matrices + others);
+    std::iota(experts.begin(), experts.end(), 0);
+    std::shuffle(experts.begin(), experts.end(), random_);
+    std::vector<std::pair<int, int>> chosen;  // expert, choice
+    for (int j = 0; j < choices; ++j) {
+      if (experts[j] < shape.num_matrices) chosen.emplace_back(experts[j], j);
+    }
+    std::sort(chosen.begin(), chosen.end());
+    const int rows = static_cast<int>(chosen.size());
+    MakeInputs(shape, std::max(1, rows));
+    MakeGateUp(rows);
+    shares_ = Scales(choices);
+    expert_of_.clear();
+    input_of_.resize(rows);
+    std::iota(input_of_.begin(), input_of_.end(), 0);
+    sorted_rows_.assign(choices, -1);
+    std::vector<ExpertChunk> chunks;
+    for (int row = 0; row < rows; ++row) {
+      expert_of_.push_back(chosen[row].first);
+      sorted_rows_[row] = chosen[row].second;
+      chunks.push_back({chosen[row].first, row, 1, 0});
+    }
+    std::vector<int> notes(kFirstChunkNote + 4 * (chunks.size() + 1), -1);
+    notes[0] = static_cast<int>(chunks.size());
+    std::copy_n(reinterpret_cast<const int*>(chunks.data()), 4 * chunks.size(),
+                notes.begin() + kFirstChunkNote);
+    const DeviceArray<int> device_notes(notes), device_rows(sorted_rows_);
+    const Fp8StreamSm90::Groups groups = {.notes = device_notes.data(),
+                                          .rows = device_rows.data(),
+                                          .max_count = 1,
+                                          .complete_early = random_() % 2 == 0,
+                                          .num_rows = choices,
+                                          .max_chunks = static_cast<int64_t>(chunks.size()) + 1};
+    joins_ = true;
+    Run(&groups, type);
+    joins_ = false;
   }
 
   void Run(const Fp8StreamSm90::Groups* groups, OutputType type) {
-    const int rows = static_cast<int>(expert_of_.size());
+    const int rows = NumOutputs();
     out_stride_ = shape_.n + 8 * static_cast<int>(random_() % 3);
     const int out_bytes = type == OutputType::kBf16 ? 2 : 4;
     const DeviceArray<uint8_t> x(x_), weight(weight_);
-    const DeviceArray<float> x_scales(x_scales_), weight_scales(weight_scales_);
+    const DeviceArray<float> x_scales(x_scales_), weight_scales(weight_scales_), shares(shares_);
     const DeviceArray<__nv_bfloat16> gate_up(gate_up_);
     const int sms = device_.multiProcessorCount;
     const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(Fp8StreamSm90::WorkspaceBytes(sms)));
@@ -155,10 +188,10 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
       const Fp8StreamSm90::Input input = {x.data(), x_scales.data(), input_rows_, row_bytes_};
       const Fp8StreamSm90::Weight weights = {weight.data(), weight_scales.data(),
                                              shape_.num_matrices, shape_.n, shape_.k};
-      const Fp8StreamSm90::Output output = {out.data(), type, out_stride_};
-      if (gated_) {
-        stream.GroupedGatedLinear({gate_up.data(), gate_up_stride_ * 2}, *groups, weights, output,
-                                  nullptr);
+      const Fp8StreamSm90::Output output = {out.data(), type, out_stride_, kept_};
+      if (joins_) {
+        stream.JoinedLinear({gate_up.data(), gate_up_stride_ * 2}, *groups, shares.data(), weights,
+                            output, nullptr);
       } else if (groups == nullptr) {
         stream.Linear(input, weights, output, nullptr);
       } else {
@@ -178,7 +211,16 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
     ExpectClose(type);
   }
 
+  int NumOutputs() const { return joins_ ? 1 : static_cast<int>(expert_of_.size()); }
   double Expected(int row, int column) const {
+    if (!joins_) return Product(row, column);
+    double sum = 0;
+    for (size_t i = 0; i < expert_of_.size(); ++i) {
+      sum += shares_[sorted_rows_[i]] * Product(static_cast<int>(i), column);
+    }
+    return sum;
+  }
+  double Product(int row, int column) const {
     const int k_blocks = shape_.k / 128;
     const int expert = expert_of_[row], input = input_of_[row];
     const uint8_t* weight = &weight_[(static_cast<size_t>(expert) * shape_.n + column) * shape_.k];
@@ -200,7 +242,7 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
   // that is the bound. What the tensor cores lose adding up 128 products (they keep some 14 bits of
   // the largest) is all the error that F32 shows.
   void ExpectClose(OutputType type) {
-    const int rows = static_cast<int>(expert_of_.size());
+    const int rows = NumOutputs();
     double difference = 0, norm = 0, worst = 0;
     for (int sample = 0; sample < 400; ++sample) {
       // Every row's and every tile's turn comes soon.
@@ -229,7 +271,9 @@ class Fp8StreamSm90Test : public Sm90Test<Fp8StreamSm90> {
   int input_rows_ = 0, row_bytes_ = 0, out_stride_ = 0;
   std::vector<uint8_t> x_, weight_;
   std::vector<float> x_scales_, weight_scales_, out_;
-  bool gated_ = false;
+  bool joins_ = false;
+  float kept_ = 0.0f;
+  std::vector<float> shares_;
   int64_t gate_up_stride_ = 0;
   std::vector<__nv_bfloat16> gate_up_;
   std::vector<int> expert_of_, input_of_, sorted_rows_;
@@ -276,15 +320,45 @@ TEST_F(Fp8StreamSm90Test, OneExpertHasAllRows) {
   Grouped({31, 512, 1792}, counts, 2, OutputType::kBf16);
 }
 
-TEST_F(Fp8StreamSm90Test, MakesActivationsOfGateAndUp) {
-  for (int k : {128, 256, 384, 512}) {
-    Gated({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, OutputType::kBf16, 8);
-    Gated({12, 384, k}, {1, 0, 7, 16, 17, 0, 0, 33, 8, 2, 1, 64}, OutputType::kF32, 3);
+TEST_F(Fp8StreamSm90Test, OutputThatTheL2ShouldKeep) {
+  kept_ = 0.5f;
+  Grouped({12, 384, 256}, {0, 3, 7, 16, 17, 0, 0, 70, 8, 2, 1, 0}, 0, OutputType::kBf16);
+  kept_ = 0.0f;
+}
+
+TEST_F(Fp8StreamSm90Test, JoinsTheExpertsOfOneToken) {
+  for (int k : {128, 256, 640}) {
+    Joined({12, 384, k}, 5, 4, OutputType::kF32);
+    Joined({12, 448, k}, 1, 0, OutputType::kBf16);
   }
-  std::vector<int> counts(257, 0);
-  counts[256] = 1;
-  for (int i = 0; i < 8; ++i) counts[random_() % 256] = 1;
-  Gated({257, 7168, 256}, counts, OutputType::kBf16, 1);
+  Joined({33, 7168, 1024}, 9, 0, OutputType::kF32);  // several rounds of the ring
+  for (int run = 0; run < 4; ++run) Joined({257, 7168, 256}, 9, 0, OutputType::kBf16);
+}
+
+TEST_F(Fp8StreamSm90Test, JoinsNoExpertsToZero) {
+  constexpr int kChoices = 3;
+  MakeInputs({4, 128, 256}, 1);
+  MakeGateUp(1);
+  const DeviceArray<uint8_t> weight(weight_);
+  const DeviceArray<float> weight_scales(weight_scales_);
+  const DeviceArray<float> shares(std::vector<float>(kChoices, 1.0f));
+  const DeviceArray<__nv_bfloat16> gate_up(gate_up_);
+  const DeviceArray<float> out(std::vector<float>(128, NAN));
+  const DeviceArray<int> notes(std::vector<int>(kFirstChunkNote + 4, 0));
+  const DeviceArray<int> rows(std::vector<int>(kChoices, -1));
+  const int sms = device_.multiProcessorCount;
+  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(Fp8StreamSm90::WorkspaceBytes(sms)));
+  const Fp8StreamSm90 stream(workspace.data(), sms);
+  stream.JoinedLinear({gate_up.data(), gate_up_stride_ * 2},
+                      {.notes = notes.data(),
+                       .rows = rows.data(),
+                       .max_count = 1,
+                       .num_rows = kChoices,
+                       .max_chunks = 1},
+                      shares.data(), {weight.data(), weight_scales.data(), 4, 128, 256},
+                      {out.data(), OutputType::kF32, 128}, nullptr);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  for (const float value : out.ToHost()) ASSERT_EQ(value, 0.0f);
 }
 
 TEST_F(Fp8StreamSm90Test, NoRowsLeaveTheOutputAlone) {
