@@ -193,6 +193,24 @@ class GatewayProgramTest(unittest.TestCase):
                 except urllib.error.URLError:
                     self.assertLess(time.monotonic(), deadline)
 
+    def test_hangs_up_on_who_does_not_finish_the_handshake(self):
+        with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
+            self.make_certificate(folder, "one")
+            _, port = self.start(f"--ssl-certfile={folder}/one.crt",
+                                 f"--ssl-keyfile={folder}/one.key",
+                                 "--header-timeout-seconds=0.1")
+            context = ssl.create_default_context(cafile=f"{folder}/one.crt")
+            for beginning in (b"", b"\x16\x03\x01"):
+                with socket.create_connection(("127.0.0.1", port), timeout=30) as slow:
+                    slow.sendall(beginning)
+                    self.assertEqual(slow.recv(1), b"")
+            # The head of a request has the same limit, and its refusal arrives.
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as plain, \
+                    context.wrap_socket(plain, server_hostname="127.0.0.1") as slow:
+                slow.sendall(b"GET /live HT")
+                self.assertIn(b" 408 ", slow.recv(4096))
+            self.assertEqual(self.ask(port, "/live", context=context), 200)
+
     def test_refuses_certificates_it_cannot_use(self):
         with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
             self.make_certificate(folder, "one")
