@@ -208,6 +208,18 @@ absl::Status ReadThinking(const JsonFields& fields, bool& thinking) {
   return absl::OkStatus();
 }
 
+// What would change the answer and cannot be done.
+absl::Status RefuseUnsupported(const JsonFields& fields) {
+  for (const char* name : {"output_format", "mcp_servers"}) {
+    if (fields.Find(name)) return NotSupportedYet(name, name);
+  }
+  const std::optional<dom::element> value = fields.Find("output_config");
+  if (!value) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const JsonFields config, JsonFields::Of(*value, "output_config"));
+  if (config.Find("format")) return NotSupportedYet("output_config", "output_config.format");
+  return absl::OkStatus();
+}
+
 absl::Status ReadPrompt(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
   RETURN_IF_ERROR(fields.Read("model", request.model));
   RETURN_IF_ERROR(ReadToolUse(fields, request));
@@ -246,6 +258,7 @@ absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   ChatRequest request;
+  RETURN_IF_ERROR(RefuseUnsupported(fields));
   RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   request.parameters.n = 1;

@@ -203,6 +203,9 @@ TEST_F(DialectsTest, AMessagesErrorsAreInItsOwnWords) {
        "tool_choice must be a JSON object"},
       {R"({"max_tokens":9,"thinking":{},"messages":[{"role":"user","content":"x"}]})",
        "thinking.type must be a string"},
+      {R"({"max_tokens":9,"output_config":{"format":{"type":"json_schema","schema":{}}},)"
+       R"("messages":[{"role":"user","content":"x"}]})",
+       "output_config.format is not supported yet"},
       {R"({"max_tokens":9,"stop_sequences":[""],"messages":[{"role":"user","content":"x"}]})",
        "stop_sequences cannot contain an empty string."}};
   for (const auto& [json, message] : cases) {
