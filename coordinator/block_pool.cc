@@ -37,7 +37,7 @@ int32_t BlockPool::TakeOne() {
   return least_recently_used;
 }
 
-void BlockPool::Take(int count, std::vector<int32_t>& block_table) {
+void BlockPool::Take(int count, BlockTable& block_table) {
   CHECK_GE(count, 0);
   CHECK_LE(count, num_free());
   for (int i = 0; i < count; ++i) {
@@ -49,22 +49,23 @@ void BlockPool::Take(int count, std::vector<int32_t>& block_table) {
   num_free_ -= count;
 }
 
-void BlockPool::Release(std::vector<int32_t>& block_table) {
+void BlockPool::Release(BlockTable& block_table) {
   // Backwards, so that the next sequence gets them in the order this one had.
-  for (auto it = block_table.rbegin(); it != block_table.rend(); ++it) {
-    CHECK_GE(*it, 0);
-    CHECK_LT(*it, num_blocks_);
-    Block& block = blocks_[*it];
-    CHECK_GT(block.num_users, 0) << "block " << *it << " is freed twice";
+  for (int i = block_table.size() - 1; i >= 0; --i) {
+    const int32_t id = block_table[i];
+    CHECK_GE(id, 0);
+    CHECK_LT(id, num_blocks_);
+    Block& block = blocks_[id];
+    CHECK_GT(block.num_users, 0) << "block " << id << " is freed twice";
     if (--block.num_users > 0) continue;
     ++num_free_;
     if (block.prefix != kEmptyPrefix) {
-      Append(*it);
+      Append(id);
     } else {
-      unnamed_.push_back(*it);
+      unnamed_.push_back(id);
     }
   }
-  block_table.clear();
+  block_table = {};
 }
 
 std::optional<BlockPool::Found> BlockPool::Find(const BlockContent& content) const {
@@ -85,7 +86,7 @@ bool BlockPool::Holds(int32_t block, const BlockContent& content) const {
                     token_ids_.begin() + int64_t{block} * block_size_);
 }
 
-void BlockPool::Share(absl::Span<const int32_t> blocks, std::vector<int32_t>& block_table) {
+void BlockPool::Share(absl::Span<const int32_t> blocks, BlockTable& block_table) {
   for (const int32_t id : blocks) {
     Block& block = blocks_[id];
     CHECK_NE(block.prefix, kEmptyPrefix) << "block " << id << " is not published";

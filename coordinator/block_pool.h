@@ -27,12 +27,16 @@
 #include "absl/types/span.h"
 #include "base/huge_pages.h"
 #include "coordinator/block_hash.h"
+#include "coordinator/long_list.h"
 
 namespace fathom {
 
 // Numbers the prefixes that were ever published in a pool; each ends with a block.
 using PrefixId = uint64_t;
 inline constexpr PrefixId kEmptyPrefix = 0;
+
+// The blocks of a sequence, in order.
+using BlockTable = LongList<int32_t>;
 
 // What a full block holds.
 struct BlockContent {
@@ -53,10 +57,10 @@ class BlockPool {
 
   // Appends `count` blocks to `block_table`, whatever they held. There must be that many: ask
   // num_free() first.
-  void Take(int count, std::vector<int32_t>& block_table);
+  void Take(int count, BlockTable& block_table);
 
   // Ends one use of every block of `block_table` and empties it.
-  void Release(std::vector<int32_t>& block_table);
+  void Release(BlockTable& block_table);
 
   struct Found {
     int32_t block;
@@ -65,12 +69,16 @@ class BlockPool {
   // The block that holds this content, used or free.
   std::optional<Found> Find(const BlockContent& content) const;
 
-  // Hints that this name is about to be looked up or published: memory needs a while.
-  void Prefetch(const BlockHash& hash) const { __builtin_prefetch(&places_[HomeOf(hash.low)]); }
+  // Fetches the memory in which this name is going to be looked up. Called for some names at once
+  // it takes little longer than for one. It is a load because processors drop prefetches for which
+  // they would have to find a page, and most do here.
+  void Touch(const BlockHash& hash) const {
+    static_cast<void>(static_cast<const volatile Place&>(places_[HomeOf(hash.low)]).block);
+  }
 
   // Adds a use to blocks that Find named and appends them to `block_table`. Nothing may have been
   // taken in between.
-  void Share(absl::Span<const int32_t> blocks, std::vector<int32_t>& block_table);
+  void Share(absl::Span<const int32_t> blocks, BlockTable& block_table);
 
   // Lets others find a used block by its content. Where another block is known for the same, that
   // one stays the one that is found if it is used, and becomes an unpublished one if it is free.

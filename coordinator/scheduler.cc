@@ -73,15 +73,6 @@ void StopAt(uint32_t token_id, const Sequence& sequence, SequenceUpdate& update)
   }
 }
 
-// Asks for the memory of a sequence that a loop is going to look at.
-void Prefetch(const Sequence* sequence) {
-  constexpr size_t kCacheLine = 64;
-  constexpr size_t kUsedBytes = 192;  // of its beginning
-  for (size_t offset = 0; offset < kUsedBytes; offset += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(sequence) + offset, 1);
-  }
-}
-
 }  // namespace
 
 Scheduler::Scheduler(Options options) : options_(options), hasher_(options.hash) {
@@ -104,13 +95,14 @@ void Scheduler::Add(SequenceId id, std::shared_ptr<const Request> request,
   CHECK_LE(BlocksFor(request->max_total_tokens()), options_.num_kv_blocks)
       << "validation refuses what can never fit";
   last_id_ = id;
-  auto sequence = std::make_unique<Sequence>(id, std::move(request), progress);
-  CHECK_LE(sequence->num_generated(), sequence->request->max_tokens);
-  if (options_.policy == SchedulingPolicy::kPriority) {
-    sequence->priority = sequence->request->priority;
-  }
-  Enqueue(*sequence);
-  sequences_.emplace(id, std::move(sequence));
+  Sequence& sequence = sequences_
+                           .emplace(std::piecewise_construct, std::forward_as_tuple(id),
+                                    std::forward_as_tuple(id, std::move(request), progress))
+                           .first->second;
+  CHECK_LE(sequence.num_generated(), sequence.request->max_tokens);
+  if (options_.policy == SchedulingPolicy::kPriority)
+    sequence.priority = sequence.request->priority;
+  Enqueue(sequence);
 }
 
 bool Scheduler::Cancel(SequenceId id) {
@@ -121,7 +113,7 @@ bool Scheduler::Cancel(SequenceId id) {
 
 bool Scheduler::CancelUnlessStarted(SequenceId id) {
   const auto found = sequences_.find(id);
-  if (found == sequences_.end() || found->second->num_admissions > 0) return false;
+  if (found == sequences_.end() || found->second.num_admissions > 0) return false;
   Forget(id);
   return true;
 }
@@ -137,15 +129,15 @@ Step Scheduler::Schedule() {
                 .prompt_logprob_rows = options_.max_prompt_logprob_rows_per_step,
                 .microseconds = kNoLimit,
                 .load = {},
-                .placed = {}};
+                .filled = {}};
   const int64_t preemptions_before = num_preemptions_;
-  Decode(step, budget);
+  std::vector<Sequence*> prompts = Decode(step, budget);
   if (options_.target_step_us > 0 && !step.scheduled.empty()) {
     budget.microseconds = std::max(options_.target_step_us,
                                    (1 + kLeastPromptShare) * step_cost_.Predict(budget.load));
   }
-  ReadPrompts(step, budget);
-  PublishFullBlocks(budget.placed);  // before others look for them
+  ReadPrompts(std::move(prompts), step, budget);
+  PublishFullBlocks(budget.filled);  // before others look for them
   // What was just thrown out must not come straight back and throw out the next.
   if (num_preemptions_ == preemptions_before) AdmitWaiting(step, budget);
   if (step.empty()) return step;
@@ -165,14 +157,17 @@ int Scheduler::LeastPromptTokens() const {
   return has_prompts ? std::min(kLeastPromptTokens, most_tokens / 2) : 0;
 }
 
-// Those that have one token pending, oldest first.
-void Scheduler::Decode(Step& step, Budget& budget) {
+// Those that have one token pending, oldest first. Returns those that have more.
+std::vector<Sequence*> Scheduler::Decode(Step& step, Budget& budget) {
+  std::vector<Sequence*> prompts;
   // Preemption takes from the end of running_, so positions up to i stay what they are.
   const int tokens_left = LeastPromptTokens();
-  for (size_t i = 0; i < running_.size() && budget.tokens > tokens_left; ++i) {
-    if (i + kAhead < running_.size()) Prefetch(running_[i + kAhead]);
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (i + kAhead < running_.size()) running_[i + kAhead]->Prefetch();
     Sequence& sequence = *running_[i];
-    if (sequence.num_pending() != 1) continue;
+    const int num_pending = sequence.num_pending();
+    if (num_pending > 1) prompts.push_back(&sequence);
+    if (num_pending != 1 || budget.tokens <= tokens_left) continue;
     if (TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows) == 0) continue;
     if (!MakeRoomFor(sequence, 1)) {
       Preempt(sequence);
@@ -181,14 +176,11 @@ void Scheduler::Decode(Step& step, Budget& budget) {
     }
     Place(sequence, 1, step, budget);
   }
+  return prompts;
 }
 
-// The other running ones, in the order and with the shares that the header tells of.
-void Scheduler::ReadPrompts(Step& step, Budget& budget) {
-  std::vector<Sequence*> prompts;
-  for (Sequence* const sequence : running_) {
-    if (sequence->num_pending() > 1) prompts.push_back(sequence);
-  }
+// In the order and with the shares that the header tells of. `prompts` are the oldest first.
+void Scheduler::ReadPrompts(std::vector<Sequence*> prompts, Step& step, Budget& budget) {
   if (prompts.empty()) return;
   std::stable_sort(prompts.begin() + 1, prompts.end(), [](const Sequence* a, const Sequence* b) {
     return a->num_pending() < b->num_pending();
@@ -283,11 +275,10 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
     num_waiting_tokens_ -= sequence.num_tokens();
     Admit(sequence, *home, step);
     Place(sequence, num_tokens, step, budget);
-    Sequence* const placed = &sequence;
-    PublishFullBlocks({&placed, 1});
+    Sequence* const admitted = &sequence;
+    PublishFullBlocks({&admitted, 1});
     room[home->kv_domain] -= home->num_wanted - BlocksFor(sequence.num_tokens()) +
-                             static_cast<int>(sequence.block_table.size()) +
-                             BlocksAboutToBeWanted(sequence);
+                             sequence.block_table.size() + BlocksAboutToBeWanted(sequence);
   }
 }
 
@@ -318,13 +309,12 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
 }
 
 void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget) {
-  const int num_blocks = BlocksFor(sequence.num_computed + num_tokens);
-  block_pools_[sequence.kv_domain].Take(num_blocks - static_cast<int>(sequence.block_table.size()),
-                                        sequence.block_table);
-  const int num_new_blocks = num_blocks - sequence.num_blocks_sent;
-  step.new_block_ids.insert(step.new_block_ids.end(), sequence.block_table.end() - num_new_blocks,
-                            sequence.block_table.end());
-  sequence.num_blocks_sent = num_blocks;
+  BlockTable& table = sequence.block_table;
+  block_pools_[sequence.kv_domain].Take(BlocksToAdd(sequence, num_tokens), table);
+  const int num_new_blocks = table.size() - sequence.num_blocks_sent;
+  while (sequence.num_blocks_sent < table.size()) {
+    step.new_block_ids.push_back(table[sequence.num_blocks_sent++]);
+  }
 
   const int num_rows = PromptLogprobRows(sequence, num_tokens);
   step.scheduled.push_back({.id = sequence.id,
@@ -338,11 +328,11 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
   budget.load.Add(num_tokens, sequence.num_computed);
-  budget.placed.push_back(&sequence);
   if (num_tokens > 1) ++budget.num_prompts;
   sequence.last_step = last_step_ + 1;
   if (step.scheduled.back().samples) ++sequence.num_unknown;
   sequence.num_computed += num_tokens;
+  if (HasFullBlock(sequence)) budget.filled.push_back(&sequence);
   budget.tokens -= num_tokens;
   budget.prompt_logprob_rows -= num_rows;
   CHECK_GE(budget.tokens, 0);
@@ -353,8 +343,7 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
 // domain that have no part in this step. False when `sequence` is the youngest of them itself.
 bool Scheduler::MakeRoomFor(Sequence& sequence, int num_tokens) {
   const BlockPool& pool = block_pools_[sequence.kv_domain];
-  const int num_wanted =
-      BlocksFor(sequence.num_computed + num_tokens) - static_cast<int>(sequence.block_table.size());
+  const int num_wanted = BlocksToAdd(sequence, num_tokens);
   while (pool.num_free() < num_wanted) {
     const auto youngest = std::find_if(running_.rbegin(), running_.rend(), [&](const Sequence* s) {
       return s->kv_domain == sequence.kv_domain && s->last_step <= last_step_;
@@ -390,7 +379,7 @@ void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
 void Scheduler::Forget(SequenceId id) {
   const auto found = sequences_.find(id);
   CHECK(found != sequences_.end());
-  Sequence& sequence = *found->second;
+  Sequence& sequence = found->second;
   if (sequence.slot >= 0) {
     EraseByAge(running_, &sequence);
     FreeBlocksAndSlot(sequence);
@@ -411,24 +400,26 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
 
   std::vector<SequenceUpdate> updates;
   updates.reserve(step.scheduled.size());
-  std::vector<Sequence*> sound;
-  sound.reserve(step.scheduled.size());
+  std::vector<Sequence*> filled;
   for (size_t i = 0; i < step.scheduled.size(); ++i) {
     if (i + 2 * kAhead < step.scheduled.size()) {
-      Prefetch(by_slot_[step.scheduled[i + 2 * kAhead].slot]);
+      const Sequence* const later = by_slot_[step.scheduled[i + 2 * kAhead].slot];
+      if (later != nullptr) later->Prefetch();
     }
     if (i + kAhead < step.scheduled.size()) {
       const Sequence* const next = by_slot_[step.scheduled[i + kAhead].slot];
-      if (next != nullptr) __builtin_prefetch(next->tokens.data() + next->tokens.size(), 1);
+      if (next != nullptr) next->tokens.Prefetch();
     }
     const ScheduledSequence& scheduled = step.scheduled[i];
     Sequence* const sequence = Find(scheduled);
     if (sequence == nullptr) continue;
     updates.push_back(Apply(scheduled, outcome.sequences[i], *sequence));
     updates.back().batch_index = static_cast<int>(i);
-    if (updates.back().end != EndReason::kFault) sound.push_back(sequence);
+    if (updates.back().end != EndReason::kFault && HasFullBlock(*sequence)) {
+      filled.push_back(sequence);
+    }
   }
-  PublishFullBlocks(sound);
+  PublishFullBlocks(filled);
   for (const SequenceUpdate& update : updates) {
     if (update.end.has_value()) Forget(update.id);
   }
@@ -462,7 +453,9 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const Sequen
     update.end = EndReason::kFault;
     update.fault = *outcome.fault;
     // Whatever is wrong with its numbers, nobody else is to inherit it.
-    block_pools_[sequence.kv_domain].Unpublish(sequence.block_table);
+    for (const absl::Span<const int32_t> piece : sequence.block_table.pieces()) {
+      block_pools_[sequence.kv_domain].Unpublish(piece);
+    }
     return update;
   }
   CHECK_EQ(outcome.sampled_token_id.has_value(), scheduled.samples);
@@ -485,7 +478,7 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const Sequen
 
 std::vector<const Sequence*> Scheduler::Sequences() const {
   std::vector<const Sequence*> all;
-  for (const auto& [id, sequence] : sequences_) all.push_back(sequence.get());
+  for (const auto& [id, sequence] : sequences_) all.push_back(&sequence);
   std::sort(all.begin(), all.end(),
             [](const Sequence* a, const Sequence* b) { return a->id < b->id; });
   return all;

@@ -51,6 +51,7 @@
 #include <deque>
 #include <limits>
 #include <memory>
+#include <memory_resource>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -150,8 +151,8 @@ class Scheduler {
     int prompt_logprob_rows;
     double microseconds;  // of the whole step, what it has included; infinite until decoding is in
     StepLoad load;
-    std::vector<Sequence*> placed;
-    int num_prompts = 0;  // of them
+    std::vector<Sequence*> filled;  // some block that is not published yet
+    int num_prompts = 0;            // it has a part in
   };
   // Those that come after another one: how many tokens they have pending.
   struct PromptsBehind {
@@ -176,13 +177,16 @@ class Scheduler {
   };
 
   int BlocksFor(int num_tokens) const;
+  int NumFullBlocks(const Sequence& sequence) const;
+  bool HasFullBlock(const Sequence& sequence) const;
+  int BlocksToAdd(const Sequence& sequence, int num_tokens) const;
   // Blocks a running sequence is going to want: for all its tokens, and one to grow into.
   int BlocksAboutToBeWanted(const Sequence& sequence) const;
   std::vector<int> RoomOfDomains() const;
 
   int LeastPromptTokens() const;
-  void Decode(Step& step, Budget& budget);
-  void ReadPrompts(Step& step, Budget& budget);
+  std::vector<Sequence*> Decode(Step& step, Budget& budget);
+  void ReadPrompts(std::vector<Sequence*> prompts, Step& step, Budget& budget);
   void AdmitWaiting(Step& step, Budget& budget);
   // What a prompt gets by the rule above.
   int ShareOf(const Sequence& prompt, const PromptsBehind& behind, const Budget& budget) const;
@@ -204,7 +208,7 @@ class Scheduler {
   SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
                        Sequence& sequence);
 
-  absl::Span<const uint32_t> TokensOf(int block_index, const Sequence& sequence) const;
+  absl::Span<const uint32_t> TokensOf(int block_index, Sequence& sequence) const;
   const BlockHash& HashOf(int block_index, Sequence& sequence) const;
   void PublishFullBlocks(absl::Span<Sequence* const> sequences);
 
@@ -215,7 +219,9 @@ class Scheduler {
   std::vector<int> released_slots_;     // the workers do not know yet
   std::vector<Sequence*> by_slot_;      // who is in it; null: free
 
-  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  // They lie close together, which a step needs that looks at all of them.
+  std::pmr::unsynchronized_pool_resource sequence_memory_;
+  std::pmr::unordered_map<SequenceId, Sequence> sequences_{&sequence_memory_};
   std::deque<Sequence*> waiting_;   // oldest first
   std::vector<Sequence*> running_;  // oldest first
   int64_t num_waiting_tokens_ = 0;

@@ -11,7 +11,7 @@ namespace fathom {
 namespace {
 
 // How far ahead a loop over blocks asks for memory.
-constexpr size_t kAhead = 8;
+constexpr size_t kAhead = 16;
 
 // How many tokens need not be computed if their KV is there: those whose outcome nobody waits for.
 int MostTokensToSkip(const Sequence& sequence) {
@@ -28,10 +28,28 @@ int Scheduler::BlocksFor(int num_tokens) const {
   return (num_tokens + options_.block_size - 1) / options_.block_size;
 }
 
+// Whose tokens are all known, and computed once the steps in flight have finished.
+int Scheduler::NumFullBlocks(const Sequence& sequence) const {
+  return std::min(sequence.num_computed, sequence.num_tokens()) / options_.block_size;
+}
+
+// As above, and not published. Every step asks it of every sequence, so it does not divide.
+bool Scheduler::HasFullBlock(const Sequence& sequence) const {
+  const int end = (sequence.num_blocks_published + 1) * options_.block_size;
+  return options_.share_prefixes && std::min(sequence.num_computed, sequence.num_tokens()) >= end;
+}
+
+// How many more it takes to compute so many tokens.
+int Scheduler::BlocksToAdd(const Sequence& sequence, int num_tokens) const {
+  const int excess =
+      sequence.num_computed + num_tokens - sequence.block_table.size() * options_.block_size;
+  return excess <= 0 ? 0 : BlocksFor(excess);
+}
+
 int Scheduler::BlocksAboutToBeWanted(const Sequence& sequence) const {
   const int wanted = std::min(BlocksFor(sequence.num_tokens()) + 1,
                               BlocksFor(sequence.num_prompt_tokens + sequence.max_tokens));
-  return std::max(0, wanted - static_cast<int>(sequence.block_table.size()));
+  return std::max(0, wanted - sequence.block_table.size());
 }
 
 std::vector<int> Scheduler::RoomOfDomains() const {
@@ -50,8 +68,8 @@ int Scheduler::num_free_blocks() const {
 }
 
 int Scheduler::TokensThatFit(const Sequence& sequence) const {
-  const int64_t num_blocks = static_cast<int64_t>(sequence.block_table.size()) +
-                             block_pools_[sequence.kv_domain].num_free();
+  const int64_t num_blocks =
+      int64_t{sequence.block_table.size()} + block_pools_[sequence.kv_domain].num_free();
   const int64_t num_tokens = num_blocks * options_.block_size - sequence.num_computed;
   return static_cast<int>(std::min<int64_t>(num_tokens, sequence.num_pending()));
 }
@@ -93,10 +111,8 @@ std::optional<Scheduler::Home> Scheduler::ChooseHome(Sequence& sequence,
 }
 
 // The tokens of a full block. Valid until tokens are appended.
-absl::Span<const uint32_t> Scheduler::TokensOf(int block_index, const Sequence& sequence) const {
-  return absl::MakeConstSpan(sequence.tokens)
-      .subspan(size_t{static_cast<unsigned>(block_index)} * options_.block_size,
-               options_.block_size);
+absl::Span<const uint32_t> Scheduler::TokensOf(int block_index, Sequence& sequence) const {
+  return sequence.tokens.Slice(block_index * options_.block_size, options_.block_size);
 }
 
 // The name of a full block, made when first asked for.
@@ -111,38 +127,37 @@ const BlockHash& Scheduler::HashOf(int block_index, Sequence& sequence) const {
 }
 
 void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
-  if (!options_.share_prefixes) return;
   struct FullBlock {
     Sequence* sequence;
+    BlockPool* pool;
     int index;
     BlockHash hash;
   };
   std::vector<FullBlock> full_blocks;
   full_blocks.reserve(sequences.size());
-  for (Sequence* const sequence : sequences) {
-    const int num_full_blocks =
-        std::min(sequence->num_computed, sequence->num_tokens()) / options_.block_size;
-    for (int i = sequence->num_blocks_published; i < num_full_blocks; ++i) {
-      full_blocks.push_back({.sequence = sequence, .index = i, .hash = {}});
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (i + kAhead < sequences.size()) sequences[i + kAhead]->Prefetch();
+    Sequence& sequence = *sequences[i];
+    BlockPool* const pool = &block_pools_[sequence.kv_domain];
+    const int num_full_blocks = NumFullBlocks(sequence);
+    for (int k = sequence.num_blocks_published; k < num_full_blocks; ++k) {
+      sequence.last_hash = hasher_.Next(sequence.last_hash, TokensOf(k, sequence));
+      full_blocks.push_back(
+          {.sequence = &sequence, .pool = pool, .index = k, .hash = sequence.last_hash});
     }
   }
-  // The pool's table is large and its places are random, so each is fetched a while before it is
-  // needed.
-  for (size_t k = 0; k < full_blocks.size() + kAhead; ++k) {
-    if (k < full_blocks.size()) {
-      FullBlock& next = full_blocks[k];
-      BlockHash& last_hash = next.sequence->last_hash;
-      last_hash = hasher_.Next(last_hash, TokensOf(next.index, *next.sequence));
-      next.hash = last_hash;
-      block_pools_[next.sequence->kv_domain].Prefetch(next.hash);
+  for (size_t k = 0; k < full_blocks.size(); ++k) {
+    // The pool's table is large and its places are random: some are fetched at a time.
+    if (k % kAhead == 0) {
+      const size_t end = std::min(k + kAhead, full_blocks.size());
+      for (size_t i = k; i < end; ++i) full_blocks[i].pool->Touch(full_blocks[i].hash);
     }
-    if (k < kAhead) continue;
-    const FullBlock& full = full_blocks[k - kAhead];
+    const FullBlock& full = full_blocks[k];
     Sequence& sequence = *full.sequence;
-    sequence.prefix = block_pools_[sequence.kv_domain].Publish(
-        sequence.block_table[full.index], {.hash = full.hash,
-                                           .previous = sequence.prefix,
-                                           .token_ids = TokensOf(full.index, sequence)});
+    sequence.prefix = full.pool->Publish(sequence.block_table[full.index],
+                                         {.hash = full.hash,
+                                          .previous = sequence.prefix,
+                                          .token_ids = TokensOf(full.index, sequence)});
     sequence.num_blocks_published = full.index + 1;
   }
 }

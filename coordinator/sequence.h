@@ -12,6 +12,7 @@
 
 #include "coordinator/block_hash.h"
 #include "coordinator/block_pool.h"
+#include "coordinator/long_list.h"
 #include "coordinator/request.h"
 
 namespace fathom {
@@ -27,7 +28,7 @@ struct SequenceProgress {
   std::optional<int> num_cached_tokens;
 };
 
-struct Sequence {
+struct alignas(64) Sequence {
   Sequence(SequenceId id, std::shared_ptr<const Request> request, const SequenceProgress& progress)
       : id(id),
         max_tokens(request->max_tokens),
@@ -35,51 +36,62 @@ struct Sequence {
         wants_prompt_logprobs(request->wants_prompt_logprobs),
         wants_logprobs(request->sampling.has_num_logprobs()),
         may_stop(!request->eos_token_ids.empty() || !request->stop_token_ids.empty()),
-        tokens(request->prompt_token_ids),
-        request(std::move(request)),
         num_prompt_logprobs_done(progress.num_prompt_logprobs_done),
         num_prompt_tokens_done(progress.num_prompt_tokens_done),
-        num_cached_tokens(progress.num_cached_tokens) {
-    tokens.insert(tokens.end(), progress.generated_token_ids.begin(),
-                  progress.generated_token_ids.end());
+        tokens(request->prompt_token_ids),
+        num_cached_tokens(progress.num_cached_tokens),
+        request(std::move(request)) {
+    for (const uint32_t token_id : progress.generated_token_ids) tokens.push_back(token_id);
   }
 
+  // What every step reads and writes comes first, in kHotBytes.
   const SequenceId id;
   int priority = 0;  // as far as the scheduler heeds it
-  // The request's, beside what changes: every step reads them.
+  // The request's.
   const int max_tokens;
   const int num_prompt_tokens;
   const bool wants_prompt_logprobs;
   const bool wants_logprobs;  // of generated tokens
   const bool may_stop;        // there are tokens that end it
 
-  std::vector<uint32_t> tokens;  // prompt, then what was generated; survives preemption
   // Tokens whose KV is in the blocks once the steps in flight have finished.
   int num_computed = 0;
   // Tokens that steps in flight sample. The workers have them before they make the next step, so
   // that they can be computed there although nobody here knows them yet.
   int num_unknown = 0;
+  int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
+  int num_prompt_tokens_done = 0;    // computed or found at least once: survives preemption
 
   // Set while the sequence runs.
   int slot = -1;
-  int kv_domain = -1;  // whose blocks block_table names
-  std::vector<int32_t> block_table;
-  int num_blocks_sent = 0;         // of block_table: the workers know them
-  int num_blocks_published = 0;    // of block_table, found ones included
-  PrefixId prefix = kEmptyPrefix;  // that these hold
+  int kv_domain = -1;            // whose blocks block_table names
+  int num_blocks_sent = 0;       // of block_table: the workers know them
+  int num_blocks_published = 0;  // of block_table, found ones included
+  int num_admissions = 0;        // tells results of an earlier stay in a slot apart
+
+  LongList<uint32_t> tokens;  // prompt, then what was generated; survives preemption
+
+  uint64_t last_step = 0;                // that it is part of
+  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
+  BlockTable block_table;
+  PrefixId prefix = kEmptyPrefix;  // that the published blocks hold
   BlockHash last_hash;             // and its name
-  int num_admissions = 0;          // tells results of an earlier stay in a slot apart
-  uint64_t last_step = 0;          // that it is part of
 
   // Seldom needed.
   const std::shared_ptr<const Request> request;
-  int num_prompt_logprobs_done = 0;      // delivered; the first prompt token has none
-  int num_prompt_tokens_done = 0;        // computed or found at least once: survives preemption
-  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
   // Of the full blocks of `tokens`, as far as somebody looked for them; survives preemption.
   std::vector<BlockHash> block_hashes;
 
-  int num_tokens() const { return static_cast<int>(tokens.size()); }
+  // Hints that a step is about to look at it: memory needs a while.
+  void Prefetch() const {
+    constexpr size_t kCacheLine = 64;
+    constexpr size_t kHotBytes = 256;
+    for (size_t offset = 0; offset < kHotBytes; offset += kCacheLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(this) + offset, 1);
+    }
+  }
+
+  int num_tokens() const { return tokens.size(); }
   int num_generated() const { return num_tokens() - num_prompt_tokens; }
   // To be computed next. None when the steps in flight sample the last token that it may have.
   int num_pending() const {
@@ -88,7 +100,7 @@ struct Sequence {
   }
 
   SequenceProgress progress() const {
-    return {.generated_token_ids = {tokens.begin() + num_prompt_tokens, tokens.end()},
+    return {.generated_token_ids = tokens.CopyFrom(num_prompt_tokens),
             .num_prompt_logprobs_done = num_prompt_logprobs_done,
             .num_prompt_tokens_done = num_prompt_tokens_done,
             .num_cached_tokens = num_cached_tokens};

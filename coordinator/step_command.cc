@@ -123,7 +123,9 @@ v1::StepCommand EncodeStep(const Step& step, uint64_t epoch) {
     const Sequence& sequence = *admitted.sequence;
     v1::SequenceAdmission& admission = *command.add_admitted();
     admission.set_slot(sequence.slot);
-    admission.mutable_token_ids()->Add(sequence.tokens.begin(), sequence.tokens.end());
+    for (const absl::Span<const uint32_t> piece : sequence.tokens.pieces()) {
+      admission.mutable_token_ids()->Add(piece.begin(), piece.end());
+    }
     admission.set_num_prompt_tokens(sequence.request->num_prompt_tokens());
     admission.set_num_computed(admitted.num_computed);
     *admission.mutable_sampling() = sequence.request->sampling;

@@ -22,37 +22,37 @@ using ::testing::IsEmpty;
 
 TEST(BlockPoolTest, HandsOutTheLowestBlocksFirst) {
   BlockPool pool(8, 16);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(3, table);
-  EXPECT_THAT(table, ElementsAre(0, 1, 2));
+  EXPECT_THAT(table.CopyFrom(0), ElementsAre(0, 1, 2));
   EXPECT_EQ(pool.num_free(), 5);
   EXPECT_EQ(pool.num_used(), 3);
 }
 
 TEST(BlockPoolTest, AppendsToTheTableItIsGiven) {
   BlockPool pool(8, 16);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(1, table);
   pool.Take(0, table);
   pool.Take(2, table);
-  EXPECT_THAT(table, ElementsAre(0, 1, 2));
+  EXPECT_THAT(table.CopyFrom(0), ElementsAre(0, 1, 2));
 }
 
 TEST(BlockPoolTest, ReusesTheBlocksFreedLastSoThatMemoryStaysWarm) {
   BlockPool pool(100, 16);
-  std::vector<int32_t> table;
+  BlockTable table;
   for (int round = 0; round < 50; ++round) {
     pool.Take(4, table);
-    EXPECT_THAT(table, ElementsAre(0, 1, 2, 3));
+    EXPECT_THAT(table.CopyFrom(0), ElementsAre(0, 1, 2, 3));
     pool.Release(table);
-    EXPECT_THAT(table, IsEmpty());
+    EXPECT_TRUE(table.empty());
   }
   EXPECT_EQ(pool.num_free(), 100);
 }
 
 TEST(BlockPoolTest, CanBeEmptiedToTheLastBlock) {
   BlockPool pool(5, 16);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(5, table);
   EXPECT_EQ(pool.num_free(), 0);
   pool.Release(table);
@@ -63,7 +63,7 @@ TEST(BlockPoolTest, CanBeEmptiedToTheLastBlock) {
 class PublishedBlocksTest : public testing::Test {
  protected:
   struct Chain {
-    std::vector<int32_t> table;
+    BlockTable table;
     PrefixId prefix = kEmptyPrefix;
   };
 
@@ -107,7 +107,7 @@ TEST_F(PublishedBlocksTest, AreFoundByAllTheirTokensAndThoseBefore) {
 
 TEST_F(PublishedBlocksTest, AreFreeWhenTheLastUserHasReleasedThem) {
   Chain one = Publish({{1, 2}, {3, 4}});
-  std::vector<int32_t> other;
+  BlockTable other;
   pool.Share(Find({{1, 2}}), other);
   pool.Release(one.table);
   EXPECT_EQ(pool.num_used(), 1);
@@ -119,9 +119,9 @@ TEST_F(PublishedBlocksTest, AreFreeWhenTheLastUserHasReleasedThem) {
 TEST_F(PublishedBlocksTest, KeepWhatTheyHoldWhileOthersAreFree) {
   Chain chain = Publish({{1, 2}, {3, 4}});
   pool.Release(chain.table);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(4, table);
-  EXPECT_THAT(table, ElementsAre(2, 3, 4, 5));
+  EXPECT_THAT(table.CopyFrom(0), ElementsAre(2, 3, 4, 5));
   EXPECT_THAT(Find({{1, 2}, {3, 4}}), ElementsAre(0, 1));
   pool.Take(1, table);
   EXPECT_EQ(table.back(), 1) << "the end goes before the beginning";
@@ -135,12 +135,12 @@ TEST_F(PublishedBlocksTest, GoInTheOrderOfTheirLastUse) {
   pool.Release(b.table);
   pool.Release(a.table);
   pool.Release(c.table);
-  std::vector<int32_t> again;
+  BlockTable again;
   pool.Share(Find({{2, 2}}), again);
   pool.Release(again);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(6, table);
-  EXPECT_THAT(table, ElementsAre(3, 4, 5, 0, 2, 1));
+  EXPECT_THAT(table.CopyFrom(0), ElementsAre(3, 4, 5, 0, 2, 1));
 }
 
 TEST_F(PublishedBlocksTest, AreWorthOneCopyUnlessBothAreInUse) {
@@ -206,7 +206,7 @@ class PoolModel {
   void StartSequence() {
     Tokens tokens;
     std::vector<int32_t> found;
-    std::vector<int32_t> table;
+    BlockTable table;
     PrefixId prefix = kEmptyPrefix;
     BlockHash hash = hasher_.Root("");
     const int num_blocks = Between(1, 6);
@@ -238,7 +238,7 @@ class PoolModel {
     if (!table.empty()) sequences_.push_back(table);
   }
 
-  void TakeOne(std::vector<int32_t>& table) {
+  void TakeOne(BlockTable& table) {
     const bool must_evict = static_cast<int>(recently_used_.size()) == pool_.num_free();
     pool_.Take(1, table);
     const int32_t block = table.back();
@@ -269,21 +269,23 @@ class PoolModel {
   }
 
   void EndSequence(int index) {
-    std::vector<int32_t>& table = sequences_[index];
-    for (auto block = table.rbegin(); block != table.rend(); ++block) {
-      if (--users_[*block] == 0 && published_.count(*block)) recently_used_.push_back(*block);
+    BlockTable& table = sequences_[index];
+    for (int i = table.size() - 1; i >= 0; --i) {
+      const int32_t block = table[i];
+      if (--users_[block] == 0 && published_.count(block)) recently_used_.push_back(block);
     }
     pool_.Release(table);
     sequences_.erase(sequences_.begin() + index);
   }
 
-  void Doubt(const std::vector<int32_t>& table) {
-    pool_.Unpublish(table);
-    for (const int32_t block : table) published_.erase(block);
+  void Doubt(const BlockTable& table) {
+    const std::vector<int32_t> blocks = table.CopyFrom(0);
+    pool_.Unpublish(blocks);
+    for (const int32_t block : blocks) published_.erase(block);
   }
 
   void MakeRoom() {
-    std::vector<int32_t> table;
+    BlockTable table;
     const int count = Between(0, pool_.num_free());
     for (int i = 0; i < count; ++i) TakeOne(table);
     if (!table.empty()) sequences_.push_back(table);
@@ -292,7 +294,7 @@ class PoolModel {
   void CheckBooks() {
     std::map<int32_t, int> users;
     for (const auto& table : sequences_) {
-      for (const int32_t block : table) ++users[block];
+      for (const int32_t block : table.CopyFrom(0)) ++users[block];
     }
     EXPECT_EQ(pool_.num_used(), static_cast<int>(users.size()));
     EXPECT_EQ(pool_.num_free() + pool_.num_used(), kNumBlocks);
@@ -304,7 +306,7 @@ class PoolModel {
   std::mt19937_64 random_;
   const BlockHasher hasher_{{.num_bits = 2}};
   BlockPool pool_{kNumBlocks, kBlockSize};
-  std::vector<std::vector<int32_t>> sequences_;
+  std::vector<BlockTable> sequences_;
   std::map<int32_t, int> users_;
   std::map<int32_t, Tokens> contents_;
   std::map<int32_t, PrefixId> published_;
@@ -326,9 +328,9 @@ TEST(BlockPoolTest, KeepsItsBooksUnderRandomUseWhileAllHashesClash) {
 TEST(BlockPoolDeathTest, RefusesWhatWouldBreakTheBooks) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   BlockPool pool(4, 16);
-  std::vector<int32_t> table;
+  BlockTable table;
   pool.Take(2, table);
-  std::vector<int32_t> copy = table;
+  BlockTable copy = table;
   EXPECT_DEATH(pool.Take(3, table), "num_free");
   EXPECT_DEATH(
       {
@@ -336,7 +338,7 @@ TEST(BlockPoolDeathTest, RefusesWhatWouldBreakTheBooks) {
         pool.Release(copy);
       },
       "freed twice");
-  std::vector<int32_t> stranger = {4};
+  BlockTable stranger(std::vector<int32_t>{4});
   EXPECT_DEATH(pool.Release(stranger), "num_blocks_");
   EXPECT_DEATH(pool.Share({0}, table), "not published");
 }

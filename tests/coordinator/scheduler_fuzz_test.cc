@@ -235,14 +235,15 @@ class SchedulerFuzz {
       EXPECT_EQ(mirrors_.erase(slot), 1u) << "slot " << slot << " was not in use";
     }
     for (const AdmittedSequence& a : step.admitted) {
-      const bool is_new = mirrors_
-                              .emplace(a.sequence->slot, Mirror{.id = a.sequence->id,
-                                                                .kv_domain = a.sequence->kv_domain,
-                                                                .tokens = a.sequence->tokens,
-                                                                .num_computed = a.num_computed,
-                                                                .has_fault = false,
-                                                                .blocks = {}})
-                              .second;
+      const bool is_new =
+          mirrors_
+              .emplace(a.sequence->slot, Mirror{.id = a.sequence->id,
+                                                .kv_domain = a.sequence->kv_domain,
+                                                .tokens = a.sequence->tokens.CopyFrom(0),
+                                                .num_computed = a.num_computed,
+                                                .has_fault = false,
+                                                .blocks = {}})
+              .second;
       EXPECT_TRUE(is_new) << "slot " << a.sequence->slot << " was in use";
     }
     StepOutcome outcome{.number = step.number, .sequences = {}};

@@ -191,7 +191,7 @@ TEST_F(SchedulerTest, AdmitsAPreemptedSequenceAgainWithAllItsTokens) {
     if (!step.admitted.empty()) {  // the older one has ended
       const Sequence& sequence = *step.admitted[0].sequence;
       EXPECT_EQ(sequence.id, second);
-      EXPECT_THAT(sequence.tokens, ElementsAre(3, 3, 3, kToken, kToken));
+      EXPECT_THAT(sequence.tokens.CopyFrom(0), ElementsAre(3, 3, 3, kToken, kToken));
       EXPECT_THAT(Story(step), ElementsAre("2:5*"));
       const std::vector<SequenceUpdate> updates = Commit(step);
       EXPECT_EQ(updates[0].num_generated_tokens, 3);
