@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "grammar/grammar.h"
 #include "kernels/device.h"
 #include "worker/communicator.h"
@@ -32,12 +33,13 @@ class StepMaker {
 
   virtual uint64_t epoch() const = 0;
 
-  // Makes one step. After an error it is of no further use:
+  // Makes one step, whose command came at `arrived`. After an error it is of no further use:
   //   FailedPrecondition  the command is of another epoch
   //   InvalidArgument     the command is wrong
   //   Aborted             Abort() was called, or a collective failed; says which rank
   // Not thread-safe.
-  virtual absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command) = 0;
+  virtual absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command,
+                                             absl::Time arrived) = 0;
 
   // Makes the step that is running, and all later ones, end soon. From any thread.
   virtual void Abort() = 0;

@@ -15,11 +15,6 @@
 namespace fathom {
 namespace {
 
-// How long before a deadline sleeping ends: about what Linux takes to wake a thread. The rest is
-// polled; no longer, since all the ranks of a host poll at once and take the cores from who would
-// send the next step.
-constexpr absl::Duration kWakeUpTime = absl::Microseconds(20);
-
 SimStep StepOf(const StepBatch& batch) {
   const auto sum = [](const std::vector<int32_t>& numbers) {
     return static_cast<double>(std::accumulate(numbers.begin(), numbers.end(), int64_t{0}));
@@ -42,21 +37,25 @@ SimulatedRunner::SimulatedRunner(SimulatedRunnerOptions options)
 
 SimulatedRunner::~SimulatedRunner() {
   if (num_timed_steps_ == 0) return;
-  spdlog::info("epoch {}: {} simulated steps ended {:.0f} us late on average, {:.0f} us at most",
-               options_.epoch, num_timed_steps_,
-               absl::ToDoubleMicroseconds(lateness_) / static_cast<double>(num_timed_steps_),
-               absl::ToDoubleMicroseconds(most_lateness_));
+  spdlog::info(
+      "epoch {}: {} ends of simulated steps were noticed {:.0f} us late on average, {:.0f} us at "
+      "most",
+      options_.epoch, num_timed_steps_,
+      absl::ToDoubleMicroseconds(lateness_) / static_cast<double>(num_timed_steps_),
+      absl::ToDoubleMicroseconds(most_lateness_));
 }
 
-absl::StatusOr<v1::StepResult> SimulatedRunner::Run(const v1::StepCommand& command) {
-  const absl::Time start = absl::Now();
+absl::StatusOr<v1::StepResult> SimulatedRunner::Run(const v1::StepCommand& command,
+                                                    absl::Time arrived) {
+  const absl::Time start = StepStart(arrived, free_at_, absl::Now());
   ASSIGN_OR_RETURN(const StepPlan plan, steps_.Apply(command));
   v1::StepResult result = steps_.Answer(plan);
   if (plan.batch.num_tokens() > 0) {
     const double microseconds = StepMicroseconds(options_.profile, StepOf(plan.batch));
-    RETURN_IF_ERROR(SleepUntil(start + absl::Microseconds(microseconds)));
+    free_at_ = start + absl::Microseconds(microseconds);
+    RETURN_IF_ERROR(SleepUntil(free_at_));
+    result.set_compute_us(absl::ToInt64Microseconds(free_at_ - start));
   }
-  result.set_compute_us(absl::ToInt64Microseconds(absl::Now() - start));
   return result;
 }
 
@@ -65,15 +64,12 @@ absl::Status SimulatedRunner::SleepUntil(absl::Time deadline) {
   prctl(PR_SET_TIMERSLACK, 1UL);
   {
     absl::MutexLock lock(&mutex_);
-    if (mutex_.AwaitWithDeadline(absl::Condition(&is_aborted_), deadline - kWakeUpTime)) {
+    if (mutex_.AwaitWithDeadline(absl::Condition(&is_aborted_), deadline)) {
       return absl::AbortedError(absl::StrCat("rank ", options_.rank, ", step ", steps_.last_step(),
                                              " of epoch ", options_.epoch, ": aborted"));
     }
   }
-  absl::Duration lateness;
-  do {
-    lateness = absl::Now() - deadline;
-  } while (lateness < absl::ZeroDuration());
+  const absl::Duration lateness = absl::Now() - deadline;
   ++num_timed_steps_;
   lateness_ += lateness;
   most_lateness_ = std::max(most_lateness_, lateness);

@@ -16,6 +16,12 @@
 
 namespace fathom {
 
+// When a device begins a step whose command arrived at `arrived`, if the step ahead of it ends at
+// `free_at` and its host looks at it `now`.
+inline absl::Time StepStart(absl::Time arrived, absl::Time free_at, absl::Time now) {
+  return arrived <= free_at ? free_at : now;
+}
+
 struct SimulatedRunnerOptions {
   uint64_t epoch = 0;
   int rank = 0;
@@ -27,15 +33,16 @@ struct SimulatedRunnerOptions {
 class SimulatedRunner final : public StepMaker {
  public:
   explicit SimulatedRunner(SimulatedRunnerOptions options);
-  // Logs how late steps ended: on a machine without a core to spare the times are not the
-  // profile's.
+  // Logs how late ends of steps were noticed: on a machine without a core to spare it is not only
+  // the profile that takes time.
   ~SimulatedRunner() override;
 
   uint64_t epoch() const override { return options_.epoch; }
 
-  // Returns when the step's time is over, counted from the call: some tens of microseconds late on
-  // a machine that is not overloaded.
-  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command) override;
+  // Returns when the step's time is over, or some tens of microseconds later. A device works
+  // through its queue whether or not its host keeps up: a command that was there before the step
+  // ahead of it had ended begins when that ends, and any other one when it is run.
+  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command, absl::Time arrived) override;
   void Abort() override;
 
  private:
@@ -43,6 +50,7 @@ class SimulatedRunner final : public StepMaker {
 
   const SimulatedRunnerOptions options_;
   SimulatedSteps steps_;
+  absl::Time free_at_ = absl::InfinitePast();  // when the last step ends
   int64_t num_timed_steps_ = 0;
   absl::Duration lateness_ = absl::ZeroDuration();  // of all steps together
   absl::Duration most_lateness_ = absl::ZeroDuration();

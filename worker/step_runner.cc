@@ -49,7 +49,8 @@ StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard
       grammar_masks_(grammars, slots.max_sequences),
       sampler_(slots.vocab_size) {}
 
-absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command) {
+absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command,
+                                               absl::Time /*arrived*/) {
   RETURN_IF_ERROR(CheckStepOrder(command, epoch_, last_step_));
   last_step_ = command.step();
   v1::StepResult result;

@@ -33,7 +33,7 @@ class StepRunner final : public StepMaker {
   uint64_t epoch() const override { return epoch_; }
   int rank() const { return communicator_->rank(); }
 
-  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command) override;
+  absl::StatusOr<v1::StepResult> Run(const v1::StepCommand& command, absl::Time arrived) override;
   void Abort() override { communicator_->Abort(); }
 
  private:

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "grpcpp/server_context.h"
 #include "proto/status.h"
@@ -37,7 +38,7 @@ void StepStream::OnReadDone(bool ok) {
     no_more_commands_ = true;
     return;
   }
-  queue_.push_back(std::make_unique<v1::StepCommand>(std::move(incoming_)));
+  queue_.push_back(std::make_unique<Queued>(Queued{std::move(incoming_), absl::Now()}));
   incoming_.Clear();
   is_reading_ = queue_.size() < kMaxQueued;
   if (is_reading_) StartRead(&incoming_);
@@ -65,9 +66,9 @@ void StepStream::MakeSteps() {
   absl::Status status;
   bool is_asked_to_leave = false;
   while (status.ok()) {
-    const std::unique_ptr<v1::StepCommand> command = NextCommand();
-    if (command == nullptr) break;
-    absl::StatusOr<v1::StepResult> result = runner->Run(*command);
+    const std::unique_ptr<Queued> next = NextCommand();
+    if (next == nullptr) break;
+    absl::StatusOr<v1::StepResult> result = runner->Run(next->command, next->arrived);
     status = result.status();
     const absl::Status written = AwaitWrite();
     if (status.ok()) status = written;
@@ -96,20 +97,20 @@ void StepStream::MakeSteps() {
   Finish(ToGrpc(status));
 }
 
-std::unique_ptr<v1::StepCommand> StepStream::NextCommand() {
+std::unique_ptr<StepStream::Queued> StepStream::NextCommand() {
   absl::MutexLock lock(&mutex_);
   const auto settled = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return !queue_.empty() || no_more_commands_ || !stop_reason_.ok();
   };
   mutex_.Await(absl::Condition(&settled));
   if (queue_.empty() || !stop_reason_.ok()) return nullptr;
-  std::unique_ptr<v1::StepCommand> command = std::move(queue_.front());
+  std::unique_ptr<Queued> next = std::move(queue_.front());
   queue_.pop_front();
   if (!is_reading_ && !no_more_commands_) {
     is_reading_ = true;
     StartRead(&incoming_);
   }
-  return command;
+  return next;
 }
 
 void StepStream::StartToWrite(v1::StepResult result) {

@@ -14,6 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "grpcpp/support/server_callback.h"
 #include "proto/worker.pb.h"
 #include "worker/shard_host.h"
@@ -41,9 +42,14 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
   // Commands that wait while a step runs. The coordinator has two steps in flight at most.
   static constexpr size_t kMaxQueued = 4;
 
+  struct Queued {
+    v1::StepCommand command;
+    absl::Time arrived;
+  };
+
   void MakeSteps();
   // The next command; absent when there will be none.
-  std::unique_ptr<v1::StepCommand> NextCommand();
+  std::unique_ptr<Queued> NextCommand();
   void StartToWrite(v1::StepResult result);
   // Until the last write has ended; OK when it could.
   absl::Status AwaitWrite();
@@ -55,7 +61,7 @@ class StepStream final : public grpc::ServerBidiReactor<v1::StepCommand, v1::Ste
 
   absl::Mutex mutex_;
   std::shared_ptr<StepMaker> runner_ ABSL_GUARDED_BY(mutex_);
-  std::deque<std::unique_ptr<v1::StepCommand>> queue_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::unique_ptr<Queued>> queue_ ABSL_GUARDED_BY(mutex_);
   bool is_reading_ ABSL_GUARDED_BY(mutex_) = true;
   bool no_more_commands_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status stop_reason_ ABSL_GUARDED_BY(mutex_);  // not OK: stop

@@ -77,7 +77,7 @@ class SimulatedRunnerTest : public testing::Test {
   absl::StatusOr<v1::StepResult> Run(SimulatedRunner& runner, v1::StepCommand command) {
     command.set_epoch(7);
     command.set_step(++step_);
-    return runner.Run(command);
+    return runner.Run(command, absl::Now());
   }
 
   uint64_t step_ = 0;
@@ -155,8 +155,8 @@ TEST_F(SimulatedRunnerTest, OtherRanksComputeTheSameAndReportNothing) {
   for (v1::StepCommand& command : std::vector<v1::StepCommand>{admit, next}) {
     command.set_epoch(7);
     command.set_step(++step_);
-    ASSERT_TRUE(first.Run(command).ok());
-    const auto result = other.Run(command);
+    ASSERT_TRUE(first.Run(command, absl::Now()).ok());
+    const auto result = other.Run(command, absl::Now());
     ASSERT_TRUE(result.ok()) << result.status();
     EXPECT_EQ(result->step(), step_);
     EXPECT_EQ(result->sampled_slots_size() + result->logprobs_size(), 0);
@@ -202,7 +202,31 @@ TEST_F(SimulatedRunnerTest, AStepTakesItsTime) {
   const auto result = Run(runner, command);
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_GE(absl::Now() - start, absl::Milliseconds(20));
-  EXPECT_GE(result->compute_us(), 20'000u);
+  EXPECT_EQ(result->compute_us(), 20'000u);
+}
+
+TEST_F(SimulatedRunnerTest, AStepThatWasQueuedBeginsWhenTheOneAheadEndsHoweverLateItIsNoticed) {
+  const absl::Time free_at = absl::FromUnixSeconds(100);
+  const auto seconds_later = [&](int seconds) { return free_at + absl::Seconds(seconds); };
+  EXPECT_EQ(StepStart(/*arrived=*/seconds_later(-1), free_at, /*now=*/seconds_later(3)), free_at);
+  EXPECT_EQ(StepStart(seconds_later(1), free_at, seconds_later(3)), seconds_later(3));
+  EXPECT_EQ(StepStart(seconds_later(1), absl::InfinitePast(), seconds_later(3)), seconds_later(3));
+
+  SimulatedRunner runner = Runner(0, 20'000);
+  const absl::Time start = absl::Now();
+  v1::StepCommand command;
+  Admit(command, 0, {1});
+  Schedule(command, 0, 1, 1);
+  ASSERT_TRUE(Run(runner, command).ok());
+  command.clear_admitted();
+  command.clear_new_block_ids();
+  command.set_num_new_blocks(0, 0);
+  command.set_epoch(7);
+  command.set_step(2);
+  const auto result = runner.Run(command, start);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_GE(absl::Now() - start, absl::Milliseconds(40));
+  EXPECT_EQ(result->compute_us(), 20'000u);
 }
 
 TEST_F(SimulatedRunnerTest, ACommandWithoutTokensTakesNone) {
@@ -229,10 +253,12 @@ TEST_F(SimulatedRunnerTest, CommandsAreCheckedAsWithAModel) {
   v1::StepCommand command;
   command.set_epoch(6);
   command.set_step(1);
-  EXPECT_EQ(runner.Run(command).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(runner.Run(command, absl::Now()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
   command.set_epoch(7);
   command.set_step(2);
-  EXPECT_THAT(std::string(runner.Run(command).status().message()), HasSubstr("after step 0"));
+  EXPECT_THAT(std::string(runner.Run(command, absl::Now()).status().message()),
+              HasSubstr("after step 0"));
   v1::StepCommand wrong;
   Admit(wrong, 0, {kVocabSize});
   const absl::Status status = Run(runner, wrong).status();

@@ -108,7 +108,7 @@ class StepRunnerTest : public testing::Test {
   absl::StatusOr<v1::StepResult> Run(v1::StepCommand command) {
     command.set_epoch(7);
     command.set_step(++step_);
-    return runner->Run(command);
+    return runner->Run(command, absl::InfinitePast());
   }
 
   ScriptedShard shard;
@@ -220,10 +220,12 @@ TEST_F(StepRunnerTest, CommandsOutOfTurnAreRefused) {
   v1::StepCommand command;
   command.set_epoch(6);
   command.set_step(1);
-  EXPECT_EQ(runner->Run(command).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(runner->Run(command, absl::InfinitePast()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
   command.set_epoch(7);
   command.set_step(2);
-  EXPECT_EQ(runner->Run(command).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(runner->Run(command, absl::InfinitePast()).status().code(),
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(StepRunnerTest, WhatACollectiveSaysBecomesAbortedAndKeepsItsWords) {
