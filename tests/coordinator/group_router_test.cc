@@ -42,6 +42,11 @@ class GroupRouterTest : public ServingTest {
       return true;
     });
   }
+  void StartTwoGroups() {
+    AddGroup();
+    Start();
+    WaitUntilAllGroupsServe();
+  }
   void WaitUntilRunning(uint32_t count) {
     WaitUntil("they run", [this, count] { return ServerInfo().num_running() == count; });
   }
@@ -49,9 +54,7 @@ class GroupRouterTest : public ServingTest {
 };
 
 TEST_F(GroupRouterTest, SpreadsRequestsOverGroups) {
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   EXPECT_EQ(ServerInfo().num_workers(), 2u * kNumWorkers);
   EXPECT_EQ(ServerInfo().num_kv_blocks(), 2u * 2000);
   for (uint64_t seed = 1; seed <= 6; ++seed) ExpectServed(Asking(10, 10, seed));
@@ -66,9 +69,7 @@ TEST_F(GroupRouterTest, SpreadsRequestsOverGroups) {
 }
 
 TEST_F(GroupRouterTest, SendsARequestWhereTheBeginningOfItsPromptIs) {
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   for (uint64_t seed = 1; seed <= 9; ++seed) {  // an odd number, so that taking turns would miss
     EXPECT_EQ(Generate(Asking(200, 3, seed)).last.usage().cached_tokens(), 0u);
   }
@@ -82,9 +83,7 @@ TEST_F(GroupRouterTest, SendsARequestWhereTheBeginningOfItsPromptIs) {
 
 TEST_F(GroupRouterTest, LeavesAGroupThatIsLoaded) {
   options_.group.max_sequences = 64;
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   const v1::GenerateRequest first = Asking(200, 3);
   ExpectServed(first);
   const int busy = StepsOfGroup(0) > 0 ? 0 : 1;
@@ -110,9 +109,7 @@ TEST_F(GroupRouterTest, LeavesAGroupThatIsLoaded) {
 }
 
 TEST_F(GroupRouterTest, GoesOnInAnotherGroupWithTheSameTokens) {
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   MakeWorkersSlow();
   std::vector<std::thread> clients;
   for (uint64_t i = 1; i <= 8; ++i) {
@@ -140,9 +137,7 @@ TEST_F(GroupRouterTest, GoesOnInAnotherGroupWithTheSameTokens) {
 }
 
 TEST_F(GroupRouterTest, WaitsForAGroupWhenNoneIsLeft) {
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   MakeWorkersSlow();
   std::vector<std::thread> clients;
   for (uint64_t i = 1; i <= 6; ++i) {
@@ -251,9 +246,7 @@ TEST_F(GroupRouterTest, GivesUpARequestThatBreaksTheWorkersEveryTime) {
 TEST_F(GroupRouterTest, LosesNothingWhileGroupsBreakAtRandom) {
   const uint64_t seed = std::random_device()();
   std::cout << "seed " << seed << "\n";
-  AddGroup();
-  Start();
-  WaitUntilAllGroupsServe();
+  StartTwoGroups();
   for (auto& worker : workers_) worker->SetStepDelay(1);
   std::atomic<int> num_served = 0;
   std::vector<std::thread> clients;
