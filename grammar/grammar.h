@@ -9,9 +9,10 @@ namespace fathom {
 
 struct Grammar {
   enum class Kind {
-    kJsonSchema = 1,  // a JSON Schema (2020-12); the output is JSON with any white space
-    kRegex = 2,       // a regular expression that the whole output matches
-    kEbnf = 3,        // rules in xgrammar's EBNF, beginning at `root`
+    kJsonSchema = 1,     // a JSON Schema (2020-12); the output is JSON with any white space
+    kRegex = 2,          // a regular expression that the whole output matches
+    kEbnf = 3,           // rules in xgrammar's EBNF, beginning at `root`
+    kStructuralTag = 4,  // xgrammar's structural tag in JSON: schemas, texts and tokens in a row
   };
   Kind kind = Kind::kJsonSchema;
   std::string text;

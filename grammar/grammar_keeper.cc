@@ -90,7 +90,27 @@ absl::Status SendDescriptors(int socket, const std::array<int, 2>& descriptors) 
 
 GrammarKeeper::GrammarKeeper(GrammarKeeperOptions options) : options_(std::move(options)) {}
 
+absl::Status GrammarPreparation::Await(absl::Duration timeout) {
+  absl::MutexLock lock(&mutex_);
+  const auto is_settled = [this]()
+                              ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return status_.has_value(); };
+  if (mutex_.AwaitWithTimeout(absl::Condition(&is_settled), timeout)) return *status_;
+  return absl::DeadlineExceededError("the grammar was not compiled in time; try again");
+}
+
+void GrammarPreparation::Settle(absl::Status status) {
+  absl::MutexLock lock(&mutex_);
+  status_ = std::move(status);
+}
+
 GrammarKeeper::~GrammarKeeper() {
+  std::thread preparer;
+  {
+    absl::MutexLock lock(&asked_mutex_);
+    is_ending_ = true;
+    preparer = std::move(preparer_);
+  }
+  if (preparer.joinable()) preparer.join();
   {
     absl::MutexLock lock(&mutex_);
     for (const Kept& kept : kept_) {
@@ -176,20 +196,53 @@ absl::StatusOr<std::unique_ptr<GrammarProcess>> GrammarKeeper::NewProcess() {
 
 absl::Status GrammarKeeper::Prepare(const Grammar& grammar) { return Find(grammar).status(); }
 
+std::shared_ptr<GrammarPreparation> GrammarKeeper::PrepareSoon(const Grammar& grammar) {
+  auto preparation = std::make_shared<GrammarPreparation>();
+  absl::MutexLock lock(&asked_mutex_);
+  asked_.emplace_back(grammar, preparation);
+  if (!preparer_.joinable()) preparer_ = std::thread([this] { PrepareWhatIsAsked(); });
+  return preparation;
+}
+
+void GrammarKeeper::PrepareWhatIsAsked() {
+  while (true) {
+    std::pair<Grammar, std::shared_ptr<GrammarPreparation>> next;
+    {
+      absl::MutexLock lock(&asked_mutex_);
+      const auto has_work = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(asked_mutex_) {
+        return is_ending_ || !asked_.empty();
+      };
+      asked_mutex_.Await(absl::Condition(&has_work));
+      if (is_ending_) return;
+      next = std::move(asked_.front());
+      asked_.pop_front();
+    }
+    next.second->Settle(Prepare(next.first));
+  }
+}
+
 absl::StatusOr<std::unique_ptr<GrammarMatcher>> GrammarKeeper::Match(
     const Grammar& grammar, absl::Span<const int32_t> token_ids) {
-  // A process that has ended meanwhile is noticed when it is used, and another one is tried once.
-  for (int attempt = 1;; ++attempt) {
-    ASSIGN_OR_RETURN(std::shared_ptr<GrammarProcess> process, Find(grammar));
-    const absl::StatusOr<int> row = process->OpenRow(token_ids);
-    if (row.ok()) {
-      return std::make_unique<GrammarMatcher>(std::move(process), *row, options_.mask_timeout);
-    }
-    if (attempt == 2 || absl::IsResourceExhausted(row.status())) return row.status();
+  std::shared_ptr<GrammarProcess> process;
+  {
     absl::MutexLock lock(&mutex_);
     const auto found = places_.find(grammar);
-    if (found != places_.end() && found->second->process == process) Erase(found->second);
+    if (found == places_.end() || found->second->process == nullptr) {
+      return absl::NotFoundError("the grammar is not prepared");
+    }
+    kept_.splice(kept_.begin(), kept_, found->second);
+    process = found->second->process;
   }
+  const absl::StatusOr<int> row = process->OpenRow(token_ids);
+  if (row.ok()) {
+    return std::make_unique<GrammarMatcher>(std::move(process), *row, options_.mask_timeout);
+  }
+  if (absl::IsResourceExhausted(row.status())) return row.status();
+  // It has ended, which is noticed only now.
+  absl::MutexLock lock(&mutex_);
+  const auto found = places_.find(grammar);
+  if (found != places_.end() && found->second->process == process) Erase(found->second);
+  return absl::NotFoundError("the grammar's process has ended");
 }
 
 absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Find(const Grammar& grammar) {
@@ -208,6 +261,10 @@ absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Find(const Gramma
       continue;
     }
     Kept& kept = *found->second;
+    if (kept.process != nullptr && kept.process->HasEnded()) {
+      Erase(found->second);
+      continue;
+    }
     if (!kept.is_compiling) {
       kept_.splice(kept_.begin(), kept_, found->second);
       RETURN_IF_ERROR(kept.refusal);
@@ -252,7 +309,8 @@ absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Find(const Gramma
 absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Compile(const Grammar& grammar) {
   for (int attempt = 1;; ++attempt) {
     ASSIGN_OR_RETURN(std::unique_ptr<GrammarProcess> process, NewProcess());
-    const absl::Status status = process->Compile(grammar, options_.compile_time + kReplyTime);
+    const absl::Status status =
+        process->Compile(grammar, kCompilePatience * options_.compile_time + kReplyTime);
     if (status.ok()) return std::shared_ptr<GrammarProcess>(std::move(process));
     if (!absl::IsInternal(status)) return status;
     // Killed from outside, or the program was before it could fork, whose sockets close in any

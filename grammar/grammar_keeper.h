@@ -21,9 +21,13 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <memory>
+#include <optional>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -45,8 +49,9 @@ struct GrammarKeeperOptions {
   std::string model_directory;  // whose tokenizer.json has the vocabulary
   int vocab_size = 0;           // of the model; may be larger than the tokenizer's
   std::vector<int> eos_token_ids;
-  // Of one grammar's process. compile_time is a limit of both processor and wall-clock time.
-  absl::Duration compile_time = absl::Seconds(1);
+  // Of one grammar's process. compile_time is processor time; by the clock it may take
+  // kCompilePatience times as long, on a host that is busy.
+  absl::Duration compile_time = absl::Milliseconds(800);
   int64_t process_bytes = int64_t{512} << 20;
   int64_t cache_bytes = int64_t{256} << 20;          // of all grammars' processes
   int max_compiling = 2;                             // at a time; others wait
@@ -56,6 +61,20 @@ struct GrammarKeeperOptions {
 };
 
 class GrammarMatcher;
+
+// A grammar that is being prepared on another thread.
+class GrammarPreparation {
+ public:
+  // What came of it; DeadlineExceeded when nothing has by then.
+  absl::Status Await(absl::Duration timeout);
+
+ private:
+  friend class GrammarKeeper;
+  void Settle(absl::Status status);
+
+  absl::Mutex mutex_;
+  std::optional<absl::Status> status_ ABSL_GUARDED_BY(mutex_);
+};
 
 class GrammarKeeper {
  public:
@@ -68,13 +87,18 @@ class GrammarKeeper {
 
   // Compiles a grammar unless it is kept. InvalidArgument: it is refused, and why.
   // ResourceExhausted: the grammars in use leave no room. Unavailable: try again. Takes about
-  // compile_time at most, or start_timeout more the first time.
+  // compile_time at most where a processor is free, or start_timeout more the first time.
   absl::Status Prepare(const Grammar& grammar);
 
-  // A sequence that obeys the grammar and has taken `token_ids` already. Errors of Prepare, which
-  // it calls; it is quick after one.
+  // The same, but does not wait.
+  std::shared_ptr<GrammarPreparation> PrepareSoon(const Grammar& grammar);
+
+  // A sequence that obeys the grammar and has taken `token_ids` already. Quick. NotFound: it is to
+  // be prepared first, or again; ResourceExhausted: too many sequences obey it.
   absl::StatusOr<std::unique_ptr<GrammarMatcher>> Match(const Grammar& grammar,
                                                         absl::Span<const int32_t> token_ids);
+
+  absl::Duration mask_timeout() const { return options_.mask_timeout; }
 
  private:
   struct Kept {
@@ -94,6 +118,7 @@ class GrammarKeeper {
   void EndProgram() ABSL_EXCLUSIVE_LOCKS_REQUIRED(program_mutex_);
   absl::Status MakeRoom() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Erase(Place place) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void PrepareWhatIsAsked();
 
   const GrammarKeeperOptions options_;
 
@@ -107,6 +132,12 @@ class GrammarKeeper {
   absl::flat_hash_map<Grammar, Place> places_ ABSL_GUARDED_BY(mutex_);
   int64_t kept_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   int num_compiling_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  absl::Mutex asked_mutex_;
+  std::deque<std::pair<Grammar, std::shared_ptr<GrammarPreparation>>> asked_
+      ABSL_GUARDED_BY(asked_mutex_);  // by PrepareSoon
+  bool is_ending_ ABSL_GUARDED_BY(asked_mutex_) = false;
+  std::thread preparer_ ABSL_GUARDED_BY(asked_mutex_);
 };
 
 // Not thread-safe; the keeper outlives it.

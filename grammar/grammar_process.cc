@@ -91,6 +91,11 @@ absl::Status GrammarProcess::Compile(const Grammar& grammar, absl::Duration time
   return failure_;
 }
 
+bool GrammarProcess::HasEnded() const {
+  pollfd polled = {.fd = socket_.get(), .events = 0, .revents = 0};
+  return poll(&polled, 1, 0) > 0 && (polled.revents & (POLLHUP | POLLERR)) != 0;
+}
+
 void GrammarProcess::End() { shutdown(socket_.get(), SHUT_WR); }
 
 void GrammarProcess::AwaitEnd(absl::Time deadline) {

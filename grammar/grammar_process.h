@@ -38,6 +38,9 @@ class GrammarProcess {
   absl::Status Compile(const Grammar& grammar, absl::Duration timeout);
   int64_t memory_bytes() const { return memory_bytes_; }
 
+  // Whether it is gone, killed perhaps. From any thread.
+  bool HasEnded() const;
+
   // Tells the process to end; AwaitEnd returns when it has, or at `deadline`. Nothing else after
   // that.
   void End();

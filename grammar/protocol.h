@@ -20,6 +20,8 @@ namespace fathom {
 
 inline constexpr int kGrammarControlFd = 3;
 inline constexpr int kMaxGrammarRows = 4096;
+// How much longer than processor time compiling may take by the clock.
+inline constexpr int kCompilePatience = 5;
 inline constexpr size_t kMaxGrammarPacketBytes = (size_t{64} << 10) + 4096;
 inline constexpr size_t kMaxTokensPerPacket = 8192;
 

@@ -13,7 +13,7 @@ GrammarMasks::GrammarMasks(GrammarKeeper* keeper, int max_sequences)
 void GrammarMasks::Admit(int slot, const SamplingParams& params,
                          absl::Span<const int32_t> output_token_ids) {
   if (!params.grammar.has_value()) return;
-  Constraint& constraint = constraints_[slot].emplace();
+  Constraint& constraint = constraints_[slot].emplace(Constraint{.grammar = *params.grammar});
   if (keeper_ == nullptr) {
     constraint.failure = absl::InternalError("this worker has no grammars");
     return;
@@ -25,21 +25,40 @@ void GrammarMasks::Admit(int slot, const SamplingParams& params,
     if (before != token_ids.end()) constraint.begins_after.reset();
     token_ids.remove_prefix(std::min<size_t>(before - token_ids.begin() + 1, token_ids.size()));
   }
+  constraint.token_ids.assign(token_ids.begin(), token_ids.end());
   // Also for one that begins later: what it needs stays from now on.
+  Match(constraint);
+}
+
+void GrammarMasks::Match(Constraint& constraint) {
   absl::StatusOr<std::unique_ptr<GrammarMatcher>> matcher =
-      keeper_->Match(*params.grammar, token_ids);
-  constraint.failure = matcher.status();
-  if (matcher.ok()) constraint.matcher = *std::move(matcher);
+      keeper_->Match(constraint.grammar, constraint.token_ids);
+  if (matcher.ok()) {
+    constraint.matcher = *std::move(matcher);
+  } else if (absl::IsNotFound(matcher.status()) && constraint.preparation == nullptr) {
+    constraint.preparation = keeper_->PrepareSoon(constraint.grammar);
+  } else {
+    constraint.failure = matcher.status();
+  }
+}
+
+absl::Status GrammarMasks::AwaitMatcher(Constraint& constraint) {
+  if (constraint.matcher == nullptr && constraint.failure.ok()) {
+    constraint.failure = constraint.preparation->Await(keeper_->mask_timeout());
+    if (constraint.failure.ok()) Match(constraint);
+  }
+  return constraint.failure;
 }
 
 void GrammarMasks::Release(int slot) { constraints_[slot].reset(); }
 
 absl::StatusOr<absl::Span<const uint32_t>> GrammarMasks::MaskOf(int slot) {
   if (!constraints_[slot].has_value()) return absl::Span<const uint32_t>();
-  const Constraint& constraint = *constraints_[slot];
+  Constraint& constraint = *constraints_[slot];
   absl::Status failure = constraint.failure;
+  if (failure.ok() && constraint.begins_after.has_value()) return absl::Span<const uint32_t>();
+  if (failure.ok()) failure = AwaitMatcher(constraint);
   if (failure.ok()) {
-    if (constraint.begins_after.has_value()) return absl::Span<const uint32_t>();
     absl::StatusOr<absl::Span<const uint32_t>> mask = constraint.matcher->Mask();
     if (mask.ok()) return mask;
     failure = mask.status();
@@ -54,6 +73,8 @@ void GrammarMasks::OnToken(int slot, int32_t token_id) {
     if (token_id == *constraint.begins_after) constraint.begins_after.reset();
   } else if (constraint.matcher != nullptr) {
     constraint.matcher->Advance(token_id);
+  } else {
+    constraint.token_ids.push_back(token_id);
   }
 }
 

@@ -26,12 +26,13 @@ class GrammarMasks {
   GrammarMasks(GrammarKeeper* keeper, int max_sequences);
 
   // A sequence takes the slot, with the tokens that it has generated already. A grammar that was
-  // not prepared is compiled now, which takes its time.
+  // not prepared, or was forgotten since, is compiled meanwhile.
   void Admit(int slot, const SamplingParams& params, absl::Span<const int32_t> output_token_ids);
   void Release(int slot);
 
   // For the token to be chosen now: a bit for each token, or empty when all are allowed. Valid
-  // until OnToken. Internal: the sequence must end, and why.
+  // until OnToken. Waits for what the grammar still needs, for GrammarKeeperOptions::mask_timeout
+  // at most. Internal: the sequence must end, and why.
   absl::StatusOr<absl::Span<const uint32_t>> MaskOf(int slot);
 
   // This token was chosen.
@@ -39,10 +40,17 @@ class GrammarMasks {
 
  private:
   struct Constraint {
-    std::optional<int32_t> begins_after;  // until that token was chosen
-    std::unique_ptr<GrammarMatcher> matcher;
-    absl::Status failure;  // why there is none
+    Grammar grammar;
+    std::optional<int32_t> begins_after = std::nullopt;  // until that token was chosen
+    std::unique_ptr<GrammarMatcher> matcher = nullptr;
+    // Until there is one:
+    std::vector<int32_t> token_ids = {};
+    std::shared_ptr<GrammarPreparation> preparation = nullptr;
+    absl::Status failure = absl::OkStatus();  // why there is none
   };
+
+  void Match(Constraint& constraint);
+  absl::Status AwaitMatcher(Constraint& constraint);
 
   GrammarKeeper* const keeper_;
   std::vector<std::optional<Constraint>> constraints_;  // by slot

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -74,9 +75,7 @@ absl::Span<const float> Sampler::Adjust(absl::Span<const float> logits,
   if (!context.allowed.empty()) BanWhatGrammarForbids(context.allowed);
   if (!params.allowed_token_ids.empty()) BanAllBut(params.allowed_token_ids);
   BanBadWords(context);
-  if (context.num_output_tokens() < params.min_tokens) {
-    for (const int32_t token_id : params.stop_token_ids) adjusted_[token_id] = kBanned;
-  }
+  if (context.num_output_tokens() < params.min_tokens) BanStopTokens(context);
   for (const auto& [token_id, bias] : params.logit_bias) adjusted_[token_id] += bias;
   if (params.has_penalties()) AddPenalties(context);
   return adjusted_;
@@ -91,6 +90,21 @@ void Sampler::BanWhatGrammarForbids(absl::Span<const uint32_t> allowed) {
     for (size_t id = begin; id < end; ++id) {
       if ((word >> (id - begin) & 1) == 0) adjusted_[id] = kBanned;
     }
+  }
+}
+
+void Sampler::BanStopTokens(const SamplingContext& context) {
+  kept_.clear();
+  for (const int32_t token_id : context.params.stop_token_ids) {
+    kept_.emplace_back(token_id, std::exchange(adjusted_[token_id], kBanned));
+  }
+  if (context.allowed.empty()) return;
+  const bool is_something_left =
+      std::any_of(adjusted_.begin(), adjusted_.end(), [](float x) { return x != kBanned; });
+  if (is_something_left) return;
+  // The grammar has come to its end.
+  for (const auto& [token_id, logit] : kept_) {
+    if (logit != kBanned) adjusted_[token_id] = logit;
   }
 }
 

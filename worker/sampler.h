@@ -92,6 +92,8 @@ class Sampler {
   absl::Span<const float> Adjust(absl::Span<const float> logits, const SamplingContext& context);
   // The bans of stage 1.
   void BanWhatGrammarForbids(absl::Span<const uint32_t> allowed);
+  // min_tokens: no stop token, unless the grammar leaves nothing else.
+  void BanStopTokens(const SamplingContext& context);
   void BanAllBut(absl::Span<const int32_t> token_ids);
   void BanBadWords(const SamplingContext& context);
   void AddPenalties(const SamplingContext& context);

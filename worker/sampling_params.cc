@@ -82,9 +82,9 @@ absl::Status ParseLists(const v1::SamplingParams& message, int vocab_size, Sampl
 
 absl::StatusOr<Grammar> ParseGrammar(const v1::Grammar& message) {
   const int kind = message.kind();
-  if (kind < v1::Grammar::KIND_JSON_SCHEMA || kind > v1::Grammar::KIND_EBNF) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("grammar.kind is ", kind, ", expected JSON_SCHEMA, REGEX or EBNF"));
+  if (kind < v1::Grammar::KIND_JSON_SCHEMA || kind > v1::Grammar::KIND_STRUCTURAL_TAG) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "grammar.kind is ", kind, ", expected JSON_SCHEMA, REGEX, EBNF or STRUCTURAL_TAG"));
   }
   if (message.text().empty() || message.text().size() > kMaxGrammarBytes) {
     return absl::InvalidArgumentError(absl::StrCat("grammar.text has ", message.text().size(),

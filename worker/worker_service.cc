@@ -416,7 +416,9 @@ grpc::Status WorkerService::PrepareGrammar(grpc::ServerContext*,
                                            const v1::PrepareGrammarRequest* request,
                                            v1::PrepareGrammarResponse*) {
   const absl::StatusOr<Grammar> grammar = ParseGrammar(request->grammar());
-  return ToGrpc(grammar.ok() ? host_.PrepareGrammar(*grammar) : grammar.status());
+  const absl::Status status = grammar.ok() ? host_.PrepareGrammar(*grammar) : grammar.status();
+  // Unavailable is what gRPC says when there is no worker.
+  return ToGrpc(absl::IsUnavailable(status) ? absl::AbortedError(status.message()) : status);
 }
 
 bool WorkerService::WaitUntilIdle(absl::Time deadline) {

@@ -325,22 +325,62 @@ class Checker {
   std::vector<std::pair<std::string, std::string>> references_;  // place, target
 };
 
+// How much deeper than its schemas a structural tag may nest.
+constexpr size_t kMaxTagDepth = 64;
+
+absl::Status Parse(std::string_view json, size_t max_depth, const std::string& what,
+                   dom::parser& parser, dom::element& root) {
+  simdjson::error_code error = parser.allocate(json.size(), max_depth);
+  if (!error) error = parser.parse(json.data(), json.size(), true).get(root);
+  if (error == simdjson::DEPTH_ERROR) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the ", what, " nests deeper than ", max_depth, " levels"));
+  }
+  if (error) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the ", what, " is not valid JSON: ", simdjson::error_message(error)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSchemasIn(dom::element node) {
+  dom::array list;
+  if (!node.get(list)) {
+    for (const dom::element each : list) RETURN_IF_ERROR(CheckSchemasIn(each));
+    return absl::OkStatus();
+  }
+  dom::object object;
+  if (node.get(object)) return absl::OkStatus();
+  for (const dom::key_value_pair field : object) {
+    std::string_view word;
+    const bool is_word = !field.value.get(word);
+    if ((field.key == "style" && !(is_word && word == "json")) ||
+        (field.key == "type" && is_word && word == "qwen_xml_parameter")) {
+      return absl::InvalidArgumentError("in a structural tag a schema's value is written as JSON");
+    }
+    if (field.key == "json_schema") {
+      RETURN_IF_ERROR(CheckSchema(simdjson::minify(field.value)));
+    } else {
+      RETURN_IF_ERROR(CheckSchemasIn(field.value));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status CheckSchema(std::string_view schema) {
   dom::parser parser;
-  simdjson::error_code error = parser.allocate(schema.size(), kMaxSchemaDepth);
   dom::element root;
-  if (!error) error = parser.parse(schema.data(), schema.size(), true).get(root);
-  if (error == simdjson::DEPTH_ERROR) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the schema nests deeper than ", kMaxSchemaDepth, " levels"));
-  }
-  if (error) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the schema is not valid JSON: ", simdjson::error_message(error)));
-  }
+  RETURN_IF_ERROR(Parse(schema, kMaxSchemaDepth, "schema", parser, root));
   return Checker().Check(root);
+}
+
+absl::Status CheckStructuralTag(std::string_view tag) {
+  dom::parser parser;
+  dom::element root;
+  RETURN_IF_ERROR(Parse(tag, kMaxTagDepth + kMaxSchemaDepth, "structural tag", parser, root));
+  return CheckSchemasIn(root);
 }
 
 }  // namespace fathom

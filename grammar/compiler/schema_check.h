@@ -28,4 +28,8 @@ inline constexpr size_t kMaxEnumValues = 2048;
 // InvalidArgument says what and where, as a JSON pointer. Thread-safe.
 absl::Status CheckSchema(std::string_view schema);
 
+// The same of every schema in a structural tag. InvalidArgument also for schemas that are written
+// in another way than as JSON (`style`).
+absl::Status CheckStructuralTag(std::string_view tag);
+
 }  // namespace fathom

@@ -196,15 +196,18 @@ class Session {
   void Compile(const Grammar& grammar) {
     const int64_t micros = int64_t{options_.compile_milliseconds} * 1000;
     const std::string limit = absl::StrCat(options_.compile_milliseconds, " ms");
+    const std::string clock_limit =
+        absl::StrCat(kCompilePatience * options_.compile_milliseconds, " ms");
     on_processor_time = Words(
         What::kRefused, absl::StrCat("the grammar is too complex: compiling it takes more than ",
                                      limit, " of processor time"));
-    on_clock_time = Words(What::kTooBusy, absl::StrCat("the host was too busy to compile the ",
-                                                       "grammar within ", limit, "; try again"));
+    on_clock_time =
+        Words(What::kTooBusy, absl::StrCat("the host was too busy to compile the ",
+                                           "grammar within ", clock_limit, "; try again"));
     on_crash = Words(What::kRefused, "the grammar cannot be compiled: it nests too deeply");
     absl::Status status;
     // In a thread of its own, so that only compiling is nice.
-    SetTimers(micros, micros);
+    SetTimers(micros, kCompilePatience * micros);
     std::thread compiling([&] {
       const SignalStack stack;
       setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kCompileNiceness);

@@ -39,6 +39,9 @@ namespace {
 // White space between the parts of JSON: enough to indent by, too little to fill an answer with.
 constexpr int kMaxWhitespace = 64;
 
+// Begins what stands for a token without text: no text has these bytes.
+constexpr char kNoText[] = "\xff\xfe";
+
 // Runs `work`, which returns a Status; xgrammar's exceptions become one.
 template <typename Work>
 absl::Status Guarded(const Work& work) {
@@ -62,8 +65,13 @@ struct TokenVocabulary::Info {
 TokenVocabulary::TokenVocabulary(const std::vector<std::string>& bytes_of_id, int vocab_size,
                                  const std::vector<int>& eos_token_ids) {
   CHECK_LE(bytes_of_id.size(), static_cast<size_t>(vocab_size));
+  // xgrammar allows a token without bytes nowhere, not even where it is asked for by its id.
+  std::vector<std::string> spelled = bytes_of_id;
+  for (size_t id = 0; id < spelled.size(); ++id) {
+    if (spelled[id].empty()) spelled[id] = absl::StrCat(kNoText, id);
+  }
   info_ = std::make_shared<const Info>(Info{
-      xgrammar::TokenizerInfo(bytes_of_id, xgrammar::VocabType::RAW, vocab_size,
+      xgrammar::TokenizerInfo(spelled, xgrammar::VocabType::RAW, vocab_size,
                               std::vector<int32_t>(eos_token_ids.begin(), eos_token_ids.end())),
       vocab_size, Utf8Masks(bytes_of_id)});
 }
@@ -123,6 +131,8 @@ xgrammar::CompiledGrammar CompileText(xgrammar::GrammarCompiler& compiler, const
       return compiler.CompileRegex(grammar.text);
     case Grammar::Kind::kEbnf:
       return compiler.CompileGrammar(grammar.text, "root");
+    case Grammar::Kind::kStructuralTag:
+      return compiler.CompileStructuralTag(grammar.text);
     case Grammar::Kind::kJsonSchema:
       break;
   }
@@ -136,6 +146,9 @@ xgrammar::CompiledGrammar CompileText(xgrammar::GrammarCompiler& compiler, const
 absl::StatusOr<TokenGrammar> TokenGrammar::Compile(const TokenVocabulary& vocabulary,
                                                    const Grammar& grammar) {
   if (grammar.kind == Grammar::Kind::kJsonSchema) RETURN_IF_ERROR(CheckSchema(grammar.text));
+  if (grammar.kind == Grammar::Kind::kStructuralTag) {
+    RETURN_IF_ERROR(CheckStructuralTag(grammar.text));
+  }
   TokenGrammar result;
   xgrammar::warnings.clear();
   RETURN_IF_ERROR(Guarded([&] {

@@ -79,7 +79,13 @@ class GrammarKeeperTest : public testing::Test {
 
   static std::unique_ptr<GrammarMatcher> MatcherOf(GrammarKeeper& keeper, const Grammar& grammar,
                                                    absl::Span<const int32_t> token_ids = {}) {
-    absl::StatusOr<std::unique_ptr<GrammarMatcher>> matcher = keeper.Match(grammar, token_ids);
+    absl::StatusOr<std::unique_ptr<GrammarMatcher>> matcher = absl::NotFoundError("");
+    // Twice: a process that has ended is noticed only when it is used.
+    for (int attempt = 0; attempt < 2 && absl::IsNotFound(matcher.status()); ++attempt) {
+      const absl::Status prepared = keeper.PrepareSoon(grammar)->Await(absl::Seconds(60));
+      EXPECT_TRUE(prepared.ok()) << prepared;
+      matcher = keeper.Match(grammar, token_ids);
+    }
     EXPECT_TRUE(matcher.ok()) << matcher.status();
     return *std::move(matcher);
   }
@@ -98,6 +104,25 @@ TEST_F(GrammarKeeperTest, FollowsASequenceTokenByToken) {
   EXPECT_THAT(Allowed(*matcher), testing::ElementsAre(-1));
   matcher->Advance(TokenOf('z'));
   EXPECT_THAT(Allowed(*matcher), testing::ElementsAre(-1));
+}
+
+TEST_F(GrammarKeeperTest, MatchesOnlyWhatIsPrepared) {
+  GrammarKeeper keeper(Patient());
+  EXPECT_TRUE(absl::IsNotFound(keeper.Match(Regex("a"), {}).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(keeper.PrepareSoon(Regex("a("))->Await(absl::Seconds(60))));
+  EXPECT_TRUE(absl::IsNotFound(keeper.Match(Regex("a("), {}).status()));
+  EXPECT_TRUE(keeper.PrepareSoon(Regex("a"))->Await(absl::Seconds(60)).ok());
+  EXPECT_TRUE(keeper.Match(Regex("a"), {}).ok());
+}
+
+TEST_F(GrammarKeeperTest, DoesNotWaitForWhatIsPreparedWhenItEnds) {
+  GrammarKeeperOptions options = Patient();
+  std::vector<std::shared_ptr<GrammarPreparation>> asked;
+  {
+    GrammarKeeper keeper(options);
+    for (int i = 0; i < 100; ++i) asked.push_back(keeper.PrepareSoon(Regex(absl::StrCat("a", i))));
+  }
+  EXPECT_TRUE(absl::IsDeadlineExceeded(asked.back()->Await(absl::ZeroDuration())));
 }
 
 TEST_F(GrammarKeeperTest, ResumesASequenceFromItsTokens) {
@@ -181,6 +206,7 @@ TEST_F(GrammarKeeperTest, HostileGrammarsHarmNobodyElse) {
   };
   for (const Grammar& grammar : hostile) {
     SCOPED_TRACE(grammar.text.substr(0, 80));
+    (void)keeper.Prepare(grammar);
     absl::StatusOr<std::unique_ptr<GrammarMatcher>> matcher = keeper.Match(grammar, {});
     // What compiles is harmless or pays for itself: some tokens, or an end of its own.
     for (int i = 0; matcher.ok() && i < 50; ++i) {
@@ -212,7 +238,9 @@ TEST_F(GrammarKeeperTest, AProcessThatIsKilledFailsItsOwnSequencesOnly) {
   victim->Advance(TokenOf('a'));
   EXPECT_TRUE(absl::IsInternal(victim->Mask().status()));
   EXPECT_THAT(Allowed(*bystander), testing::Contains(TokenOf('b')));
-  // The next one gets a new process.
+  // The next one gets a new process, ahead of time.
+  EXPECT_TRUE(keeper.Prepare(Regex("a+")).ok());
+  EXPECT_TRUE(keeper.Match(Regex("a+"), {}).ok());
   EXPECT_THAT(Allowed(*MatcherOf(keeper, Regex("a+"))), testing::Contains(TokenOf('a')));
 }
 

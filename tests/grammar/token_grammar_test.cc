@@ -180,6 +180,63 @@ TEST_F(TokenGrammarTest, MeansBySchemasWhatTheyMean) {
   }
 }
 
+// Marks are tokens without text: no text spells them, and no schema allows them.
+TEST_F(TokenGrammarTest, AStructuralTagPutsTokensBetweenTexts) {
+  const std::string tag = R"({"type":"structural_tag","format":{"type":"sequence","elements":[
+      {"type":"token","token":298},{"type":"const_string","value":"ab"},
+      {"type":"json_schema","json_schema":{"type":"boolean"}},{"type":"token","token":298}]}})";
+  const std::unique_ptr<TokenMatcher> matcher = MatcherOf(Grammar::Kind::kStructuralTag, tag);
+  std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize));
+  const auto allowed = [&] {
+    EXPECT_TRUE(matcher->FillMask(absl::MakeSpan(mask)).ok());
+    std::vector<std::string> tokens;
+    for (int id = 0; id < kVocabSize; ++id) {
+      if ((mask[id / 32] >> (id % 32) & 1) == 0) continue;
+      tokens.push_back(id == kNoText ? "MARK" : id == kEos ? "EOS" : tokens_[id]);
+    }
+    return tokens;
+  };
+  EXPECT_THAT(allowed(), testing::ElementsAre("MARK"));
+  EXPECT_TRUE(*matcher->Accept(kNoText));
+  EXPECT_THAT(allowed(), testing::ElementsAre("a", "ab"));
+  EXPECT_TRUE(*matcher->Accept('a'));
+  EXPECT_TRUE(*matcher->Accept('b'));
+  for (const char c : std::string("false")) EXPECT_TRUE(*matcher->Accept(c)) << c;
+  EXPECT_THAT(allowed(), testing::ElementsAre("MARK"));
+  EXPECT_TRUE(*matcher->Accept(kNoText));
+  EXPECT_THAT(allowed(), testing::ElementsAre("EOS"));
+}
+
+TEST_F(TokenGrammarTest, AnyTokensButSomeMayComeFirst) {
+  const std::unique_ptr<TokenMatcher> matcher =
+      MatcherOf(Grammar::Kind::kStructuralTag,
+                R"({"type":"structural_tag","format":{"type":"sequence","elements":[
+          {"type":"any_tokens","exclude_tokens":[298]},{"type":"token","token":298},
+          {"type":"const_string","value":"x"}]}})");
+  std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize));
+  EXPECT_TRUE(matcher->FillMask(absl::MakeSpan(mask)).ok());
+  EXPECT_NE(mask['z' / 32] >> ('z' % 32) & 1, 0u);
+  EXPECT_NE(mask[kNoText / 32] >> (kNoText % 32) & 1, 0u);
+  EXPECT_EQ(mask[kEos / 32] >> (kEos % 32) & 1, 0u);
+  EXPECT_TRUE(*matcher->Accept('z'));
+  EXPECT_TRUE(*matcher->Accept(kNoText));
+  EXPECT_FALSE(*matcher->Accept('z'));
+  EXPECT_TRUE(*matcher->Accept('x'));
+  EXPECT_TRUE(*matcher->Accept(kEos));
+}
+
+TEST_F(TokenGrammarTest, ChecksTheSchemasOfAStructuralTag) {
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kStructuralTag,
+                        R"({"type":"structural_tag","format":{"type":"or","elements":[
+                            {"type":"json_schema","json_schema":{"not":{}}}]}})"),
+              HasSubstr("schema at #: not is not supported"));
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kStructuralTag,
+                        R"({"type":"structural_tag","format":{"type":"json_schema",
+                            "style":"glm_xml","json_schema":{}}})"),
+              HasSubstr("written as JSON"));
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kStructuralTag, "{}"), testing::Not(testing::IsEmpty()));
+}
+
 TEST_F(TokenGrammarTest, RefusesWhatXgrammarWarnsOf) {
   for (const char* schema : {
            R"({"type": "number", "multipleOf": 0.1})",

@@ -349,6 +349,22 @@ TEST_F(SamplerTest, WhatAGrammarDoesNotAllowIsNeverSampled) {
                                    .status()));
 }
 
+TEST_F(SamplerTest, WhereTheGrammarEndsMinTokensGivesWay) {
+  params.stop_token_ids = {2, 2};
+  params.min_tokens = 5;
+  const std::vector<float> logits = {0.0f, 1.0f, 9.0f};
+  Sampler sampler(3);
+  const auto sample = [&](uint32_t allowed) {
+    return *sampler.Sample(logits, {.params = params,
+                                    .counts = counts,
+                                    .position = 5,
+                                    .allowed = absl::MakeSpan(&allowed, 1)});
+  };
+  EXPECT_NE(sample(0b111), 2);
+  EXPECT_EQ(sample(0b110), 1);
+  EXPECT_EQ(sample(0b100), 2);
+}
+
 TEST_F(SamplerTest, BanningTheWholeVocabularyIsAFault) {
   params.stop_token_ids = {0, 1};
   params.min_tokens = 1;
