@@ -18,12 +18,6 @@ uint64_t SplitMix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-Metrics::Refusal RefusalOf(const absl::Status& status) {
-  if (absl::IsUnavailable(status)) return Metrics::Refusal::kUnavailable;
-  return absl::IsResourceExhausted(status) ? Metrics::Refusal::kQueueFull
-                                           : Metrics::Refusal::kInvalid;
-}
-
 }  // namespace
 
 Admission::Admission(uint64_t seed, GroupRouter& router, Metrics& metrics)
@@ -35,7 +29,7 @@ absl::StatusOr<RequestId> Admission::Submit(const v1::GenerateRequest& request,
   absl::StatusOr<RequestId> id = validated.ok()
                                      ? router_.Submit(*std::move(validated), std::move(stream))
                                      : absl::StatusOr<RequestId>(validated.status());
-  if (!id.ok()) metrics_.CountRefusedRequest(RefusalOf(id.status()));
+  if (!id.ok()) metrics_.CountRefusedRequest(id.status());
   return id;
 }
 

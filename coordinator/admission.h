@@ -25,7 +25,8 @@ class Admission {
   Admission(uint64_t seed, GroupRouter& router, Metrics& metrics);
 
   // The request's tokens go to `stream` from now on. Errors are those of ValidateRequest and
-  // GroupRouter::Submit; then `stream` hears nothing.
+  // GroupRouter::Submit; then `stream` hears nothing. What is wrong with a grammar comes later, as
+  // the end of `stream`.
   absl::StatusOr<RequestId> Submit(const v1::GenerateRequest& request,
                                    std::shared_ptr<TokenStream> stream);
 

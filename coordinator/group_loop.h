@@ -4,8 +4,12 @@
 // Thread-safe, except that Start and Join are called once each, by the owner.
 #pragma once
 
+#include <functional>
+
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/live_request.h"
+#include "proto/sampling.pb.h"
 
 namespace fathom {
 
@@ -14,6 +18,11 @@ class GroupLoop {
   virtual ~GroupLoop() = default;
 
   virtual void Start() = 0;
+
+  // Asks whether the workers can obey a grammar, and makes them ready to; a request that wants it
+  // is queued after that. Errors and what `done` gets: GrammarGate::Prepare.
+  virtual absl::Status Prepare(const v1::Grammar& grammar,
+                               std::function<void(const absl::Status& status)> done) = 0;
 
   // Queues a new request; its tokens go to its stream. ResourceExhausted when the queue is full,
   // Unavailable when no steps can be made. Requests are served in the order of the ids returned.

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/check.h"
+#include "base/status_macros.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
@@ -126,22 +127,26 @@ absl::StatusOr<RequestId> GroupRouter::Submit(std::shared_ptr<const Request> req
   const RequestId id = last_id_ + 1;
   const LiveRequest live = {.request = std::move(request),
                             .stream = std::make_shared<Route>(*this, id, std::move(stream))};
+  const size_t max_waiting = options_.groups.size() * options_.groups[0].max_queued_requests;
+  if (live.request->sampling.has_grammar() && preparing_.size() >= max_waiting) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the queue is full: ", preparing_.size(),
+                     " requests wait for their grammars (--max-queued-requests); try again later"));
+  }
   absl::Status refusal;
   for (const int group : Ranking(place)) {
-    const absl::StatusOr<SequenceId> sequence = groups_[group]->loop->Submit(live);
-    if (sequence.ok()) {
-      Settle(place, group, *sequence);
+    const absl::Status entered = Enter(id, place, group, {.live = live});
+    if (entered.ok()) {
       places_.emplace(last_id_ = id, std::move(place));
       return id;
     }
-    refusal = sequence.status();
+    refusal = entered;
   }
   if (!refusal.ok() && !absl::IsUnavailable(refusal)) return refusal;
   if (!MayWait()) {
     // The loop knows best why there is none.
     return refusal.ok() ? groups_[0]->loop->Submit(live).status() : refusal;
   }
-  const size_t max_waiting = options_.groups.size() * options_.groups[0].max_queued_requests;
   if (waiting_.size() >= max_waiting) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the queue is full: ", waiting_.size(),
@@ -153,17 +158,19 @@ absl::StatusOr<RequestId> GroupRouter::Submit(std::shared_ptr<const Request> req
 }
 
 void GroupRouter::Cancel(RequestId id) {
-  std::optional<LiveRequest> waiting;  // released after the lock
+  std::optional<LiveRequest> forgotten;  // released after the lock
   const std::lock_guard lock(mutex_);
   const auto found = places_.find(id);
   if (found == places_.end()) return;
-  if (found->second.group != kNowhere) {
+  if (auto preparing = preparing_.extract(id)) {
+    forgotten = std::move(preparing.mapped().live);
+  } else if (found->second.group != kNowhere) {
     groups_[found->second.group]->loop->Cancel(found->second.id);
   } else {
     const auto place = std::find_if(waiting_.begin(), waiting_.end(),
                                     [id](const auto& entry) { return entry.first == id; });
     if (place != waiting_.end()) {
-      waiting = std::move(place->second);
+      forgotten = std::move(place->second);
       waiting_.erase(place);
     }
   }
@@ -200,7 +207,8 @@ v1::ServerInfo GroupRouter::server_info() const {
   for (const auto& group : groups_) infos.push_back(group->board.server_info());
   v1::ServerInfo sum = AddUp(infos);
   const std::lock_guard lock(mutex_);
-  sum.set_num_waiting(sum.num_waiting() + static_cast<uint32_t>(waiting_.size()));
+  sum.set_num_waiting(sum.num_waiting() +
+                      static_cast<uint32_t>(waiting_.size() + preparing_.size()));
   return sum;
 }
 
@@ -259,9 +267,8 @@ std::vector<int> GroupRouter::Ranking(const Place& place) const {
   return ranking;
 }
 
-void GroupRouter::Settle(Place& place, int group, SequenceId id) {
+void GroupRouter::Settle(Place& place, int group) {
   place.group = group;
-  place.id = id;
   ++groups_[group]->num_requests;
   groups_[group]->last_choice = ++num_choices_;
   groups_[group]->prefixes.Use(place.chunks);
@@ -270,18 +277,77 @@ void GroupRouter::Settle(Place& place, int group, SequenceId id) {
 void GroupRouter::Leave(Place& place) {
   if (place.group != kNowhere) --groups_[place.group]->num_requests;
   place.group = kNowhere;
+  place.id = 0;
+}
+
+absl::Status GroupRouter::Enter(RequestId id, Place& place, int group, const Preparing& request) {
+  const v1::SamplingParams& sampling = request.live.request->sampling;
+  if (sampling.has_grammar()) {
+    RETURN_IF_ERROR(groups_[group]->loop->Prepare(
+        sampling.grammar(), [this, id](const absl::Status& status) { OnPrepared(id, status); }));
+    preparing_.emplace(id, request);
+  } else {
+    RETURN_IF_ERROR(Enqueue(place, group, request));
+  }
+  Settle(place, group);
+  return absl::OkStatus();
+}
+
+absl::Status GroupRouter::Enqueue(Place& place, int group, const Preparing& request) {
+  GroupLoop& loop = *groups_[group]->loop;
+  ASSIGN_OR_RETURN(place.id,
+                   request.is_new ? loop.Submit(request.live) : loop.Resume(request.live));
+  if (!request.is_new) groups_[group]->metrics.CountResumedRequest();
+  return absl::OkStatus();
 }
 
 // Whether a group took a request that was let in before.
-bool GroupRouter::GoOn(Place& place, const LiveRequest& live) {
-  for (const int group : Ranking(place)) {
-    const absl::StatusOr<SequenceId> sequence = groups_[group]->loop->Resume(live);
-    if (!sequence.ok()) continue;
-    Settle(place, group, *sequence);
-    groups_[group]->metrics.CountResumedRequest();
-    return true;
+bool GroupRouter::GoOn(RequestId id, Place& place, const LiveRequest& live) {
+  std::vector<int> ranking = Ranking(place);
+  // Who could not prepare its grammar may be about to say that it is lost.
+  if (ranking.size() > 1) std::erase(ranking, place.silent_group);
+  return std::any_of(ranking.begin(), ranking.end(), [&](int group) {
+    return Enter(id, place, group, {.live = live, .is_new = false}).ok();
+  });
+}
+
+std::optional<absl::Status> GroupRouter::GoOnSometime(RequestId id, Place& place, LiveRequest live,
+                                                      const absl::Status& cause) {
+  if (GoOn(id, place, live)) return std::nullopt;
+  if (!MayWait()) {
+    return absl::UnavailableError(absl::StrCat("the request was not finished: ", cause.message()));
   }
-  return false;
+  waiting_.emplace_back(id, std::move(live));
+  return std::nullopt;
+}
+
+void GroupRouter::OnPrepared(RequestId id, absl::Status status) {
+  std::vector<Ended> ended;
+  {
+    const std::lock_guard lock(mutex_);
+    auto preparing = preparing_.extract(id);
+    if (!preparing) return;  // cancelled
+    LiveRequest& live = preparing.mapped().live;
+    Place& place = places_.at(id);
+    if (status.ok()) status = Enqueue(place, place.group, preparing.mapped());
+    if (status.ok()) {
+      place.num_lost_preparations = 0;
+      place.silent_group = kNowhere;
+      return;
+    }
+    place.silent_group = place.group;
+    Leave(place);
+    std::optional<absl::Status> end = status;
+    if (absl::IsUnavailable(status) && ++place.num_lost_preparations < kMaxLostPreparations) {
+      end = GoOnSometime(id, place, live, status);
+    } else if (absl::IsAborted(status)) {
+      end = absl::UnavailableError(status.message());
+    }
+    if (!end.has_value()) return;
+    groups_[0]->metrics.CountRefusedRequest(*end);
+    ended.push_back({std::move(live.stream), *std::move(end)});
+  }
+  Tell(ended);
 }
 
 // Notes that the request lost its group; whether that happened too often.
@@ -305,7 +371,7 @@ void GroupRouter::OnServingChanged(int group, bool serving) {
   if (is_serving()) {
     recover_until_.reset();
     std::erase_if(waiting_, [this](const auto& entry) {
-      return GoOn(places_.at(entry.first), entry.second);
+      return GoOn(entry.first, places_.at(entry.first), entry.second);
     });
   } else if (was_serving) {
     recover_until_ = absl::Now() + options_.recovery_timeout;
@@ -332,14 +398,11 @@ void GroupRouter::OnLost(int group, std::vector<Inbox::Submission> unfinished,
              absl::UnavailableError(absl::StrCat(
                  "the request was not finished: the workers were lost ", kMaxFutileLosses,
                  " times while they computed it; the last time ", cause.message()))});
-      } else if (!GoOn(place, live)) {
-        if (MayWait()) {
-          waiting_.emplace_back(id, std::move(live));
-        } else {
-          ended.push_back(
-              {std::move(live.stream), absl::UnavailableError(absl::StrCat(
-                                           "the request was not finished: ", cause.message()))});
-        }
+        continue;
+      }
+      const std::shared_ptr<TokenStream> stream = live.stream;
+      if (const auto end = GoOnSometime(id, place, std::move(live), cause)) {
+        ended.push_back({stream, *end});
       }
     }
   }

@@ -11,6 +11,9 @@
 // ones; they go on when a group has formed again, or end with Unavailable recovery_timeout after
 // the last one was lost. From then on, and before the first group has formed, requests are refused.
 //
+// A request with a grammar is queued when the group is ready to obey it (GroupLoop::Prepare), there
+// and wherever it goes on.
+//
 // A request may be what breaks the workers. One that was being computed kMaxFutileLosses times in a
 // row when its group was lost, with no token in between, ends.
 //
@@ -54,6 +57,7 @@ class GroupRouter {
  public:
   static constexpr int kSlackRequests = 8;
   static constexpr int kMaxFutileLosses = 3;
+  static constexpr int kMaxLostPreparations = 3;
 
   using MakeLoop =
       std::function<std::unique_ptr<GroupLoop>(const StepLoop::Options& options, StatusBoard& board,
@@ -78,7 +82,8 @@ class GroupRouter {
   void Start();
 
   // The request's tokens go to `stream`. ResourceExhausted when the queues are full, Unavailable
-  // when no steps can be made and none are expected soon.
+  // when no steps can be made and none are expected soon. What speaks against its grammar comes
+  // later, as the end of `stream`: InvalidArgument, ResourceExhausted or Unavailable.
   absl::StatusOr<RequestId> Submit(std::shared_ptr<const Request> request,
                                    std::shared_ptr<TokenStream> stream);
 
@@ -101,11 +106,17 @@ class GroupRouter {
   static constexpr int kNowhere = -1;
   struct Place {
     int group = kNowhere;  // while no group serves
-    SequenceId id = 0;     // there
+    SequenceId id = 0;     // there; 0 while its grammar is prepared
     std::vector<BlockHash> chunks;
     int num_groups_lost = 0;
     int num_futile_losses = 0;
     size_t num_tokens_when_lost = 0;
+    int num_lost_preparations = 0;  // in a row
+    int silent_group = kNowhere;    // that was asked for the last of them
+  };
+  struct Preparing {
+    LiveRequest live;
+    bool is_new = true;
   };
   struct Ended {
     std::shared_ptr<TokenStream> stream;
@@ -114,6 +125,7 @@ class GroupRouter {
 
   void OnServingChanged(int group, bool serving);
   void OnLost(int group, std::vector<Inbox::Submission> unfinished, const absl::Status& cause);
+  void OnPrepared(RequestId id, absl::Status status);
   void OnEnd(RequestId id);
   void WatchOverRecovery(std::stop_token stop);
   void EndWaiting(const absl::Status& status);
@@ -123,8 +135,14 @@ class GroupRouter {
   bool is_serving() const;
   bool MayWait() const;
   std::vector<int> Ranking(const Place& place) const;  // groups that serve, best first
-  bool GoOn(Place& place, const LiveRequest& live);
-  void Settle(Place& place, int group, SequenceId id);
+  bool GoOn(RequestId id, Place& place, const LiveRequest& live);
+  // Puts it into preparing_ if it has a grammar, else into the group's queue.
+  absl::Status Enter(RequestId id, Place& place, int group, const Preparing& request);
+  absl::Status Enqueue(Place& place, int group, const Preparing& request);
+  // Elsewhere or later, or its end for `cause`.
+  std::optional<absl::Status> GoOnSometime(RequestId id, Place& place, LiveRequest live,
+                                           const absl::Status& cause);
+  void Settle(Place& place, int group);
   void Leave(Place& place);
   static bool IsFutile(Place& place, const LiveRequest& live);
 
@@ -141,6 +159,7 @@ class GroupRouter {
   uint64_t num_choices_ = 0;
   std::unordered_map<RequestId, Place> places_;
   std::deque<std::pair<RequestId, LiveRequest>> waiting_;
+  std::unordered_map<RequestId, Preparing> preparing_;
   std::optional<absl::Time> recover_until_;  // while no group serves and one is waited for
   bool is_draining_ = false;
 

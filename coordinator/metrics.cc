@@ -216,15 +216,10 @@ void Metrics::CountFaultyRequest() { families_->corrupted_requests.Increment(); 
 
 void Metrics::CountGroupFailure() { families_->group_failures.Increment(); }
 
-void Metrics::CountRefusedRequest(Refusal refusal) {
-  switch (refusal) {
-    case Refusal::kInvalid:
-      return families_->refused_invalid.Increment();
-    case Refusal::kQueueFull:
-      return families_->refused_queue_full.Increment();
-    case Refusal::kUnavailable:
-      return families_->refused_unavailable.Increment();
-  }
+void Metrics::CountRefusedRequest(const absl::Status& refusal) {
+  if (absl::IsUnavailable(refusal)) return families_->refused_unavailable.Increment();
+  if (absl::IsResourceExhausted(refusal)) return families_->refused_queue_full.Increment();
+  families_->refused_invalid.Increment();
 }
 
 void Metrics::CountExpiredRequest() { families_->expired.Increment(); }

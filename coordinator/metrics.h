@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "coordinator/group_plan.h"
 
 namespace fathom {
@@ -53,8 +54,7 @@ class Metrics {
   void CountFaultyRequest();
 
   void CountGroupFailure();
-  enum class Refusal { kInvalid, kQueueFull, kUnavailable };
-  void CountRefusedRequest(Refusal refusal);
+  void CountRefusedRequest(const absl::Status& refusal);
   void CountCancelledRequest();
   // That another group, or an earlier one, had begun.
   void CountResumedRequest();

@@ -133,10 +133,30 @@ absl::Status CheckSomethingIsLeft(const v1::SamplingParams& sampling) {
       sampling.min_tokens(), " tokens");
 }
 
+absl::Status CheckGrammar(const v1::SamplingParams& sampling, uint32_t vocab_size) {
+  if (!sampling.has_grammar()) return absl::OkStatus();
+  const v1::Grammar& grammar = sampling.grammar();
+  if (!v1::Grammar::Kind_IsValid(grammar.kind()) ||
+      grammar.kind() == v1::Grammar::KIND_UNSPECIFIED) {
+    return Invalid("grammar.kind must be JSON_SCHEMA, REGEX, EBNF or STRUCTURAL_TAG, got ",
+                   static_cast<int>(grammar.kind()));
+  }
+  if (grammar.text().empty() || grammar.text().size() > kMaxGrammarTextBytes) {
+    return Invalid("grammar.text must have 1 to ", kMaxGrammarTextBytes, " bytes, got ",
+                   grammar.text().size());
+  }
+  if (grammar.has_begins_after_token_id() && grammar.begins_after_token_id() >= vocab_size) {
+    return Invalid("grammar.begins_after_token_id must be in [0, ", vocab_size - 1, "], got ",
+                   grammar.begins_after_token_id(), ": that token id is out of vocabulary");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckSampling(const v1::SamplingParams& sampling, uint32_t vocab_size) {
   RETURN_IF_ERROR(CheckChoice(sampling));
   RETURN_IF_ERROR(CheckPenalties(sampling));
   RETURN_IF_ERROR(CheckLogitBias(sampling, vocab_size));
+  RETURN_IF_ERROR(CheckGrammar(sampling, vocab_size));
   if (sampling.stop_token_ids_size() > kMaxStopTokenIds) {
     return Invalid("stop_token_ids must have at most ", kMaxStopTokenIds, " entries, got ",
                    sampling.stop_token_ids_size());

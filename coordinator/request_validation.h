@@ -17,6 +17,7 @@ namespace fathom {
 inline constexpr int kMaxRequestIdBytes = 128;
 inline constexpr int kMaxCacheSaltBytes = 256;
 inline constexpr uint32_t kMaxQueueMilliseconds = 86'400'000;
+inline constexpr size_t kMaxGrammarTextBytes = size_t{64} << 10;
 inline constexpr int kMaxLogprobs = 20;  // vLLM's --max-logprobs
 inline constexpr int kMaxLogitBiases = 1024;
 inline constexpr int kMaxStopTokenIds = 128;

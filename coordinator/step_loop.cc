@@ -17,6 +17,7 @@ absl::Duration MonotonicNow() {
 
 StepLoop::StepLoop(Options options, StatusBoard& board, Metrics& metrics, Engine::OnLost on_lost)
     : group_options_(std::move(options.group)),
+      grammar_gate_({.address = group_options_.addresses.front(), .tls = group_options_.tls}),
       board_(board),
       inbox_({.max_requests = options.max_queued_requests, .max_tokens = options.max_queued_tokens},
              [this] { doorbell_.Ring(); }),
@@ -29,6 +30,10 @@ StepLoop::~StepLoop() {
 
 void StepLoop::Start() {
   thread_ = std::jthread([this] { Run(); });
+}
+
+absl::Status StepLoop::Prepare(const v1::Grammar& grammar, GrammarGate::Done done) {
+  return grammar_gate_.Prepare(grammar, std::move(done));
 }
 
 absl::StatusOr<SequenceId> StepLoop::Submit(LiveRequest live) {
@@ -51,10 +56,14 @@ void StepLoop::Stop() {
   inbox_.Give(Inbox::Order::kStop);
   board_.SetState(v1::ServerInfo::STATE_DRAINING, "stopping");
   stop_.request_stop();
+  grammar_gate_.Close();
 }
 
 void StepLoop::Join() {
   if (thread_.joinable()) thread_.join();
+  // After a drain too: what was still to be prepared would have nowhere to go.
+  grammar_gate_.Close();
+  grammar_gate_.Join();
 }
 
 void StepLoop::Run() {

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "coordinator/doorbell.h"
 #include "coordinator/engine.h"
+#include "coordinator/grammar_gate.h"
 #include "coordinator/group_formation.h"
 #include "coordinator/group_loop.h"
 #include "coordinator/inbox.h"
@@ -37,6 +38,7 @@ class StepLoop final : public GroupLoop {
   ~StepLoop() override;  // stops and joins
 
   void Start() override;
+  absl::Status Prepare(const v1::Grammar& grammar, GrammarGate::Done done) override;
   absl::StatusOr<SequenceId> Submit(LiveRequest live) override;
   absl::StatusOr<SequenceId> Resume(LiveRequest live) override;
   void Cancel(SequenceId id) override;
@@ -49,6 +51,7 @@ class StepLoop final : public GroupLoop {
   absl::StatusOr<std::unique_ptr<WorkerGroup>> Form();
 
   const GroupOptions group_options_;
+  GrammarGate grammar_gate_;
   StatusBoard& board_;
   Doorbell doorbell_;  // rung by the inbox and by the group
   Inbox inbox_;

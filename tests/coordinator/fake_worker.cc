@@ -104,6 +104,7 @@ void FakeWorker::ComeBack() {
     is_dying_ = false;
     epoch_ = 0;
     mirrors_.clear();
+    prepared_.clear();
   }
   grpc::ServerBuilder builder;
   builder.AddListeningPort(address_, *ServerCredentialsFor(address_, {}));
@@ -183,6 +184,38 @@ grpc::Status FakeWorker::Abort(grpc::ServerContext*, const v1::AbortRequest*, v1
   return grpc::Status::OK;
 }
 
+grpc::Status FakeWorker::PrepareGrammar(grpc::ServerContext* context,
+                                        const v1::PrepareGrammarRequest* request,
+                                        v1::PrepareGrammarResponse*) {
+  const std::string& text = request->grammar().text();
+  if (text == "refused") {
+    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "the grammar is wrong at #/a");
+  }
+  std::unique_lock lock(mutex_);
+  if (epoch_ == 0 || shard_.rank() != 0) {
+    return grpc::Status(grpc::StatusCode::FAILED_PRECONDITION, "not rank 0, or not yet");
+  }
+  ++num_grammars_waiting_;
+  while (text == "slow" && !slow_grammars_pass_ && !is_dying_ && !context->IsCancelled()) {
+    changed_.wait_for(lock, std::chrono::milliseconds(5));
+  }
+  --num_grammars_waiting_;
+  if (is_dying_) return grpc::Status(grpc::StatusCode::UNAVAILABLE, "killed");
+  prepared_.insert(text);
+  return grpc::Status::OK;
+}
+
+int FakeWorker::num_grammars_waiting() const {
+  const std::lock_guard lock(mutex_);
+  return num_grammars_waiting_;
+}
+
+void FakeWorker::LetSlowGrammarsPass() {
+  const std::lock_guard lock(mutex_);
+  slow_grammars_pass_ = true;
+  changed_.notify_all();
+}
+
 grpc::Status FakeWorker::MakeStep(grpc::ServerContext* context, const v1::StepCommand& command,
                                   v1::StepResult& result) {
   std::unique_lock lock(mutex_);
@@ -216,6 +249,10 @@ void FakeWorker::Compute(const v1::StepCommand& command, v1::StepResult& result)
   for (const v1::SequenceAdmission& admission : command.admitted()) {
     if (admission.slot() >= shard_.max_sequences()) Violation("slot out of range");
     if (!admission.sampling().has_seed()) Violation("admitted without a seed");
+    if (shard_.rank() == 0 && admission.sampling().has_grammar() &&
+        !prepared_.contains(admission.sampling().grammar().text())) {
+      Violation("admitted with a grammar that was not prepared");
+    }
     Mirror mirror{
         .tokens = {admission.token_ids().begin(), admission.token_ids().end()},
         .num_prompt_tokens = static_cast<int>(admission.num_prompt_tokens()),

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -48,6 +49,9 @@ class FakeWorker final : public v1::Worker::Service {
   void SpoilNextResult(std::function<void(v1::StepResult&)> change);
   void FailNextJoin(grpc::Status status);
   void SetStepDelay(int milliseconds);
+  // Grammars whose text is "refused" are, and those that are "slow" wait for this.
+  void LetSlowGrammarsPass();
+  int num_grammars_waiting() const;
 
   // As if killed, and started again.
   void Die();
@@ -78,6 +82,9 @@ class FakeWorker final : public v1::Worker::Service {
                    grpc::ServerReaderWriter<v1::StepResult, v1::StepCommand>*) override;
   grpc::Status Abort(grpc::ServerContext*, const v1::AbortRequest*, v1::AbortResponse*) override;
 
+  grpc::Status PrepareGrammar(grpc::ServerContext*, const v1::PrepareGrammarRequest*,
+                              v1::PrepareGrammarResponse*) override;
+
   grpc::Status MakeStep(grpc::ServerContext* context, const v1::StepCommand& command,
                         v1::StepResult& result);
   // All below require mutex_.
@@ -107,6 +114,9 @@ class FakeWorker final : public v1::Worker::Service {
   int num_breaks_left_ = 0;
   grpc::Status join_failure_;
   bool must_hang_ = false;
+  bool slow_grammars_pass_ = false;
+  int num_grammars_waiting_ = 0;
+  std::set<std::string> prepared_;
   bool is_dying_ = false;
   std::function<void(v1::StepResult&)> spoil_;
 };

@@ -27,6 +27,11 @@ class GroupRouterTest : public ServingTest {
     request.set_ignore_eos(true);
     return request;
   }
+  static v1::GenerateRequest WithGrammar(v1::GenerateRequest request, const std::string& text) {
+    request.mutable_sampling()->mutable_grammar()->set_kind(v1::Grammar::KIND_REGEX);
+    request.mutable_sampling()->mutable_grammar()->set_text(text);
+    return request;
+  }
   void MakeWorkersSlow() {
     for (auto& worker : workers_) worker->SetStepDelay(2);
   }
@@ -132,6 +137,54 @@ TEST_F(GroupRouterTest, GoesOnInAnotherGroupWithTheSameTokens) {
   workers_[kSecondGroup + 1]->ComeBack();
   WaitUntilAllGroupsServe();
   for (uint64_t seed = 1; seed <= 4; ++seed) ExpectServed(Asking(10, 10, seed));
+  WaitUntilAllIsFree();
+  ExpectNoViolations();
+}
+
+// FakeWorker says when it is given a grammar that it was not asked for.
+TEST_F(GroupRouterTest, PreparesAGrammarWhereverItsRequestGoesOn) {
+  AddGroup();
+  Start();
+  WaitUntilAllGroupsServe();
+  MakeWorkersSlow();
+  std::vector<std::thread> clients;
+  for (uint64_t i = 1; i <= 6; ++i) {
+    clients.emplace_back([this, i] { ExpectServed(WithGrammar(Long(i), std::to_string(i))); });
+  }
+  WaitUntilRunning(6);
+  workers_[kSecondGroup]->Die();
+  for (std::thread& client : clients) client.join();
+  EXPECT_THAT(metrics_->Text(), HasSubstr("fathom:requests_resumed_total{engine=\"0\","
+                                          "model_name=\"a-model\"} 3"));
+  workers_[kSecondGroup]->ComeBack();
+  WaitUntilAllGroupsServe();
+  for (uint64_t i = 1; i <= 6; ++i) {
+    ExpectServed(WithGrammar(Asking(5, 5, i), std::to_string(i)));
+  }
+  WaitUntilAllIsFree();
+  ExpectNoViolations();
+}
+
+TEST_F(GroupRouterTest, AGroupThatIsLostWhileItPreparesAGrammarIsNotWaitedFor) {
+  AddGroup();
+  Start();
+  WaitUntilAllGroupsServe();
+  std::vector<std::thread> clients;
+  for (uint64_t i = 1; i <= 4; ++i) {
+    clients.emplace_back([this, i] { ExpectServed(WithGrammar(Asking(10, 20, i), "slow")); });
+  }
+  WaitUntil("both groups prepare", [this] {
+    return workers_[0]->num_grammars_waiting() == 2 &&
+           workers_[kSecondGroup]->num_grammars_waiting() == 2;
+  });
+  EXPECT_EQ(ServerInfo().num_waiting(), 4u);
+  workers_[kSecondGroup]->LetSlowGrammarsPass();
+  workers_[0]->Die();
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(StepsOfGroup(0), 0);
+  WaitUntil("nothing waits", [this] { return ServerInfo().num_waiting() == 0; });
+  workers_[0]->ComeBack();
+  WaitUntilAllGroupsServe();
   WaitUntilAllIsFree();
   ExpectNoViolations();
 }
@@ -254,7 +307,8 @@ TEST_F(GroupRouterTest, LosesNothingWhileGroupsBreakAtRandom) {
     clients.emplace_back([&, c] {
       std::mt19937_64 random(seed + c);
       while (num_served < 300) {
-        const auto request = Asking(1 + random() % 30, 1 + random() % 100, random());
+        v1::GenerateRequest request = Asking(1 + random() % 30, 1 + random() % 100, random());
+        if (random() % 4 == 0) request = WithGrammar(request, std::to_string(random() % 50));
         if (random() % 8 == 0) {
           Generate(request, [&](const v1::GenerateResponse&) { return false; });
         } else {

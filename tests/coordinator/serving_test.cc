@@ -393,5 +393,78 @@ TEST_F(ServingTest, ListensInSeveralPlaces) {
   }
 }
 
+TEST_F(ServingTest, AGrammarIsCompiledBeforeItsRequestIsQueued) {
+  StartAndWait();
+  v1::GenerateRequest request = Asking(5, 20);
+  v1::Grammar& grammar = *request.mutable_sampling()->mutable_grammar();
+  grammar.set_kind(v1::Grammar::KIND_JSON_SCHEMA);
+  grammar.set_text("{}");
+  ExpectServed(request);
+
+  grammar.set_text("refused");
+  const Answer refused = Generate(request);
+  EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(refused.status.error_message(), "the grammar is wrong at #/a");
+  EXPECT_THAT(refused.token_ids, IsEmpty());
+  WaitUntilAllIsFree();
+  ExpectNoViolations();
+}
+
+TEST_F(ServingTest, OthersAreServedWhileAGrammarIsCompiled) {
+  StartAndWait();
+  v1::GenerateRequest slow = Asking(5, 20);
+  slow.mutable_sampling()->mutable_grammar()->set_kind(v1::Grammar::KIND_REGEX);
+  slow.mutable_sampling()->mutable_grammar()->set_text("slow");
+  std::thread client([&] { ExpectServed(slow); });
+  ExpectServed(Asking(5, 20, 2));
+  workers_[0]->LetSlowGrammarsPass();
+  client.join();
+  WaitUntilAllIsFree();
+}
+
+TEST_F(ServingTest, ARequestThatWaitsForItsGrammarCanBeCancelled) {
+  StartAndWait();
+  v1::GenerateRequest slow = Asking(5, 20);
+  slow.mutable_sampling()->mutable_grammar()->set_kind(v1::Grammar::KIND_REGEX);
+  slow.mutable_sampling()->mutable_grammar()->set_text("slow");
+  {
+    grpc::ClientContext context;
+    const std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> reader =
+        stub_->Generate(&context, slow);
+    context.TryCancel();
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  workers_[0]->LetSlowGrammarsPass();
+  ExpectServed(Asking(5, 20, 2));
+  WaitUntilAllIsFree();
+  // It never ran, though its grammar was compiled in the end.
+  EXPECT_THAT(metrics_->Text(),
+              HasSubstr("vllm:prompt_tokens_total{engine=\"0\",model_name=\"a-model\"} 5"));
+  ExpectNoViolations();
+}
+
+TEST_F(ServingTest, RefusesGrammarsOutOfRange) {
+  StartAndWait();
+  v1::GenerateRequest request = Asking(5, 20);
+  v1::Grammar& grammar = *request.mutable_sampling()->mutable_grammar();
+  const auto expect_refused = [&](const std::string& message) {
+    const grpc::Status status = Generate(request).status;
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_THAT(status.error_message(), HasSubstr(message));
+  };
+  grammar.set_text("a");
+  expect_refused("grammar.kind must be");
+  grammar.set_kind(static_cast<v1::Grammar::Kind>(9));
+  expect_refused("grammar.kind must be");
+  grammar.set_kind(v1::Grammar::KIND_EBNF);
+  grammar.set_text("");
+  expect_refused("grammar.text must have 1 to 65536 bytes, got 0");
+  grammar.set_text(std::string(65537, 'a'));
+  expect_refused("got 65537");
+  grammar.set_text("a");
+  grammar.set_begins_after_token_id(FakeWorker::kVocabSize);
+  expect_refused("grammar.begins_after_token_id must be in");
+}
+
 }  // namespace
 }  // namespace fathom

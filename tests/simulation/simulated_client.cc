@@ -110,6 +110,10 @@ MadeUpRequest MakeUpRequest(Random& random, const ModelLimits& limits, uint64_t 
     sampling.set_min_tokens(random.Between(0, static_cast<int>(request.max_tokens())));
   }
   if (random.OneIn(4)) sampling.set_temperature(random.OneIn(2) ? 0 : 1.5);
+  if (random.OneIn(6)) {  // simulated workers do not obey it
+    sampling.mutable_grammar()->set_kind(v1::Grammar::KIND_REGEX);
+    sampling.mutable_grammar()->set_text("a*");
+  }
   if (random.OneIn(10)) {
     made.is_valid = false;
     Spoil(random, limits, request);
@@ -279,6 +283,10 @@ void SimulatedClient::OnEnd(const absl::Status& status) {
       if (!absl::StrContains(status.message(), "the workers were replaced")) {
         Fail(absl::StrCat("is refused late: ", status.message()));
       }
+      return;
+    case absl::StatusCode::kResourceExhausted:
+      ++world_.tally.refused_full;
+      if (!may_be_too_late_) Fail(absl::StrCat("is refused late: ", status.message()));
       return;
     default:
       Fail(absl::StrCat("ends with ", status.ToString()));

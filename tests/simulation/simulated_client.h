@@ -37,6 +37,7 @@ class SimulatedClient final : public TokenStream {
   // It may end so from now on.
   void AllowFault() { may_be_faulty_ = true; }
   void AllowUnavailable() { may_be_unavailable_ = true; }
+  void AllowQueueFull() { may_be_too_late_ = true; }
 
   uint64_t seed() const { return request_.sampling().seed(); }
   uint64_t salt() const;
@@ -79,6 +80,7 @@ class SimulatedClient final : public TokenStream {
   bool expects_silence_ = false;
   bool may_be_faulty_ = false;
   bool may_be_unavailable_ = false;
+  bool may_be_too_late_ = false;  // the queue is full when its grammar has been prepared
 };
 
 }  // namespace fathom

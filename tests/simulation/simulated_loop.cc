@@ -20,6 +20,18 @@ SimulatedLoop::SimulatedLoop(const StepLoop::Options& options, SimulatedCluster:
                 on_lost(std::move(unfinished), cause);
               }) {}
 
+absl::Status SimulatedLoop::Prepare(const v1::Grammar&,
+                                    std::function<void(const absl::Status& status)> done) {
+  const absl::Duration time = world_.random.Between(absl::ZeroDuration(), absl::Milliseconds(20));
+  const absl::Status status =
+      world_.random.OneIn(10) ? absl::UnavailableError("made up") : absl::OkStatus();
+  world_.clock.After(time, [this, status, done = std::move(done)] {
+    ++world_.tally.prepared;
+    done(status);
+  });
+  return absl::OkStatus();
+}
+
 absl::StatusOr<SequenceId> SimulatedLoop::Submit(LiveRequest live) {
   const LiveRequest queued = live;
   const absl::StatusOr<SequenceId> id = inbox_.Submit(std::move(live));

@@ -33,6 +33,9 @@ class SimulatedLoop final : public GroupLoop {
                 StatusBoard& board, Metrics& metrics, Engine::OnLost on_lost, Listener listener);
 
   void Start() override { Wake(); }
+  // Takes its time, and sometimes fails.
+  absl::Status Prepare(const v1::Grammar& grammar,
+                       std::function<void(const absl::Status& status)> done) override;
   absl::StatusOr<SequenceId> Submit(LiveRequest live) override;
   absl::StatusOr<SequenceId> Resume(LiveRequest live) override;
   void Cancel(SequenceId id) override { inbox_.Cancel(id); }

@@ -250,6 +250,11 @@ void Simulation::Arrive() {
   const MadeUpRequest made = MakeUpRequest(world_.random, *limits, ++last_seed_);
   const bool was_serving = is_serving();
   auto client = std::make_shared<SimulatedClient>(world_, made.message, *limits);
+  if (made.message.sampling()
+          .has_grammar()) {  // while that is prepared the queue may fill, and workers come and go
+    client->AllowQueueFull();
+    client->AllowUnavailable();
+  }
   // Before it is submitted: from then on it is heard of.
   Live& live = live_.emplace(client->seed(), Live{.client = client}).first->second;
   world_.Log("comes", client->seed());
@@ -276,7 +281,8 @@ void Simulation::TakeRefusal(const MadeUpRequest& made, const absl::Status& refu
     if (made.is_valid) world_.Fail(absl::StrCat("refused: ", refusal.message()));
   } else if (absl::IsResourceExhausted(refusal)) {
     ++world_.tally.refused_full;
-    if (!IsFull(made.message.prompt_token_ids_size()))
+    // Who waits for a grammar is in no queue.
+    if (!made.message.sampling().has_grammar() && !IsFull(made.message.prompt_token_ids_size()))
       world_.Fail("refused though the queue is not full");
   } else {
     ++world_.tally.refused_unavailable;

@@ -26,6 +26,7 @@ constexpr Named kCounts[] = {
     {"lost", &Tally::lost},
     {"resumed", &Tally::resumed},
     {"expired", &Tally::expired},
+    {"prepared", &Tally::prepared},
     {"outgrown", &Tally::outgrown},
     {"preemptions", &Tally::preemptions},
     {"found_in_cache", &Tally::found_in_cache},

@@ -48,6 +48,7 @@ struct Tally {
   int64_t lost = 0;
   int64_t resumed = 0;
   int64_t expired = 0;   // waited for too long
+  int64_t prepared = 0;  // a grammar
   int64_t outgrown = 0;  // did not fit into the group that formed since
   int64_t preemptions = 0;
   int64_t found_in_cache = 0;
