@@ -5,6 +5,7 @@
 #include "base/status_macros.h"
 #include "gateway/openai/answer.h"
 #include "gateway/openai/chat_format.h"
+#include "gateway/openai/chat_grammar.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/generate_calls.h"
 
@@ -80,6 +81,7 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& reque
   const absl::StatusOr<v1::ModelInfo> info = co_await api.model.Info();
   if (!info.ok()) co_return info.status();
   absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
+  if (status.ok()) status = FitGrammar(request, api.text);
   if (status.ok()) {
     status = TruncatePrompt(request.parameters, request.max_tokens, info->max_model_len(), *prompt);
   }
@@ -103,6 +105,7 @@ AnswerPlan PlanChatAnswer(const ChatRequest& request, const std::vector<uint32_t
   plan.choice_options = ChoiceOptionsOf(parameters);
   plan.choice_options.parser = ParserOptionsOf(request, api.text.chat_encoder());
   plan.choice_options.markers = &api.text.output_markers();
+  plan.choice_options.ends_as_call = request.ends_as_call;
   plan.delivery = DeliveryOf(parameters);
   return plan;
 }

@@ -199,6 +199,12 @@ absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request) {
   std::vector<ChatTool>& tools = request.prompt.options.tools;
   ASSIGN_OR_RETURN(request.tool_calls, ToolCallsOf(choice, tools));
   if (request.tool_calls == ToolCalls::kNone) tools.clear();
+  for (const ChatTool& tool : tools) {
+    if (choice.kind == ToolChoice::Kind::kRequired ||
+        (choice.kind == ToolChoice::Kind::kNamed && choice.name == tool.name)) {
+      request.required_tools.push_back(tool);
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -213,6 +219,8 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
   ASSIGN_OR_RETURN(request.prompt, ReadChatPrompt(fields, limits));
   ASSIGN_OR_RETURN(const ToolChoice choice, ReadToolChoice(fields, FunctionName::kWrapped));
   RETURN_IF_ERROR(AllowTools(choice, request));
+  // As OpenAI and vLLM have it.
+  request.ends_as_call = choice.kind != ToolChoice::Kind::kNamed;
   RETURN_IF_ERROR(fields.Read("include_reasoning", request.include_reasoning));
   RETURN_IF_ERROR(ReadLogprobs(fields, limits, request));
   RETURN_IF_ERROR(ReadMaxTokens(fields, request));

@@ -34,6 +34,8 @@ struct ChatRequest {
   bool echo = false;                     // an assistant's last message comes before the answer
   std::optional<uint32_t> num_logprobs;  // `logprobs` was true: how many `top_logprobs`
   ToolCalls tool_calls = ToolCalls::kNone;
+  std::vector<ChatTool> required_tools;  // one of these must be called; empty: none need be
+  bool ends_as_call = true;              // finish_reason "tool_calls" where tools were called
   std::string call_id_prefix;  // of calls that the model does not name; empty: as vLLM has them
   bool include_reasoning = true;
 };
@@ -42,7 +44,7 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
                                              const SamplingDefaults& defaults,
                                              const ApiLimits& limits);
 
-// Lets the model call the prompt's tools as the client chose, or hides them. Errors as of
+// Lets the model call the prompt's tools as the client chose, makes it, or hides them. Errors as of
 // ToolCallsOf.
 absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request);
 

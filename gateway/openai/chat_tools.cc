@@ -49,13 +49,6 @@ bool HasTool(const std::vector<ChatTool>& tools, std::string_view name) {
                      [name](const ChatTool& tool) { return tool.name == name; });
 }
 
-absl::Status NeedsConstraint(std::string_view choice) {
-  return InvalidParameter(
-      "tool_choice",
-      absl::StrCat("tool_choice ", std::string(choice),
-                   " is not supported yet: it needs structured output. Use 'auto' or 'none'."));
-}
-
 // {"name": …, "description": …, SCHEMA_KEY: …}
 absl::StatusOr<ChatTool> ReadBareTool(dom::element element, std::string name,
                                       std::string_view known_type, std::string_view schema_key) {
@@ -129,17 +122,11 @@ absl::StatusOr<ToolCalls> ToolCallsOf(const ToolChoice& choice,
   if (tools.empty()) {
     return InvalidParameter("tool_choice", "When using `tool_choice`, `tools` must be set.");
   }
-  switch (choice.kind) {
-    case ToolChoice::Kind::kRequired:
-      return NeedsConstraint("'required'");
-    case ToolChoice::Kind::kNamed:
-      if (HasTool(tools, choice.name)) return NeedsConstraint("of one tool by name");
-      return InvalidParameter(
-          "tool_choice",
-          "The tool specified in `tool_choice` does not match any of the specified `tools`");
-    default:
-      return if_allowed;
-  }
+  if (choice.kind != ToolChoice::Kind::kNamed) return if_allowed;
+  if (HasTool(tools, choice.name)) return ToolCalls::kOne;
+  return InvalidParameter(
+      "tool_choice",
+      "The tool specified in `tool_choice` does not match any of the specified `tools`");
 }
 
 absl::StatusOr<ToolChoice> ReadToolChoice(const JsonFields& fields, FunctionName where) {

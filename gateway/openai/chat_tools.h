@@ -38,8 +38,7 @@ struct ToolChoice {
   bool parallel = true;  // more than one call
 };
 
-// InvalidArgument: a choice without `tools`, of a tool that is not among them, or one that would
-// need the output to be constrained (required, or a tool by name).
+// InvalidArgument: a choice without `tools`, or of a tool that is not among them.
 absl::StatusOr<ToolCalls> ToolCallsOf(const ToolChoice& choice, const std::vector<ChatTool>& tools);
 
 // The choice that `tool_choice` and `parallel_tool_calls` make: a word, or an object with

@@ -76,7 +76,8 @@ void Choice::EndWith(std::string_view finish_reason, ChoiceDelta& delta) {
   if (parser_ == nullptr) return;
   parser_->Finish(delta.message);
   // A call that was cut short must not look complete: "length" stays.
-  if (finish_reason == "stop" && parser_->has_called()) delta.finish_reason = "tool_calls";
+  const bool is_call = options_.ends_as_call && parser_->has_called();
+  if (finish_reason == "stop" && is_call) delta.finish_reason = "tool_calls";
 }
 
 void Choice::PushToken(uint32_t token_id, ChoiceDelta& delta) {

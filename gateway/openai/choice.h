@@ -50,6 +50,7 @@ struct ChoiceOptions {
   // Takes the output apart; `markers` must outlive the choice. Absent: it is text.
   std::optional<OutputParserOptions> parser = {};
   const OutputMarkers* markers = nullptr;
+  bool ends_as_call = true;  // finish_reason: "tool_calls" where tools are called
 };
 
 class Choice {

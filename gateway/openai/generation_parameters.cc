@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
+#include "gateway/openai/structured_output.h"
 
 namespace fathom {
 namespace {
@@ -24,10 +25,15 @@ std::string Shown(double value) { return absl::StrCat(value); }
 
 // Fields that would change the answer, refused unless absent, null, false, empty or 0.
 constexpr std::array kUnsupportedFields = {
-    "documents",           "ec_transfer_params", "guided_choice",      "guided_grammar",
-    "guided_json",         "guided_regex",       "kv_transfer_params", "logits_processors",
-    "mm_processor_kwargs", "prompt_embeds",      "structured_outputs", "suffix",
-    "use_beam_search",     "vllm_xargs",
+    "documents",
+    "ec_transfer_params",
+    "kv_transfer_params",
+    "logits_processors",
+    "mm_processor_kwargs",
+    "prompt_embeds",
+    "suffix",
+    "use_beam_search",
+    "vllm_xargs",
 };
 
 bool SaysNothing(dom::element value) {
@@ -55,15 +61,6 @@ absl::Status RefuseUnsupported(const JsonFields& fields) {
   int64_t best_of = 1;
   RETURN_IF_ERROR(fields.Read("best_of", best_of));
   if (best_of > 1) return NotSupportedYet("best_of", "best_of above 1");
-  if (const std::optional<dom::element> value = fields.Find("response_format")) {
-    ASSIGN_OR_RETURN(const JsonFields format, JsonFields::Of(*value, "response_format"));
-    std::optional<std::string> type;
-    RETURN_IF_ERROR(format.Read("type", type));
-    if (!type) return format.WrongType("type", "a string");
-    if (*type != "text") {
-      return NotSupportedYet("response_format", absl::StrCat("response_format ", *type));
-    }
-  }
   return absl::OkStatus();
 }
 
@@ -361,6 +358,8 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
   RETURN_IF_ERROR(ReadStreaming(fields, parameters));
   RETURN_IF_ERROR(ReadSampling(fields, defaults, parameters.sampling));
   RETURN_IF_ERROR(ReadCount(fields, limits, parameters));
+  ASSIGN_OR_RETURN(std::optional<v1::Grammar> grammar, ReadStructuredOutput(fields));
+  if (grammar) *parameters.sampling.mutable_grammar() = *std::move(grammar);
   RETURN_IF_ERROR(ReadLogitBias(fields, limits, parameters.sampling));
   RETURN_IF_ERROR(ReadStop(fields, limits, parameters.stop));
   RETURN_IF_ERROR(ReadTokenIds(fields, "stop_token_ids", limits.stop_token_ids,

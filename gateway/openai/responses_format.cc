@@ -120,8 +120,8 @@ void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
   json.Key("reasoning").BeginObject().Key("effort").Raw(request_.reasoning_effort);
   json.Key("summary").Null().EndObject().Key("service_tier").Null().Key("store").Bool(false);
   json.Key("temperature").Float(sampling.temperature());
-  json.Key("text").BeginObject().Key("format").BeginObject().Key("type").String("text");
-  json.EndObject().EndObject().Key("tool_choice").Raw(request_.tool_choice);
+  json.Key("text").BeginObject().Key("format").Raw(request_.text_format);
+  json.EndObject().Key("tool_choice").Raw(request_.tool_choice);
   json.Key("tools").Raw(request_.tools).Key("top_logprobs");
   json.Int(request_.chat.num_logprobs.value_or(0));
   json.Key("top_p").Float(sampling.top_p()).Key("truncation").String("disabled").Key("usage");

@@ -6,6 +6,7 @@
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/json_writer.h"
+#include "gateway/openai/structured_output.h"
 
 namespace fathom {
 namespace {
@@ -180,17 +181,19 @@ absl::Status RefuseState(const JsonFields& fields) {
                             "background is not supported: this server keeps no "
                             "responses");
   }
-  if (const std::optional<dom::element> text = fields.Find("text")) {
-    ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*text, "text"));
-    if (const std::optional<dom::element> value = options.Find("format")) {
-      ASSIGN_OR_RETURN(const JsonFields format, JsonFields::Of(*value, "text.format"));
-      std::optional<std::string> type;
-      RETURN_IF_ERROR(format.Read("type", type));
-      if (type != "text") {
-        return NotSupportedYet("text.format", absl::StrCat("text.format ", type.value_or("")));
-      }
-    }
-  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request) {
+  const std::optional<dom::element> text = fields.Find("text");
+  if (!text) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*text, "text"));
+  const std::optional<dom::element> format = options.Find("format");
+  if (!format) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*format, "text.format"));
+  ASSIGN_OR_RETURN(std::optional<v1::Grammar> grammar, GrammarOfTextFormat(named));
+  request.text_format = simdjson::minify(*format);
+  if (grammar) *request.chat.parameters.sampling.mutable_grammar() = *std::move(grammar);
   return absl::OkStatus();
 }
 
@@ -255,6 +258,7 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
   RETURN_IF_ERROR(fields.Read("model", chat.model));
   RETURN_IF_ERROR(RefuseState(fields));
   ASSIGN_OR_RETURN(chat.parameters, ReadGenerationParameters(fields, defaults, limits));
+  RETURN_IF_ERROR(ReadTextFormat(fields, request));
   chat.parameters.n = 1;
   chat.parameters.include_usage = true;  // the last event carries it
   std::optional<std::string> instructions;

@@ -20,6 +20,7 @@ struct ResponsesRequest {
   // What the response repeats, as JSON.
   std::string instructions = "null";
   std::string metadata = "{}";
+  std::string text_format = R"({"type":"text"})";
   std::string reasoning_effort = "null";
   std::string tools = "[]";
   std::string tool_choice = "\"auto\"";

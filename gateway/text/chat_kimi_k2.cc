@@ -125,7 +125,7 @@ const ChatLayout kChatKimiK2Thinking = {
     .what = "Kimi-K2-Thinking",
     .tokens = kThinkingTokens,
     .tool_tokens = kToolTokens,
-    .syntax = {ToolSyntax::kKimiK2, ThinkSyntax::kThinkTags},
+    .syntax = {ToolSyntax::kKimiK2, ThinkSyntax::kMayThink},
     .render = RenderThinking,
     .ends_in_thinking = NeverThinks,
 };

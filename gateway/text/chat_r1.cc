@@ -73,7 +73,7 @@ const ChatLayout kChatR1 = {
     .what = "DeepSeek-R1",
     .tokens = kThinkingTokens,
     .tool_tokens = kToolTokens,
-    .syntax = {ToolSyntax::kV3, ThinkSyntax::kThinkTags},
+    .syntax = {ToolSyntax::kV3, ThinkSyntax::kMayThink},
     .render = Render,
     .ends_in_thinking = EndsInThinking,
 };

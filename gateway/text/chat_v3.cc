@@ -125,7 +125,7 @@ const ChatLayout kChatR1First = {
     .what = "the first DeepSeek-R1 and its distillations",
     .tokens = kThinkingTokens,
     .tool_tokens = kToolTokens,
-    .syntax = {ToolSyntax::kV3, ThinkSyntax::kThinkTags},
+    .syntax = {ToolSyntax::kV3, ThinkSyntax::kMayThink},
     .render = RenderR1,
     .ends_in_thinking = ThinksUnlessAfterOutputs,
 };

@@ -94,7 +94,7 @@ const ChatLayout kChatR1_0528 = {
     .what = "DeepSeek-R1-0528",
     .tokens = kThinkingTokens,
     .tool_tokens = kToolTokens,
-    .syntax = {ToolSyntax::kV3, ThinkSyntax::kThinkTags},
+    .syntax = {ToolSyntax::kV3, ThinkSyntax::kMayThink},
     .render = RenderR1_0528,
     .ends_in_thinking = ThinksIfLeftThinking,
 };

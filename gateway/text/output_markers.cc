@@ -1,5 +1,6 @@
 #include "gateway/text/output_markers.h"
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 
@@ -54,6 +55,12 @@ OutputMarkers::OutputMarkers(const Tokenizer& tokenizer, OutputSyntax syntax) {
 std::optional<Marker> OutputMarkers::Find(uint32_t token_id) const {
   const auto found = markers_.find(token_id);
   return found == markers_.end() ? std::nullopt : std::optional(found->second);
+}
+
+std::optional<uint32_t> OutputMarkers::TokenOf(Marker marker) const {
+  const auto found = std::find_if(markers_.begin(), markers_.end(),
+                                  [marker](const auto& entry) { return entry.second == marker; });
+  return found == markers_.end() ? std::nullopt : std::optional(found->first);
 }
 
 }  // namespace fathom

@@ -29,6 +29,7 @@ class OutputMarkers {
   OutputMarkers(const Tokenizer& tokenizer, OutputSyntax syntax);
 
   std::optional<Marker> Find(uint32_t token_id) const;
+  std::optional<uint32_t> TokenOf(Marker marker) const;
 
  private:
   absl::flat_hash_map<uint32_t, Marker> markers_;

@@ -13,7 +13,8 @@ enum class ToolSyntax {
 
 enum class ThinkSyntax {
   kNone,       // the model does not think
-  kThinkTags,  // between <think>, where the prompt has not begun it, and </think>
+  kThinkTags,  // between <think> and </think>; the prompt has begun it, or says that it does not
+  kMayThink,   // the same, but where the prompt says neither the model may begin it
 };
 
 struct OutputSyntax {

@@ -28,6 +28,78 @@ class ChatToolsTest : public ToolModelTest {
   }
 };
 
+TEST_F(ChatToolsTest, ThoughtsObeyNoGrammar) {
+  CoordinatorSays("Hmm</think>{}");
+  const std::string format = R"("response_format":{"type":"json_object"})";
+  EXPECT_EQ(Chat(format).status, 200);
+  EXPECT_FALSE(coordinator_.requests().back().sampling().grammar().has_begins_after_token_id());
+  EXPECT_EQ(Chat(absl::StrCat(format, R"(,"chat_template_kwargs":{"thinking":true})")).status, 200);
+  const v1::Grammar grammar = coordinator_.requests().back().sampling().grammar();
+  EXPECT_TRUE(grammar.has_begins_after_token_id());
+  EXPECT_EQ(grammar.begins_after_token_id(), tokenizer_->FindAddedToken("</think>"));
+}
+
+// That a call's name is one of these, and how often it may come, is for the grammar to say.
+TEST_F(ChatToolsTest, CallsThatMustComeAreAGrammar) {
+  const std::string tools =
+      R"("tools":[{"type":"function","function":{"name":"get","parameters":{}}},)"
+      R"({"type":"function","function":{"name":"put","parameters":{"type":"object"}}}])";
+  const auto grammar_of = [&](const std::string& choice) {
+    CoordinatorSays(kCall);
+    const HttpResponse response = Chat(absl::StrCat(tools, R"(,"tool_choice":)", choice));
+    EXPECT_EQ(response.status, 200) << response.body;
+    return coordinator_.requests().back().sampling().grammar();
+  };
+  const v1::Grammar required = grammar_of(R"("required")");
+  EXPECT_EQ(required.kind(), v1::Grammar::KIND_STRUCTURAL_TAG);
+  EXPECT_THAT(required.text(), HasSubstr(R"("value":"get")"));
+  EXPECT_THAT(required.text(), HasSubstr(R"("value":"put")"));
+  EXPECT_THAT(required.text(), HasSubstr(R"("type":"star")"));
+  EXPECT_THAT(required.text(),
+              HasSubstr(absl::StrCat(R"({"type":"token","token":)",
+                                     *tokenizer_->FindAddedToken("<｜tool▁calls▁begin｜>"), "}")));
+  EXPECT_FALSE(required.has_begins_after_token_id());
+
+  const v1::Grammar one = grammar_of(R"("required","parallel_tool_calls":false)");
+  EXPECT_THAT(one.text(), HasSubstr(R"("value":"put")"));
+  EXPECT_THAT(one.text(), Not(HasSubstr(R"("type":"star")")));
+
+  const std::string named = R"({"type":"function","function":{"name":"put"}})";
+  EXPECT_THAT(grammar_of(named).text(), HasSubstr(R"("value":"put")"));
+  EXPECT_THAT(grammar_of(named).text(), Not(HasSubstr(R"("value":"get")")));
+  EXPECT_THAT(grammar_of(named).text(), Not(HasSubstr(R"("type":"star")")));
+  EXPECT_EQ(
+      grammar_of(named + R"(,"chat_template_kwargs":{"thinking":true})").begins_after_token_id(),
+      tokenizer_->FindAddedToken("</think>"));
+  // There is no other content that could obey it.
+  EXPECT_EQ(grammar_of(named + R"(,"response_format":{"type":"json_object"})").text(),
+            grammar_of(named).text());
+  EXPECT_EQ(grammar_of(R"("auto")").text(), "");
+}
+
+TEST_F(ChatToolsTest, ACallThatTheClientHasNamedEndsWithStop) {
+  CoordinatorSays(kCall);
+  const std::string chosen =
+      absl::StrCat(kTools, R"(,"tool_choice":{"type":"function","function":{"name":"get"}})");
+  HttpResponse response = Chat(chosen);
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"stop")"));
+  EXPECT_THAT(response.body, HasSubstr(R"("name":"get")"));
+  response = Chat(absl::StrCat(kTools, R"(,"tool_choice":"required")"));
+  EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"tool_calls")"));
+}
+
+TEST_F(ChatToolsTest, RefusesToolsThatCannotBeRequired) {
+  const auto tool = [](const std::string& name, const std::string& description) {
+    return absl::StrCat(
+        R"("tool_choice":"required","tools":[{"type":"function","function":{"name":")", name,
+        R"(","parameters":{"description":")", description, R"("}}}])");
+  };
+  EXPECT_THAT(Chat(tool("a b", "")).body, HasSubstr("its name must have"));
+  const HttpResponse response = Chat(tool("a", std::string(70'000, 'x')));
+  EXPECT_EQ(response.status, 400);
+  EXPECT_THAT(response.body, HasSubstr("limit 65536"));
+}
+
 TEST_F(ChatToolsTest, GivesThoughtsUnderBothNames) {
   CoordinatorSays("Hmm</think>Hello");
   const HttpResponse response = Chat(R"("chat_template_kwargs":{"thinking":true})");

@@ -77,6 +77,18 @@ TEST_F(DialectsTest, AllDialectsMakeTheSamePromptOfAChat) {
   EXPECT_EQ(LastPrompt(), expected);
 }
 
+TEST_F(DialectsTest, AResponsesTextMayHaveAFormat) {
+  coordinator_.SetScript(Saying({Ids("a")[0]}, v1::FINISH_REASON_STOP));
+  const std::string format = R"({"type":"json_schema","name":"n","schema":{"type":"null"}})";
+  const HttpResponse response =
+      PostResponses(absl::StrCat(R"({"input":"x","text":{"format":)", format, "}}"));
+  EXPECT_EQ(response.status, 200) << response.body;
+  EXPECT_THAT(response.body, HasSubstr(absl::StrCat(R"("text":{"format":)", format, "}")));
+  const v1::Grammar grammar = coordinator_.requests().back().sampling().grammar();
+  EXPECT_EQ(grammar.kind(), v1::Grammar::KIND_JSON_SCHEMA);
+  EXPECT_EQ(grammar.text(), R"({"type":"null"})");
+}
+
 TEST_F(DialectsTest, AStreamedResponseTellsItsLifeInNumberedEvents) {
   coordinator_.SetScript(Saying({Ids("a")[0], Ids("b")[0]}, v1::FINISH_REASON_LENGTH));
   const HttpResponse response =
@@ -122,14 +134,16 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
       {R"({"input":"x","background":true})", "this server keeps no responses"},
       {R"({"input":"x","max_output_tokens":0})", "max_tokens must be at least 1, got 0."},
       {R"({"input":"x","temperature":-1})", "temperature must be non-negative"},
-      {R"({"input":"x","text":{"format":{"type":"json_schema"}}})", "is not supported yet"},
+      {R"({"input":"x","text":{"format":{"type":"grammar"}}})", "is not supported yet"},
+      {R"({"input":"x","text":{"format":{"type":"json_schema"}}})",
+       "text.format.schema must be a JSON schema"},
       {R"({"input":"x","top_logprobs":21})", "top_logprobs must be in [0, 20]"},
       {R"({"input":"x","tools":[{"type":"web_search"}]})",
        "only tools of type 'function' are supported"},
       {R"({"input":"x","tools":[{"type":"function"}]})", "tools[0].name must be a string"},
       {R"({"input":"x","tool_choice":"auto"})", "`tools` must be set"},
       {R"({"input":"x","tools":[{"type":"function","name":"f"}],"tool_choice":"required"})",
-       "it needs structured output"},
+       "no tokens for tool calls"},
       {R"({"input":"x","tools":[{"type":"function","name":"f"}],)"
        R"("include":["message.output_text.logprobs"]})",
        "not supported with tools"},

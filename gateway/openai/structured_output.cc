@@ -1,0 +1,219 @@
+#include "gateway/openai/structured_output.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "gateway/openai/errors.h"
+#include "gateway/text/python_json.h"
+
+namespace fathom {
+namespace {
+
+namespace dom = simdjson::dom;
+
+// As in grammar/compiler/schema_check.h.
+constexpr size_t kMaxChoices = 2048;
+constexpr char kAnyObject[] = R"({"type":"object"})";
+
+// Collects the wish of a request, of which there is at most one.
+class Wish {
+ public:
+  absl::Status Add(const std::string& param, v1::Grammar::Kind kind, std::string text) {
+    if (grammar_) {
+      return InvalidParameter(param, absl::StrCat("You can only use one kind of constraints for "
+                                                  "structured outputs, got ",
+                                                  param_, " and ", param, "."));
+    }
+    if (text.empty()) return InvalidParameter(param, absl::StrCat(param, " must not be empty."));
+    if (text.size() > kMaxGrammarBytes) {
+      return InvalidParameter(param, absl::StrCat(param, " has ", text.size(), " bytes, limit ",
+                                                  kMaxGrammarBytes, "."));
+    }
+    param_ = param;
+    grammar_.emplace();
+    grammar_->set_kind(kind);
+    grammar_->set_text(std::move(text));
+    return absl::OkStatus();
+  }
+
+  std::optional<v1::Grammar> Take() { return std::move(grammar_); }
+
+ private:
+  std::string param_;
+  std::optional<v1::Grammar> grammar_;
+};
+
+absl::Status AddSchema(const JsonFields& fields, std::string_view key, Wish& wish) {
+  const std::optional<dom::element> value = fields.Find(key);
+  if (!value) return absl::OkStatus();
+  std::string_view text;
+  if (!value->get(text)) {
+    return wish.Add(fields.NameOf(key), v1::Grammar::KIND_JSON_SCHEMA, std::string(text));
+  }
+  if (!value->is_object() && !value->is_bool()) {
+    return fields.WrongType(key, "a JSON schema or its text");
+  }
+  return wish.Add(fields.NameOf(key), v1::Grammar::KIND_JSON_SCHEMA, simdjson::minify(*value));
+}
+
+absl::Status AddText(const JsonFields& fields, std::string_view key, v1::Grammar::Kind kind,
+                     Wish& wish) {
+  std::optional<std::string> text;
+  RETURN_IF_ERROR(fields.Read(key, text));
+  return text ? wish.Add(fields.NameOf(key), kind, *std::move(text)) : absl::OkStatus();
+}
+
+absl::Status AddChoices(const JsonFields& fields, std::string_view key, Wish& wish) {
+  const std::optional<dom::element> value = fields.Find(key);
+  if (!value) return absl::OkStatus();
+  dom::array list;
+  if (value->get(list)) return fields.WrongType(key, "a list of strings");
+  std::vector<std::string> choices;
+  for (const dom::element element : list) {
+    std::string_view choice;
+    if (element.get(choice)) return fields.WrongType(key, "a list of strings");
+    choices.emplace_back(choice);
+  }
+  const std::string name = fields.NameOf(key);
+  if (choices.empty() || choices.size() > kMaxChoices) {
+    return InvalidParameter(name, absl::StrCat(name, " has ", choices.size(),
+                                               " strings, expected 1 to ", kMaxChoices, "."));
+  }
+  return wish.Add(name, v1::Grammar::KIND_EBNF, GrammarOfChoices(choices));
+}
+
+// What `type` says, of a response_format or text.format; json_schema: what `schema_of` gives.
+template <typename SchemaOf>
+absl::Status AddFormat(const JsonFields& format, const std::string& name, const SchemaOf& schema_of,
+                       Wish& wish) {
+  std::optional<std::string> type;
+  RETURN_IF_ERROR(format.Read("type", type));
+  if (!type) return format.WrongType("type", "a string");
+  if (*type == "text") return absl::OkStatus();
+  if (*type == "json_object") {
+    return wish.Add(name, v1::Grammar::KIND_JSON_SCHEMA, kAnyObject);
+  }
+  if (*type != "json_schema") return NotSupportedYet(name, absl::StrCat(name, " ", *type));
+  ASSIGN_OR_RETURN(const JsonFields named, schema_of());
+  bool strict = false;
+  RETURN_IF_ERROR(named.Read("strict", strict));
+  if (!named.Find("schema")) return named.WrongType("schema", "a JSON schema");
+  return AddSchema(named, "schema", wish);
+}
+
+absl::Status AddResponseFormat(const JsonFields& fields, Wish& wish) {
+  const std::optional<dom::element> value = fields.Find("response_format");
+  if (!value) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const JsonFields format, JsonFields::Of(*value, "response_format"));
+  const auto schema_of = [&]() -> absl::StatusOr<JsonFields> {
+    const std::optional<dom::element> json_schema = format.Find("json_schema");
+    if (!json_schema) return format.WrongType("json_schema", "an object");
+    return JsonFields::Of(*json_schema, "response_format.json_schema");
+  };
+  return AddFormat(format, "response_format", schema_of, wish);
+}
+
+absl::Status AddJsonObject(const JsonFields& fields, std::string_view key, Wish& wish) {
+  bool json_object = false;
+  RETURN_IF_ERROR(fields.Read(key, json_object));
+  if (!json_object) return absl::OkStatus();
+  return wish.Add(fields.NameOf(key), v1::Grammar::KIND_JSON_SCHEMA, kAnyObject);
+}
+
+// `prefix` stands before each key.
+absl::Status AddKinds(const JsonFields& fields, const std::string& prefix, Wish& wish) {
+  RETURN_IF_ERROR(AddSchema(fields, prefix + "json", wish));
+  RETURN_IF_ERROR(AddText(fields, prefix + "regex", v1::Grammar::KIND_REGEX, wish));
+  RETURN_IF_ERROR(AddChoices(fields, prefix + "choice", wish));
+  RETURN_IF_ERROR(AddText(fields, prefix + "grammar", v1::Grammar::KIND_EBNF, wish));
+  RETURN_IF_ERROR(AddJsonObject(fields, prefix + "json_object", wish));
+  for (const char* const name : {"whitespace_pattern", "structural_tag"}) {
+    const std::string key = prefix + name;
+    if (fields.Find(key)) return NotSupportedYet(fields.NameOf(key), fields.NameOf(key));
+  }
+  return absl::OkStatus();
+}
+
+// As a part of a structural tag. Nullopt: it is no JSON.
+std::optional<std::string> FormatOf(const v1::Grammar& grammar) {
+  std::string quoted = "\"";
+  AppendJsonEscaped(grammar.text(), quoted);
+  quoted += '"';
+  dom::parser parser;
+  dom::element json;
+  switch (grammar.kind()) {
+    case v1::Grammar::KIND_REGEX:
+      return absl::StrCat(R"({"type":"regex","pattern":)", quoted, "}");
+    case v1::Grammar::KIND_EBNF:
+      return absl::StrCat(R"({"type":"grammar","grammar":)", quoted, "}");
+    case v1::Grammar::KIND_STRUCTURAL_TAG:
+      if (parser.parse(grammar.text()).at_key("format").get(json)) return std::nullopt;
+      return std::string(simdjson::minify(json));
+    default:
+      if (parser.parse(grammar.text()).get(json)) return std::nullopt;
+      return absl::StrCat(R"({"type":"json_schema","max_whitespace_cnt":64,"json_schema":)",
+                          std::string(simdjson::minify(json)), "}");
+  }
+}
+
+}  // namespace
+
+v1::Grammar MayThinkFirst(const v1::Grammar& grammar, uint32_t think, uint32_t think_end,
+                          absl::Span<const uint32_t> no_thoughts) {
+  const std::optional<std::string> format = FormatOf(grammar);
+  if (!format.has_value()) return grammar;
+  std::string excluded = absl::StrCat(think_end);
+  for (const uint32_t token_id : no_thoughts) absl::StrAppend(&excluded, ",", token_id);
+  v1::Grammar result;
+  result.set_kind(v1::Grammar::KIND_STRUCTURAL_TAG);
+  result.set_text(absl::StrCat(
+      R"({"type":"structural_tag","format":{"type":"sequence","elements":[)",
+      R"({"type":"optional","content":{"type":"sequence","elements":[{"type":"token","token":)",
+      think, R"(},{"type":"any_tokens","exclude_tokens":[)", excluded,
+      R"(]},{"type":"token","token":)", think_end, R"(}]}},)", *format, "]}}"));
+  return result;
+}
+
+absl::StatusOr<std::optional<v1::Grammar>> ReadStructuredOutput(const JsonFields& fields) {
+  Wish wish;
+  RETURN_IF_ERROR(AddResponseFormat(fields, wish));
+  RETURN_IF_ERROR(AddKinds(fields, "guided_", wish));
+  if (const std::optional<dom::element> value = fields.Find("structured_outputs")) {
+    ASSIGN_OR_RETURN(const JsonFields outputs, JsonFields::Of(*value, "structured_outputs"));
+    RETURN_IF_ERROR(AddKinds(outputs, "", wish));
+  }
+  return wish.Take();
+}
+
+absl::StatusOr<std::optional<v1::Grammar>> GrammarOfTextFormat(const JsonFields& format) {
+  Wish wish;
+  const auto itself = [&]() -> absl::StatusOr<JsonFields> { return format; };
+  RETURN_IF_ERROR(AddFormat(format, "text.format", itself, wish));
+  return wish.Take();
+}
+
+std::string GrammarOfChoices(absl::Span<const std::string> choices) {
+  std::string rules = "root ::= ";
+  const char* separator = "";
+  for (const std::string& choice : choices) {
+    absl::StrAppend(&rules, separator, "\"");
+    separator = " | ";
+    for (const char c : choice) {
+      if (c == '"' || c == '\\') {
+        rules += '\\';
+        rules += c;
+      } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
+        absl::StrAppendFormat(&rules, "\\x%02x", static_cast<unsigned char>(c));
+      } else {
+        rules += c;
+      }
+    }
+    rules += '"';
+  }
+  return rules;
+}
+
+}  // namespace fathom
