@@ -94,6 +94,22 @@ bool IsOfType(dom::element value, std::string_view type) {
          (type == "object" && value.is_object()) || (type == "array" && value.is_array());
 }
 
+// Whether xgrammar could let it match characters that stand in no JSON string as they are: control
+// characters, quotes and backslashes. Classes that leave something out, and all but the plainest
+// escapes, might.
+bool MayLeaveJson(std::string_view pattern) {
+  constexpr std::string_view kPlainEscapes = "dw.-/+*?()[]{}^$|";
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    const unsigned char c = static_cast<unsigned char>(pattern[i]);
+    if (c < 0x20 || c == '"' || pattern.substr(i, 2) == "[^") return true;
+    if (c != '\\') continue;
+    if (++i == pattern.size() || kPlainEscapes.find(pattern[i]) == std::string_view::npos) {
+      return true;
+    }
+  }
+  return false;
+}
+
 class Checker {
  public:
   absl::Status Check(dom::element root) {
@@ -144,7 +160,26 @@ class Checker {
     });
     if (alone != kAlone.end()) return CheckAlone(fields, *alone, place);
     RETURN_IF_ERROR(CheckTypes(fields, place));
+    RETURN_IF_ERROR(CheckPatterns(fields, place));
     return CheckParts(fields, place);
+  }
+
+  absl::Status CheckPatterns(const Fields& fields, const std::string& place) {
+    constexpr std::string_view kWhat = " that may match control characters, quotes or backslashes";
+    std::string_view text;
+    const dom::element* const pattern = Find(fields, "pattern");
+    if (pattern != nullptr && !pattern->get(text) && MayLeaveJson(text)) {
+      return NotSupported(place, absl::StrCat("a pattern", std::string(kWhat)));
+    }
+    dom::object properties;
+    const dom::element* const names = Find(fields, "patternProperties");
+    if (names == nullptr || names->get(properties)) return absl::OkStatus();
+    for (const dom::key_value_pair field : properties) {
+      if (!MayLeaveJson(field.key)) continue;
+      return NotSupported(place,
+                          absl::StrCat("patternProperties with a pattern", std::string(kWhat)));
+    }
+    return absl::OkStatus();
   }
 
   absl::Status CheckDefinitions(const Fields& fields, const std::string& place) {
