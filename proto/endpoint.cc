@@ -123,7 +123,8 @@ void ConfigureServer(grpc::ServerBuilder& builder) {
 }
 
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,
-                                                         const TlsOptions& tls) {
+                                                         const TlsOptions& tls,
+                                                         int read_ahead_bytes) {
   ASSIGN_OR_RETURN(const bool plain, IsPlain(address, tls));
   std::shared_ptr<grpc::ChannelCredentials> credentials = grpc::InsecureChannelCredentials();
   if (!plain) {
@@ -144,6 +145,10 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& addr
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kPingIntervalMs);
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kPingTimeoutMs);
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);  // no limit
+  if (read_ahead_bytes > 0) {
+    arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // it would let the window grow
+    arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, read_ahead_bytes);
+  }
   return grpc::CreateCustomChannel(address, credentials, arguments);
 }
 

@@ -44,8 +44,10 @@ inline constexpr int kPingIntervalMs = 5000;
 inline constexpr int kPingTimeoutMs = 5000;
 
 // A channel that reconnects quickly (within 200 ms) when the peer comes back, and pings it while
-// there are calls. Errors as above.
+// there are calls. `read_ahead_bytes`: what a call may receive before it is read, about; 0: as much
+// as keeps the connection busy. Errors as above.
 absl::StatusOr<std::shared_ptr<grpc::Channel>> ConnectTo(const std::string& address,
-                                                         const TlsOptions& tls);
+                                                         const TlsOptions& tls,
+                                                         int read_ahead_bytes = 0);
 
 }  // namespace fathom

@@ -12,6 +12,19 @@
 #include "proto/status.h"
 
 namespace fathom {
+namespace {
+
+constexpr int kSlice = 64;  // events; 1 ms of work or so
+
+int NumTokensIn(const v1::GenerateEvents& events) {
+  return std::min(events.streams_size(), events.token_ids_size());
+}
+
+int NumEventsIn(const v1::GenerateEvents& events) {
+  return NumTokensIn(events) + events.others_size();
+}
+
+}  // namespace
 
 // One call. gRPC's reactions come from its threads; it owns itself until OnDone.
 class GenerateLink::Call final
@@ -58,7 +71,7 @@ class GenerateLink::Call final
       if (is_closed_) return StartRead(&events_);  // until one fails
       is_reading_ = false;
     }
-    io_thread_.Post([self = shared_from_this()] { self->Take(); });
+    io_thread_.Post([self = shared_from_this()] { self->TakeSlice(); });
   }
 
   void OnWriteDone(bool ok) override {
@@ -75,9 +88,16 @@ class GenerateLink::Call final
     outstanding.Remove();
   }
 
-  // I/O thread.
-  void Take() {
-    if (link_ != nullptr) link_->Take(events_);
+  // I/O thread. Between slices others get their turn: a step of a thousand streams takes some 20 ms
+  // to be written out, for which new connections and requests would have to wait.
+  void TakeSlice() {
+    if (link_ != nullptr) {
+      taken_ = link_->Take(events_, taken_);
+      if (taken_ < NumEventsIn(events_)) {
+        return io_thread_.Post([self = shared_from_this()] { self->TakeSlice(); });
+      }
+    }
+    taken_ = 0;
     std::lock_guard lock(mutex_);
     if (is_closed_) return;
     is_reading_ = true;
@@ -94,6 +114,7 @@ class GenerateLink::Call final
   grpc::ClientContext context_;
   std::shared_ptr<Call> self_;
   v1::GenerateEvents events_;  // gRPC's while is_reading_, else the I/O thread's
+  int taken_ = 0;              // of these; I/O thread only
 
   std::mutex mutex_;
   std::deque<v1::GenerateCommand> unsent_ ABSL_GUARDED_BY(mutex_);  // the front one is on its way
@@ -134,14 +155,17 @@ void GenerateLink::Cancel(uint64_t stream) {
 
 void GenerateLink::Forget(uint64_t stream) { readers_.erase(stream); }
 
-void GenerateLink::Take(const v1::GenerateEvents& events) {
-  const int num_tokens = std::min(events.streams_size(), events.token_ids_size());
-  for (int i = 0; i < num_tokens; ++i) {
-    v1::GenerateResponse response;
-    response.add_token_ids(events.token_ids(i));
-    Deliver(events.streams(i), std::move(response));
-  }
-  for (const v1::StreamEvent& event : events.others()) {
+int GenerateLink::Take(const v1::GenerateEvents& events, int begin) {
+  const int num_tokens = NumTokensIn(events);
+  const int end = std::min(begin + kSlice, NumEventsIn(events));
+  for (int i = begin; i < end; ++i) {
+    if (i < num_tokens) {
+      v1::GenerateResponse response;
+      response.add_token_ids(events.token_ids(i));
+      Deliver(events.streams(i), std::move(response));
+      continue;
+    }
+    const v1::StreamEvent& event = events.others(i - num_tokens);
     if (event.has_response()) {
       Deliver(event.stream(), event.response());
     } else {
@@ -152,6 +176,7 @@ void GenerateLink::Take(const v1::GenerateEvents& events) {
       Fail(event.stream(), std::move(failure));
     }
   }
+  return end;
 }
 
 void GenerateLink::Deliver(uint64_t stream, v1::GenerateResponse response) {

@@ -48,7 +48,8 @@ class GenerateLink {
  private:
   class Call;
 
-  void Take(const v1::GenerateEvents& events);
+  // A slice of the message's events from `begin` on; returns its end.
+  int Take(const v1::GenerateEvents& events, int begin);
   void Deliver(uint64_t stream, v1::GenerateResponse response);
   void Fail(uint64_t stream, const absl::Status& status);
   void OnCallEnded(const absl::Status& status);
