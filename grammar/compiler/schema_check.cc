@@ -94,14 +94,16 @@ bool IsOfType(dom::element value, std::string_view type) {
          (type == "object" && value.is_object()) || (type == "array" && value.is_array());
 }
 
-// Whether xgrammar could let it match characters that stand in no JSON string as they are: control
-// characters, quotes and backslashes. Classes that leave something out, and all but the plainest
-// escapes, might.
+// Whether xgrammar could let it match what stands in no JSON string as it is: control characters,
+// quotes and backslashes. It leaves them out itself, but not from patterns beyond ASCII
+// (cmake/xgrammar.cmake mends the others): of those only the plainest are safe.
 bool MayLeaveJson(std::string_view pattern) {
+  const auto is_ascii = [](unsigned char c) { return c >= 0x20 && c <= 0x7e; };
+  if (std::all_of(pattern.begin(), pattern.end(), is_ascii)) return false;
   constexpr std::string_view kPlainEscapes = "dw.-/+*?()[]{}^$|";
   for (size_t i = 0; i < pattern.size(); ++i) {
     const unsigned char c = static_cast<unsigned char>(pattern[i]);
-    if (c < 0x20 || c == '"' || pattern.substr(i, 2) == "[^") return true;
+    if (c < 0x20 || c == '"' || c == '.' || c == '[') return true;
     if (c != '\\') continue;
     if (++i == pattern.size() || kPlainEscapes.find(pattern[i]) == std::string_view::npos) {
       return true;

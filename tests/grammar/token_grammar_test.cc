@@ -146,6 +146,12 @@ TEST_F(TokenGrammarTest, MeansBySchemasWhatTheyMean) {
             {R"("ab")", "\"\xe4\xbd\xa0\xe4\xbd\xa0\xe4\xbd\xa0\""},
             {R"("a")", R"("abcd")"}},
            {R"({"type": "string", "pattern": "^[a-c]+$"})", {R"("abc")"}, {R"("abd")", R"("")"}},
+           {R"({"type": "string", "pattern": "^[^@]+@.*$"})",
+            {R"("a@b")", R"("你@")"},
+            {R"("@")", R"("a"@b")", R"("a@"")", "\"a@\t\"", R"("a@\")"}},
+           {R"({"type": "string", "pattern": "^\\S+\\d$"})",
+            {R"("x1")"},
+            {R"(""1")", R"("\1")", R"("x 1")"}},
            {R"({"type": "string", "format": "date"})", {R"("2026-11-29")"}, {R"("2026-13-01")"}},
            {R"({"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2})",
             {"[true]", "[true, false]"},
@@ -247,6 +253,13 @@ TEST_F(TokenGrammarTest, RefusesWhatXgrammarWarnsOf) {
     EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, schema), HasSubstr("not supported"))
         << schema;
   }
+}
+
+TEST_F(TokenGrammarTest, RefusesPatternsThatJsonCannotSay) {
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, R"({"type": "string", "pattern": "^\\t$"})"),
+              HasSubstr("no JSON string matches it"));
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, R"({"type": "string", "pattern": "^é.$"})"),
+              HasSubstr("may match control characters"));
 }
 
 TEST_F(TokenGrammarTest, RefusesWhatIsWrongAndSaysWhy) {
