@@ -31,6 +31,12 @@ if(FATHOM_SANITIZE)
   add_link_options(-fsanitize=${FATHOM_SANITIZE})
 endif()
 
+option(FATHOM_FUZZ "Build tests/fuzz for libFuzzer (preset fuzz); needs clang" OFF)
+if(FATHOM_FUZZ)
+  add_compile_options(-fsanitize=fuzzer-no-link)
+  add_compile_definitions(BOOST_ASIO_HAS_CO_AWAIT=1)  # 1.74 does not know that clang 14 has them
+endif()
+
 find_package(Threads REQUIRED)
 find_package(absl REQUIRED)
 find_package(Protobuf REQUIRED)

@@ -167,7 +167,8 @@ class DockerfileTest(unittest.TestCase):
 
 class ScriptsTest(unittest.TestCase):
     def test_shell_scripts_parse(self):
-        for script in ("deploy/install-dependencies", "deploy/quickstart", "tests/run", ".ci/run"):
+        for script in ("deploy/install-dependencies", "deploy/quickstart", "tests/run",
+                       "tests/fuzz/run", ".ci/run"):
             subprocess.run(["bash", "-n", ROOT / script], check=True)
 
     def test_the_packages_are_listed_once_with_a_version(self):
@@ -176,7 +177,7 @@ class ScriptsTest(unittest.TestCase):
         self.assertTrue(all(len(line) == 3 for line in lines))
         names = [line[1] for line in lines]
         self.assertEqual(len(names), len(set(names)))
-        listed = subprocess.run([ROOT / "deploy/install-dependencies", "--list", "--tests"],
+        listed = subprocess.run([ROOT / "deploy/install-dependencies", "--list", "--fuzz"],
                                 capture_output=True, text=True, check=True).stdout.split()
         self.assertEqual(listed, names)
 
