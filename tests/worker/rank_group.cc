@@ -58,6 +58,7 @@ struct Report {
 
 std::vector<absl::Status> RunInThreads(int world_size, const MakeCommunicator& make,
                                        const RankBody& body) {
+  signal(SIGPIPE, SIG_IGN);  // as fathom-worker does; Gloo writes to peers that are gone
   BlackboardKeeper keeper;
   std::vector<absl::Status> statuses(world_size);
   std::vector<std::thread> threads;
@@ -77,6 +78,7 @@ std::vector<absl::Status> RunInThreads(int world_size, const MakeCommunicator& m
 
 std::vector<absl::Status> RunInProcesses(int world_size, const MakeCommunicator& make,
                                          const RankBody& body) {
+  signal(SIGPIPE, SIG_IGN);
   char folder[] = "/tmp/fathom-ranks-XXXXXX";
   CHECK(mkdtemp(folder) != nullptr);
   auto* reports =
@@ -89,7 +91,6 @@ std::vector<absl::Status> RunInProcesses(int world_size, const MakeCommunicator&
     children[rank] = fork();
     CHECK(children[rank] >= 0);
     if (children[rank] != 0) continue;
-    signal(SIGPIPE, SIG_IGN);  // as fathom-worker does; Gloo writes to peers that are gone
     FileBlackboard blackboard(folder);
     const std::unique_ptr<GroupCommunicator> communicator = make(rank, world_size);
     absl::Status status = communicator->Connect(blackboard, absl::Now() + kConnectTime);
