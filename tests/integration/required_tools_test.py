@@ -59,24 +59,28 @@ def server(request, marked_model):
 def biases(model, **more):
     """What ends strings, lists and calls comes more often than a random model would have it."""
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    wanted = {'"': 5, "}": 5, "]": 5, "</think>": 9, "<｜end▁of▁sentence｜>": 5, "<": 7, "/": 8,
-              "｜DSML｜": 6, "Ġ": -5, "Ċ": -5, "ĉ": -5, "č": -5,
+    wanted = {'"': 5, "}": 5, "]": 5, "</think>": 9, "<｜end▁of▁sentence｜>": 5, "Ġ": -5, "Ċ": -5, "ĉ": -5, "č": -5,
               **{text: 5 for text in MARKERS if "end" in text}, **more}
     ids = {tokenizer.token_to_id(text): value for text, value in wanted.items()}
     return {str(id): value for id, value in ids.items() if id is not None}
 
 
+# A string of DSML ends with </｜DSML｜parameter>, of the others with a quote.
+ENDS_OF_STRINGS = {"deepseek_v32": {"<": 9, "/": 10, "｜DSML｜": 8}}
+
+
 @pytest.fixture(scope="module")
-def bias(marked_model):
+def bias(server, marked_model):
     """For models that do not think."""
-    return biases(marked_model)
+    return biases(marked_model, **ENDS_OF_STRINGS.get(server.encoding, {}))
 
 
 @pytest.fixture(scope="module")
-def thinking_bias(marked_model):
+def thinking_bias(server, marked_model):
     """Nothing ends while it thinks but the thoughts: outside of the grammar anything may come."""
     never = {text: -100 for text in MARKERS if text != "｜DSML｜"}
-    return biases(marked_model, **never, **{"<｜end▁of▁sentence｜>": -100})
+    never["<｜end▁of▁sentence｜>"] = -100
+    return biases(marked_model, **{**never, **ENDS_OF_STRINGS.get(server.encoding, {})})
 
 
 def body(bias, seed, choice, **fields):
