@@ -78,8 +78,9 @@ Task<absl::StatusOr<Response>> CoordinatorClient::Stubs::CallOnce(Stubs& stubs, 
   stubs.outstanding.Add();
   Outstanding& outstanding = stubs.outstanding;
   start(&state->context, &state->request, &state->response,
-        [state, &io_thread, &outstanding](grpc::Status status) {
-          io_thread.Post([state, status = std::move(status)] {
+        // Keeps nothing of the state: gRPC lets go of this after the I/O thread may have gone.
+        [state, &io_thread, &outstanding](grpc::Status status) mutable {
+          io_thread.Post([state = std::move(state), status = std::move(status)] {
             state->status = status;
             state->done = true;
             state->wakeup.Notify();
