@@ -144,18 +144,12 @@ absl::Status ReadPromptEnd(const JsonFields& fields, ChatPrompt& prompt) {
 absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
   bool logprobs = false;
   RETURN_IF_ERROR(fields.Read("logprobs", logprobs));
-  int64_t top_logprobs = 0;
-  RETURN_IF_ERROR(fields.Read("top_logprobs", top_logprobs));
-  if (top_logprobs < 0 || top_logprobs > limits.logprobs) {
-    return InvalidParameter("top_logprobs",
-                            absl::StrCat("top_logprobs must be in [0, ", limits.logprobs, "], got ",
-                                         top_logprobs, "."));
-  }
+  ASSIGN_OR_RETURN(const uint32_t top_logprobs, ReadTopLogprobs(fields, limits));
   if (top_logprobs > 0 && !logprobs) {
     return InvalidParameter("top_logprobs",
                             "when using `top_logprobs`, `logprobs` must be set to true.");
   }
-  if (logprobs) request.num_logprobs = static_cast<uint32_t>(top_logprobs);
+  if (logprobs) request.num_logprobs = top_logprobs;
   return absl::OkStatus();
 }
 
@@ -170,6 +164,17 @@ absl::Status ReadMaxTokens(const JsonFields& fields, ChatRequest& request) {
 }
 
 }  // namespace
+
+absl::StatusOr<uint32_t> ReadTopLogprobs(const JsonFields& fields, const ApiLimits& limits) {
+  int64_t top_logprobs = 0;
+  RETURN_IF_ERROR(fields.Read("top_logprobs", top_logprobs));
+  if (top_logprobs < 0 || top_logprobs > limits.logprobs) {
+    return InvalidParameter("top_logprobs",
+                            absl::StrCat("top_logprobs must be in [0, ", limits.logprobs, "], got ",
+                                         top_logprobs, "."));
+  }
+  return static_cast<uint32_t>(top_logprobs);
+}
 
 absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits) {
   ChatPrompt prompt;

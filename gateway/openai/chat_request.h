@@ -48,6 +48,9 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
 // ToolCallsOf.
 absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request);
 
+// `top_logprobs`: how many besides the token itself; 0 when absent. Refused beyond the limit.
+absl::StatusOr<uint32_t> ReadTopLogprobs(const JsonFields& fields, const ApiLimits& limits);
+
 // `messages`, `tools` and what says how to encode them. Contents are strings or lists of text
 // parts, joined by newlines; the role `developer` is a system message. A last message by the
 // assistant with `prefix` is continued.

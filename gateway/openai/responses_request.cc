@@ -198,13 +198,7 @@ absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request)
 }
 
 absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& chat) {
-  int64_t top_logprobs = 0;
-  RETURN_IF_ERROR(fields.Read("top_logprobs", top_logprobs));
-  if (top_logprobs < 0 || top_logprobs > limits.logprobs) {
-    return InvalidParameter("top_logprobs",
-                            absl::StrCat("top_logprobs must be in [0, ", limits.logprobs, "], got ",
-                                         top_logprobs, "."));
-  }
+  ASSIGN_OR_RETURN(const uint32_t top_logprobs, ReadTopLogprobs(fields, limits));
   const std::optional<dom::element> value = fields.Find("include");
   if (!value) return absl::OkStatus();
   dom::array names;
@@ -212,7 +206,7 @@ absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, Cha
   for (const dom::element element : names) {
     std::string_view name;
     if (element.get(name)) return fields.WrongType("include", "a list of strings");
-    if (name == kLogprobs) chat.num_logprobs = static_cast<uint32_t>(top_logprobs);
+    if (name == kLogprobs) chat.num_logprobs = top_logprobs;
   }
   return absl::OkStatus();
 }
