@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
-from tokenizers import Tokenizer
 
 import checkpoints
 from fathom_server import FathomServer
+from token_bias import logit_bias
 
 MARKERS = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>",
            "<｜tool▁call▁end｜>", "<｜tool▁sep｜>", "<｜tool▁outputs▁begin｜>",
@@ -58,11 +58,9 @@ def server(request, marked_model):
 
 def biases(model, **more):
     """What ends strings, lists and calls comes more often than a random model would have it."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    wanted = {'"': 5, "}": 5, "]": 5, "</think>": 9, "<｜end▁of▁sentence｜>": 5, "Ġ": -5, "Ċ": -5, "ĉ": -5, "č": -5,
-              **{text: 5 for text in MARKERS if "end" in text}, **more}
-    ids = {tokenizer.token_to_id(text): value for text, value in wanted.items()}
-    return {str(id): value for id, value in ids.items() if id is not None}
+    wanted = {'"': 5, "}": 5, "]": 5, "</think>": 9, "<｜end▁of▁sentence｜>": 5,
+              "Ġ": -5, "Ċ": -5, "ĉ": -5, "č": -5, **{text: 5 for text in MARKERS if "end" in text}, **more}
+    return logit_bias(model, wanted)
 
 
 # A string of DSML ends with </｜DSML｜parameter>, of the others with a quote.

@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
-from tokenizers import Tokenizer
 
 import schemas
 from fathom_server import FathomServer
+from token_bias import logit_bias
 
 TOOL = {"type": "object", "additionalProperties": False, "required": ["place", "unit"],
         "properties": {"place": {"type": "string", "maxLength": 12},
@@ -58,11 +58,9 @@ def server(model):
 @pytest.fixture(scope="module")
 def bias(model):
     """A random model hardly ever ends a string or a list: these tokens come more often."""
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     wanted = {'"': 5, "}": 5, "]": 5, "<｜end▁of▁sentence｜>": 5, "Ġ": -5, "Ċ": -5, "ĉ": -5,
               "č": -5, "0": 2}
-    ids = {tokenizer.token_to_id(text): value for text, value in wanted.items()}
-    return {str(id): value for id, value in ids.items() if id is not None}
+    return logit_bias(model, wanted)
 
 
 def ask(server, bias, seed, **fields):
