@@ -61,7 +61,9 @@ Utf8Masks::Utf8Masks(const std::vector<std::string>& bytes_of_id) : bytes_of_id_
 
 Utf8Masks::State Utf8Masks::After(State state, int32_t token_id) const {
   if (token_id < 0 || token_id >= static_cast<int32_t>(bytes_of_id_.size())) return kStart;
-  return Walk(state, bytes_of_id_[token_id]).value_or(kStart);
+  const std::string& bytes = bytes_of_id_[token_id];
+  if (bytes.empty()) return kStart;
+  return Walk(state, bytes).value_or(kStart);
 }
 
 void Utf8Masks::Restrict(State state, absl::Span<uint32_t> mask) const {

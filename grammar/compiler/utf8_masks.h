@@ -23,7 +23,8 @@ class Utf8Masks {
 
   explicit Utf8Masks(const std::vector<std::string>& bytes_of_id);
 
-  // The state after the token's bytes. Whatever cannot follow counts as nothing.
+  // The state after the token's bytes. Whatever cannot follow counts as nothing, and a token
+  // without text ends what was begun: thoughts may break off within a character.
   State After(State state, int32_t token_id) const;
 
   // Clears the bits of tokens that cannot follow.

@@ -231,6 +231,19 @@ TEST_F(TokenGrammarTest, AnyTokensButSomeMayComeFirst) {
   EXPECT_TRUE(*matcher->Accept(kEos));
 }
 
+TEST_F(TokenGrammarTest, AMarkMayFollowABrokenCharacter) {
+  const std::unique_ptr<TokenMatcher> matcher =
+      MatcherOf(Grammar::Kind::kStructuralTag,
+                R"({"type":"structural_tag","format":{"type":"sequence","elements":[
+          {"type":"any_tokens","exclude_tokens":[298]},{"type":"token","token":298},
+          {"type":"const_string","value":"x"}]}})");
+  std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize));
+  EXPECT_TRUE(*matcher->Accept(0xe4));
+  EXPECT_TRUE(*matcher->Accept(kNoText));
+  EXPECT_TRUE(matcher->FillMask(absl::MakeSpan(mask)).ok());
+  EXPECT_NE(mask['x' / 32] >> ('x' % 32) & 1, 0u);
+}
+
 TEST_F(TokenGrammarTest, ChecksTheSchemasOfAStructuralTag) {
   EXPECT_THAT(RefusalOf(Grammar::Kind::kStructuralTag,
                         R"({"type":"structural_tag","format":{"type":"or","elements":[
