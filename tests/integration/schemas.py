@@ -1,11 +1,15 @@
 """JSON Schemas to try structured output with, out of archives of the Python package index that
 tests/sources.txt pins: the official test suite, and the tools of the Berkeley Function Calling
 Leaderboard. Each is (name, schema); none is there twice.
+
+    tests/integration/schemas.py FILE      writes the suite, for a test in C++: a list of {"name",
+                                           "schema": JSON, "invalid": [JSON that does not obey it]}
 """
 
 import json
 import re
 import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -37,17 +41,20 @@ def once(named):
     return list(seen.values())
 
 
+def suite_cases():
+    """JSON-Schema-Test-Suite, draft 2020-12, the optional part included: (name, its case)."""
+    with tarfile.open(archive("jsonschema")) as archived:
+        for member in archived:
+            _, found, name = member.name.partition("/json/tests/draft2020-12/")
+            if not found or not name.endswith(".json"):
+                continue
+            for case in json.load(archived.extractfile(member)):
+                yield f"{name}: {case['description']}", case
+
+
 def official_suite():
-    """JSON-Schema-Test-Suite, draft 2020-12, the optional part included."""
-    def read():
-        with tarfile.open(archive("jsonschema")) as archived:
-            for member in archived:
-                _, found, name = member.name.partition("/json/tests/draft2020-12/")
-                if not found or not name.endswith(".json"):
-                    continue
-                for case in json.load(archived.extractfile(member)):
-                    yield f"{name}: {case['description']}", case["schema"]
-    return once(read())
+    """The schemas of the test suite."""
+    return once((name, case["schema"]) for name, case in suite_cases())
 
 
 def plain(node):
@@ -76,3 +83,21 @@ def tools():
                     entry = json.loads(line)
                     yield from [entry] if "parameters" in entry else entry.get("function", [])
     return once((function["name"], plain(function["parameters"])) for function in functions())
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__)
+    def compact(value):
+        return json.dumps(value, separators=(",", ":"))
+
+    with open(sys.argv[1], "w", encoding="utf-8") as file:
+        json.dump([{"name": name, "schema": compact(case["schema"]),
+                    "invalid": [compact(test["data"]) for test in case["tests"]
+                                if not test["valid"]]}
+                   # The draft's formats are annotations: they forbid nothing.
+                   for name, case in suite_cases() if not name.startswith("optional/format")], file)
+
+
+if __name__ == "__main__":
+    main()
