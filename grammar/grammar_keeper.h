@@ -51,7 +51,7 @@ struct GrammarKeeperOptions {
   std::vector<int> eos_token_ids;
   // Of one grammar's process. compile_time is processor time; by the clock it may take
   // kCompilePatience times as long, on a host that is busy.
-  absl::Duration compile_time = absl::Milliseconds(800);
+  absl::Duration compile_time = absl::Milliseconds(600);
   int64_t process_bytes = int64_t{512} << 20;
   int64_t cache_bytes = int64_t{256} << 20;          // of all grammars' processes
   int max_compiling = 2;                             // at a time; others wait

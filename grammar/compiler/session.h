@@ -10,7 +10,7 @@ namespace fathom {
 
 struct SessionOptions {
   int vocab_size = 0;
-  int compile_milliseconds = 800;  // of processor time; kCompilePatience times as long by the clock
+  int compile_milliseconds = 600;  // of processor time; kCompilePatience times as long by the clock
   int64_t process_bytes = int64_t{512} << 20;  // besides what the child was forked with
 };
 
