@@ -23,6 +23,7 @@
 #include "coordinator/generate_service.h"
 #include "coordinator/group_router.h"
 #include "coordinator/metrics.h"
+#include "google/protobuf/stubs/logging.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
@@ -251,6 +252,9 @@ int Main(int argc, char** argv) {
   spdlog::set_default_logger(spdlog::stderr_logger_mt("coordinator"));
   spdlog::set_pattern("%L %H:%M:%S.%e %v");
   spdlog::set_level(spdlog::level::from_str(flags.log_level));
+  // A line for each text of a client that is not UTF-8: whoever sends many would fill the log.
+  google::protobuf::SetLogHandler([](google::protobuf::LogLevel, const char*, int,
+                                     const std::string& message) { spdlog::debug("{}", message); });
 
   // Before any thread exists, so that all of them leave these signals to the one that waits.
   const sigset_t signals = StopSignals();
