@@ -106,15 +106,14 @@ Task<ClientSocket::Outcome> ClientSocket::Write(std::string_view bytes,
   co_return Outcome::kOk;
 }
 
-ClientSocket::Outcome ClientSocket::WriteNow(std::string& bytes) {
+ClientSocket::Outcome ClientSocket::WriteNow(std::string_view& bytes) {
   Attempt attempt = Attempt::kDone;
   while (!bytes.empty() && attempt == Attempt::kDone) {
     size_t size = 0;
     attempt = TryWrite(bytes, size);
-    bytes.erase(0, size);
+    bytes.remove_prefix(size);
   }
-  if (attempt == Attempt::kDone) return Outcome::kOk;
-  return attempt == Attempt::kClosed ? Outcome::kClosed : Outcome::kTimedOut;
+  return attempt == Attempt::kClosed ? Outcome::kClosed : Outcome::kOk;
 }
 
 Task<ClientSocket::Outcome> ClientSocket::WaitFor(Attempt what, TimePoint deadline) {

@@ -36,8 +36,9 @@ class ClientSocket {
   // Writes all of `bytes`; times out when the peer takes nothing for `stall_timeout`.
   Task<Outcome> Write(std::string_view bytes, std::chrono::milliseconds stall_timeout);
 
-  // Writes what the kernel takes at once and removes it from `bytes`; kTimedOut when some is left.
-  Outcome WriteNow(std::string& bytes);
+  // Writes what the kernel takes at once and removes it from `bytes`; some may be left unless the
+  // peer closed.
+  Outcome WriteNow(std::string_view& bytes);
 
   // Until StopWatching: appends what arrives to `buffer` (which must live as long) while that holds
   // fewer than `max_bytes`, and calls `on_closed` once when the peer closes. Do not Read meanwhile.

@@ -37,31 +37,43 @@ class Exchange : public ResponseWriter {
   Task<> Send(Response response) override {
     if (gone() || started_) co_return;
     started_ = ended_ = true;
-    const std::string bytes = WholeResponse(response);
-    co_await Write(bytes);
+    Write(WholeResponse(response));
+    co_await CatchUp();
   }
 
-  Task<> SendEvent(std::string_view payload) override {
-    if (gone()) co_return;
+  void SendEvent(std::string_view payload) override {
+    if (gone()) return;
     std::string bytes = StartEvents();
     AppendEvent(payload, bytes);
-    co_await Write(bytes);
+    Write(bytes);
   }
 
-  Task<> SendNamedEvents(std::string_view events) override {
-    if (gone() || events.empty()) co_return;
+  void SendNamedEvents(std::string_view events) override {
+    if (gone() || events.empty()) return;
     events_have_names_ = true;
     std::string bytes = StartEvents();
     AppendChunk({events}, bytes);
-    co_await Write(bytes);
+    Write(bytes);
   }
 
-  Task<> EndEvents() override {
-    if (gone()) co_return;
+  void EndEvents() override {
+    if (gone()) return;
     std::string bytes = StartEvents();
     AppendEndOfEvents(bytes);
     ended_ = true;
-    co_await Write(bytes);
+    Write(bytes);
+  }
+
+  bool is_behind() const override { return !unsent_.empty(); }
+
+  Task<> CatchUp() override {
+    while (!unsent_.empty() && !client_gone_) {
+      catching_up_ = true;
+      const std::string bytes = std::exchange(unsent_, {});
+      const ClientSocket::Outcome outcome = co_await socket_.Write(bytes, terms_.write_timeout);
+      catching_up_ = false;
+      if (outcome != ClientSocket::Outcome::kOk && !client_gone_) MarkGone();
+    }
   }
 
   bool gone() const override { return client_gone_ || cut_short_; }
@@ -78,32 +90,26 @@ class Exchange : public ResponseWriter {
     NotifyGone();
   }
 
-  // Does nothing when the response has ended already. What the kernel does not take at once, or
-  // must follow a write that is under way, waits for WriteLastWords.
+  // Does nothing when the response has ended already.
   void EndWith(const Response& error) {
     CloseAfterwards();
     if (gone() || ended_) return;
+    std::string last_words;
     if (started_) {
       if (events_have_names_) {
         std::string event;
         AppendNamedEvent("error", error.body, event);
-        AppendChunk({event}, last_words_);
+        AppendChunk({event}, last_words);
       } else {
-        AppendEvent(error.body, last_words_);
+        AppendEvent(error.body, last_words);
       }
-      AppendEndOfEvents(last_words_);
+      AppendEndOfEvents(last_words);
     } else {
-      last_words_ = WholeResponse(error);
+      last_words = WholeResponse(error);
     }
     started_ = ended_ = cut_short_ = true;
-    if (!writing_ && socket_.WriteNow(last_words_) == ClientSocket::Outcome::kClosed) MarkGone();
+    Write(last_words);
     NotifyGone();
-  }
-
-  // Once the handler has returned.
-  Task<> WriteLastWords() {
-    if (client_gone_ || last_words_.empty()) co_return;
-    co_await Write(last_words_);
   }
 
   void HandlerReturned() { on_gone_ = nullptr; }
@@ -162,11 +168,10 @@ class Exchange : public ResponseWriter {
     if (terms_.chunked) bytes += "0\r\n\r\n";
   }
 
-  Task<> Write(std::string_view bytes) {
-    writing_ = true;
-    const ClientSocket::Outcome outcome = co_await socket_.Write(bytes, terms_.write_timeout);
-    writing_ = false;
-    if (outcome != ClientSocket::Outcome::kOk && !client_gone_) MarkGone();
+  void Write(std::string_view bytes) {
+    const bool must_wait = catching_up_ || is_behind();
+    if (!must_wait && socket_.WriteNow(bytes) == ClientSocket::Outcome::kClosed) return MarkGone();
+    unsent_ += bytes;
   }
 
   ClientSocket& socket_;
@@ -176,11 +181,11 @@ class Exchange : public ResponseWriter {
   int status_ = 0;
   bool started_ = false;
   bool ended_ = false;
-  bool writing_ = false;
+  bool catching_up_ = false;
   bool client_gone_ = false;
   bool events_have_names_ = false;
   bool cut_short_ = false;  // by EndWith
-  std::string last_words_;  // of EndWith, not yet written
+  std::string unsent_;      // what the kernel did not take, without what CatchUp is writing
 };
 
 class HttpConnection : public Connection {
@@ -320,7 +325,7 @@ class HttpConnection : public Connection {
     co_await match.handler->Handle(request, exchange);
     exchange.HandlerReturned();
     socket_.StopWatching();
-    co_await exchange.WriteLastWords();
+    co_await exchange.CatchUp();
     if (!exchange.started()) {
       co_await exchange.Send(environment_.error_formatter(500, "the request was not answered"));
     }

@@ -28,15 +28,21 @@ class ResponseWriter {
   virtual Task<> Send(Response response) = 0;
 
   // Writes `data: PAYLOAD\n\n` of a text/event-stream in one send, with the head before the first.
-  // Returns when the kernel has taken it: a slow reader holds up only the caller. A reader that
-  // takes nothing for the write timeout is gone.
-  virtual Task<> SendEvent(std::string_view payload) = 0;
+  // What the kernel does not take at once is kept for CatchUp.
+  virtual void SendEvent(std::string_view payload) = 0;
 
   // Writes whole events of AppendNamedEvent, perhaps none, in one send.
-  virtual Task<> SendNamedEvents(std::string_view events) = 0;
+  virtual void SendNamedEvents(std::string_view events) = 0;
 
   // Ends the body; before that `data: [DONE]\n\n`, unless the events had names.
-  virtual Task<> EndEvents() = 0;
+  virtual void EndEvents() = 0;
+
+  // Whether something is kept. Who goes on sending makes it grow.
+  virtual bool is_behind() const = 0;
+
+  // Returns when the kernel has taken everything: a slow reader holds up only the caller. A reader
+  // that takes nothing for the write timeout is gone.
+  virtual Task<> CatchUp() = 0;
 
   // The client closed the connection, or takes nothing any more.
   virtual bool gone() const = 0;

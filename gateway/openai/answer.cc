@@ -31,14 +31,15 @@ class Progress {
   }
 
   // What an event of `generation` adds to its choice.
-  ChoiceDelta Take(Generation& generation, size_t index, v1::GenerateResponse response) {
-    State& state = choices_[index];
+  ChoiceDelta Take(Generation& generation, const Generation::Event& event) {
+    State& state = choices_[event.call];
+    v1::GenerateResponse& response = *event.response;
     if (response.has_usage()) state.cached_tokens = response.usage().cached_tokens();
     ChoiceDelta delta = state.choice.Take(std::move(response));
     if (!delta.token_ids.empty()) ObserveTokens(state);
     if (!state.choice.finished()) return delta;
     ObserveEnd(state, delta.finish_reason);
-    generation.Cancel(index);  // a stop string ended it; else it is over already
+    generation.Cancel(event.call);  // a stop string ended it; else it is over already
     return delta;
   }
 
@@ -79,9 +80,9 @@ class Progress {
     const Clock::time_point now = Clock::now();
     if (state.last_token == Clock::time_point()) {
       state.first_token = now;
-      metrics_.OnFirstToken(Seconds(now - start_));
+      metrics_.OnFirstToken(now, Seconds(now - start_));
     } else {
-      metrics_.OnNextTokens(Seconds(now - state.last_token));
+      metrics_.OnNextTokens(now, Seconds(now - state.last_token));
     }
     state.last_token = now;
   }
@@ -114,77 +115,98 @@ void Note(const Progress& progress, ResponseWriter& writer) {
   writer.notes().completion_tokens = usage.completion_tokens;
 }
 
-Task<> SendEventOf(const AnswerFormat& format, std::string_view event, ResponseWriter& writer) {
-  return format.events_have_names() ? writer.SendNamedEvents(event) : writer.SendEvent(event);
-}
-
 Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choices,
                    AnswerFormat& format, ResponseWriter& writer) {
   std::vector<ChoiceDelta> choices(num_choices);
-  while (true) {
-    std::optional<Generation::Event> event = co_await generation.Next();
-    if (!event) break;
-    const size_t index = event->call;
-    if (event->response) {
-      choices[index].Append(progress.Take(generation, index, *std::move(event->response)));
+  absl::Status failure;
+  co_await generation.Listen([&](const Generation::Event& event) {
+    if (event.response != nullptr) {
+      choices[event.call].Append(progress.Take(generation, event));
     } else {
+      failure = Broken(event.status);
       generation.CancelAll();
-      co_await writer.Send(format.Error(Broken(event->status)));
-      co_return;
     }
-  }
+    return true;
+  });
   if (writer.gone()) co_return;
+  if (!failure.ok()) {
+    co_await writer.Send(format.Error(failure));
+    co_return;
+  }
   Response response;
   response.body = format.Whole(std::move(choices), progress.Total());
   co_await writer.Send(std::move(response));
 }
 
-Task<> FailStream(const absl::Status& status, AnswerFormat& format, ResponseWriter& writer) {
-  if (!writer.started()) {
-    co_await writer.Send(format.Error(status));
-    co_return;
+// What a generation gives, as the events of a stream.
+class AnswerEvents {
+ public:
+  AnswerEvents(size_t num_choices, Delivery delivery, AnswerFormat& format, ResponseWriter& writer)
+      : is_continuous_(delivery == Delivery::kStreamWithContinuousUsage),
+        format_(format),
+        writer_(writer),
+        pending_(num_choices) {}
+
+  void Add(const Progress& progress, size_t choice, ChoiceDelta delta) {
+    ChoiceDelta& pending = pending_[choice];
+    if (delta.token_ids.empty() && !progress.finished(choice)) {
+      pending.Append(std::move(delta));
+      return;
+    }
+    if (!pending.prompt_logprobs.empty()) {
+      pending.Append(std::move(delta));
+      delta = std::exchange(pending, ChoiceDelta());
+    }
+    std::optional<TokenUsage> usage;
+    if (is_continuous_) usage = progress.UsageOf(choice);
+    if (!writer_.started()) SendFirst(usage);
+    Send(format_.Event(choice, delta, usage));
   }
-  const std::string event = format.ErrorEvent(status);
-  co_await SendEventOf(format, event, writer);
-  co_await writer.EndEvents();
-}
+
+  void Send(std::string_view event) {
+    format_.events_have_names() ? writer_.SendNamedEvents(event) : writer_.SendEvent(event);
+  }
+
+ private:
+  void SendFirst(std::optional<TokenUsage> usage) {
+    if (usage) usage->completion_tokens = 0;
+    for (const std::string& event : format_.FirstEvents(usage)) Send(event);
+  }
+
+  const bool is_continuous_;
+  AnswerFormat& format_;
+  ResponseWriter& writer_;
+  std::vector<ChoiceDelta> pending_;  // prompt logprobs that wait for a token
+};
 
 Task<> AnswerStream(Generation& generation, Progress& progress, size_t num_choices,
                     Delivery delivery, AnswerFormat& format, ResponseWriter& writer) {
-  std::vector<ChoiceDelta> pending(num_choices);  // prompt logprobs that wait for a token
-  const bool continuous = delivery == Delivery::kStreamWithContinuousUsage;
-  while (true) {
-    std::optional<Generation::Event> event = co_await generation.Next();
-    if (!event) break;
-    const size_t index = event->call;
-    if (!event->response) {
+  AnswerEvents events(num_choices, delivery, format, writer);
+  absl::Status failure;
+  const auto add = [&](const Generation::Event& event) {
+    if (event.response != nullptr) {
+      events.Add(progress, event.call, progress.Take(generation, event));
+    } else {
+      failure = Broken(event.status);
       generation.CancelAll();
-      co_await FailStream(Broken(event->status), format, writer);
-      co_return;
     }
-    pending[index].Append(progress.Take(generation, index, *std::move(event->response)));
-    if (pending[index].token_ids.empty() && !progress.finished(index)) continue;
-
-    std::optional<TokenUsage> usage;
-    if (!writer.started()) {
-      if (continuous) {
-        usage = progress.UsageOf(index);
-        usage->completion_tokens = 0;
-      }
-      const std::vector<std::string> first_events = format.FirstEvents(usage);
-      for (const std::string& first : first_events) co_await SendEventOf(format, first, writer);
-    }
-    if (continuous) usage = progress.UsageOf(index);
-    const std::string text =
-        format.Event(index, std::exchange(pending[index], ChoiceDelta()), usage);
-    co_await SendEventOf(format, text, writer);
+    return !writer.is_behind();
+  };
+  while (!generation.is_over()) {
+    co_await generation.Listen(add);
+    co_await writer.CatchUp();
   }
   if (writer.gone()) co_return;
-  if (delivery != Delivery::kStream) {
-    const std::string text = format.UsageEvent(progress.Total());
-    co_await SendEventOf(format, text, writer);
+  if (!failure.ok() && !writer.started()) {
+    co_await writer.Send(format.Error(failure));
+    co_return;
   }
-  co_await writer.EndEvents();
+  if (!failure.ok()) {
+    events.Send(format.ErrorEvent(failure));
+  } else if (delivery != Delivery::kStream) {
+    events.Send(format.UsageEvent(progress.Total()));
+  }
+  writer.EndEvents();
 }
 
 }  // namespace

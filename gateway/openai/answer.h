@@ -43,7 +43,7 @@ class AnswerFormat {
   virtual std::vector<std::string> FirstEvents(const std::optional<TokenUsage>& usage) = 0;
 
   // The event for what a choice gained. `first`: it is that choice's first.
-  virtual std::string Event(size_t choice, ChoiceDelta delta,
+  virtual std::string Event(size_t choice, const ChoiceDelta& delta,
                             const std::optional<TokenUsage>& usage) = 0;
 
   // The event after all others, when the client asked for it.

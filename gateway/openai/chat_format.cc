@@ -8,8 +8,6 @@
 namespace fathom {
 namespace {
 
-constexpr std::string_view kChunk = "chat.completion.chunk";
-
 // The end of a chunk's choice and of its choices; the usage if the client wants it all along.
 void EndChoice(const std::optional<TokenUsage>& usage, JsonWriter& json) {
   json.EndObject().EndArray();
@@ -21,14 +19,9 @@ void EndChoice(const std::optional<TokenUsage>& usage, JsonWriter& json) {
 }  // namespace
 
 ChatFormat::ChatFormat(ChatFormatOptions options, TokenNames names)
-    : options_(std::move(options)), names_(names) {}
-
-void ChatFormat::WriteHeader(std::string_view object, JsonWriter& json) const {
-  json.Key("id").String(options_.header.id);
-  json.Key("object").String(object);
-  json.Key("created").Int(options_.header.created);
-  json.Key("model").String(options_.header.model);
-}
+    : options_(std::move(options)),
+      names_(names),
+      chunk_beginning_(BeginningOf(options_.header, "chat.completion.chunk")) {}
 
 void ChatFormat::WriteLogprobs(const ChoiceDelta& delta, JsonWriter& json) const {
   json.Key("logprobs");
@@ -94,9 +87,7 @@ void ChatFormat::WriteDelta(const MessageDelta& message, JsonWriter& json) const
 }
 
 std::string ChatFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader("chat.completion", json);
+  JsonWriter json(BeginningOf(options_.header, "chat.completion"));
   json.Key("choices").BeginArray();
   for (size_t i = 0; i < choices.size(); ++i) {
     const ChoiceDelta& choice = choices[i];
@@ -124,9 +115,7 @@ std::string ChatFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage
 }
 
 std::string ChatFormat::RoleEvent(int choice, const std::optional<TokenUsage>& usage) const {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(kChunk, json);
+  JsonWriter json(chunk_beginning_);
   json.Key("choices").BeginArray().BeginObject().Key("index").Int(choice);
   json.Key("delta").BeginObject().Key("role").String("assistant").Key("content").String("");
   json.EndObject().Key("logprobs").Null().Key("finish_reason").Null();
@@ -138,9 +127,7 @@ std::string ChatFormat::RoleEvent(int choice, const std::optional<TokenUsage>& u
 }
 
 std::string ChatFormat::EchoEvent(int choice, const std::optional<TokenUsage>& usage) const {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(kChunk, json);
+  JsonWriter json(chunk_beginning_);
   json.Key("choices").BeginArray().BeginObject().Key("index").Int(choice);
   json.Key("delta").BeginObject().Key("content").String(options_.echo_text).EndObject();
   json.Key("logprobs").Null().Key("finish_reason").Null();
@@ -157,11 +144,9 @@ std::vector<std::string> ChatFormat::FirstEvents(const std::optional<TokenUsage>
   return events;
 }
 
-std::string ChatFormat::Event(size_t choice, ChoiceDelta delta,
+std::string ChatFormat::Event(size_t choice, const ChoiceDelta& delta,
                               const std::optional<TokenUsage>& usage) {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(kChunk, json);
+  JsonWriter json(chunk_beginning_);
   json.Key("choices").BeginArray().BeginObject().Key("index").Int(static_cast<int64_t>(choice));
   WriteDelta(delta.message, json);
   WriteLogprobs(delta, json);
@@ -175,9 +160,7 @@ std::string ChatFormat::Event(size_t choice, ChoiceDelta delta,
 }
 
 std::string ChatFormat::UsageEvent(const TokenUsage& usage) {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(kChunk, json);
+  JsonWriter json(chunk_beginning_);
   json.Key("choices").BeginArray().EndArray().Key("usage");
   WriteUsageWithDetails(usage, json);
   json.EndObject();

@@ -32,12 +32,11 @@ class ChatFormat : public AnswerFormat {
   std::string Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) override;
   // The role of each choice, then what is echoed.
   std::vector<std::string> FirstEvents(const std::optional<TokenUsage>& usage) override;
-  std::string Event(size_t choice, ChoiceDelta delta,
+  std::string Event(size_t choice, const ChoiceDelta& delta,
                     const std::optional<TokenUsage>& usage) override;
   std::string UsageEvent(const TokenUsage& usage) override;
 
  private:
-  void WriteHeader(std::string_view object, JsonWriter& json) const;
   // The fields of a message that were written, "content": "" where none was.
   void WriteDelta(const MessageDelta& message, JsonWriter& json) const;
   void WriteMessage(const MessageDelta& message, JsonWriter& json) const;
@@ -47,6 +46,7 @@ class ChatFormat : public AnswerFormat {
 
   const ChatFormatOptions options_;
   const TokenNames names_;
+  const std::string chunk_beginning_;  // of every event
 };
 
 }  // namespace fathom

@@ -32,7 +32,7 @@ Choice::Choice(const Tokenizer* tokenizer, ChoiceOptions options)
   if (options_.parser) parser_ = std::make_unique<OutputParser>(*options_.parser);
 }
 
-ChoiceDelta Choice::Take(v1::GenerateResponse response) {
+ChoiceDelta Choice::Take(v1::GenerateResponse&& response) {
   ChoiceDelta delta;
   if (finished_) return delta;
   const bool stopped_by_token = response.finish_reason() == v1::FINISH_REASON_STOP;

@@ -60,7 +60,7 @@ class Choice {
   Choice(const Tokenizer* tokenizer, ChoiceOptions options);
 
   // What `response` adds. Nothing any more once finished().
-  ChoiceDelta Take(v1::GenerateResponse response);
+  ChoiceDelta Take(v1::GenerateResponse&& response);
 
   // By the coordinator, or by a stop string: then its call is to be cancelled.
   bool finished() const { return finished_; }

@@ -10,15 +10,9 @@ namespace fathom {
 CompletionFormat::CompletionFormat(CompletionFormatOptions options, TokenNames names)
     : options_(std::move(options)),
       names_(names),
+      beginning_(BeginningOf(options_.header, "text_completion")),
       text_offsets_(options_.prompts.size() * options_.n),
       started_(options_.prompts.size() * options_.n) {}
-
-void CompletionFormat::WriteHeader(JsonWriter& json) const {
-  json.Key("id").String(options_.header.id);
-  json.Key("object").String("text_completion");
-  json.Key("created").Int(options_.header.created);
-  json.Key("model").String(options_.header.model);
-}
 
 void CompletionFormat::WriteLogprobs(size_t choice, const ChoiceDelta& delta, Part part,
                                      JsonWriter& json) {
@@ -54,9 +48,7 @@ void CompletionFormat::WriteChoice(size_t choice, const ChoiceDelta& delta, Part
 }
 
 std::string CompletionFormat::Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(json);
+  JsonWriter json(beginning_);
   json.Key("choices").BeginArray();
   for (size_t i = 0; i < choices.size(); ++i) {
     const ChoiceDelta& choice = choices[i];
@@ -85,13 +77,11 @@ std::vector<std::string> CompletionFormat::FirstEvents(const std::optional<Token
   return {};
 }
 
-std::string CompletionFormat::Event(size_t choice, ChoiceDelta delta,
+std::string CompletionFormat::Event(size_t choice, const ChoiceDelta& delta,
                                     const std::optional<TokenUsage>& usage) {
   const bool first = !started_[choice];
   started_[choice] = true;
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(json);
+  JsonWriter json(beginning_);
   json.Key("choices").BeginArray().BeginObject();
   WriteChoice(choice, delta, options_.echo && first ? Part::kPromptAndOutput : Part::kOutput, json);
   json.Key("prompt_token_ids");
@@ -110,9 +100,7 @@ std::string CompletionFormat::Event(size_t choice, ChoiceDelta delta,
 }
 
 std::string CompletionFormat::UsageEvent(const TokenUsage& usage) {
-  JsonWriter json;
-  json.BeginObject();
-  WriteHeader(json);
+  JsonWriter json(beginning_);
   json.Key("choices").BeginArray().EndArray().Key("usage");
   WriteUsageWithDetails(usage, json);
   json.EndObject();

@@ -32,21 +32,20 @@ class CompletionFormat : public AnswerFormat {
 
   std::string Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) override;
   std::vector<std::string> FirstEvents(const std::optional<TokenUsage>& usage) override;
-  std::string Event(size_t choice, ChoiceDelta delta,
+  std::string Event(size_t choice, const ChoiceDelta& delta,
                     const std::optional<TokenUsage>& usage) override;
   std::string UsageEvent(const TokenUsage& usage) override;
 
  private:
   enum class Part { kOutput, kPromptAndOutput };
 
-  // id, object, created, model.
-  void WriteHeader(JsonWriter& json) const;
   // "index" to "stop_reason".
   void WriteChoice(size_t choice, const ChoiceDelta& delta, Part part, JsonWriter& json);
   void WriteLogprobs(size_t choice, const ChoiceDelta& delta, Part part, JsonWriter& json);
 
   const CompletionFormatOptions options_;
   const TokenNames names_;
+  const std::string beginning_;        // of every answer and event
   std::vector<int64_t> text_offsets_;  // [choice] of the next token
   std::vector<bool> started_;          // [choice]
 };

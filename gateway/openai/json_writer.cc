@@ -68,6 +68,11 @@ void AppendEscaped(char c, std::string& text) {
 
 }  // namespace
 
+JsonWriter::JsonWriter(std::string_view beginning) : needs_comma_(true) {
+  text_.reserve(beginning.size() + 256);
+  text_ = beginning;
+}
+
 void JsonWriter::Separate() {
   if (needs_comma_) text_ += ',';
   needs_comma_ = true;

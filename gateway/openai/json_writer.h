@@ -13,6 +13,10 @@ namespace fathom {
 
 class JsonWriter {
  public:
+  JsonWriter() = default;
+  // Goes on with an object that has members already, where `beginning` breaks off.
+  explicit JsonWriter(std::string_view beginning);
+
   JsonWriter& BeginObject();
   JsonWriter& EndObject();
   JsonWriter& BeginArray();

@@ -185,12 +185,13 @@ void MessagesFormat::OnEnd(const AnswerItem& item) {
   EndEvent("content_block_stop", BeginBlockEvent("content_block_stop", item));
 }
 
-std::string MessagesFormat::Event(size_t, ChoiceDelta delta, const std::optional<TokenUsage>&) {
+std::string MessagesFormat::Event(size_t, const ChoiceDelta& delta,
+                                  const std::optional<TokenUsage>&) {
   items_.Append(delta.message, this);
   if (!delta.finish_reason.empty()) {
     items_.Finish(this);
     end_.finish_reason = delta.finish_reason;
-    end_.stop_reason = std::move(delta.stop_reason);
+    end_.stop_reason = delta.stop_reason;
   }
   return std::exchange(events_, "");
 }

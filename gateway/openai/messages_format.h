@@ -30,7 +30,7 @@ class MessagesFormat : public AnswerFormat, private AnswerItems::Listener {
   bool events_have_names() const override { return true; }
   std::string Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) override;
   std::vector<std::string> FirstEvents(const std::optional<TokenUsage>& usage) override;
-  std::string Event(size_t choice, ChoiceDelta delta,
+  std::string Event(size_t choice, const ChoiceDelta& delta,
                     const std::optional<TokenUsage>& usage) override;
   std::string UsageEvent(const TokenUsage& usage) override;
   Response Error(const absl::Status& status) override;

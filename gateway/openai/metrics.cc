@@ -105,14 +105,14 @@ GatewayMetrics::GatewayMetrics(const std::string& model_name)
 
 GatewayMetrics::~GatewayMetrics() = default;
 
-void GatewayMetrics::OnFirstToken(double seconds_since_start) {
+void GatewayMetrics::OnFirstToken(TimePoint now, double seconds_since_start) {
   series_->first_token_seconds.Observe(seconds_since_start);
-  recent_first_tokens_.Add(std::chrono::steady_clock::now(), seconds_since_start);
+  recent_first_tokens_.Add(now, seconds_since_start);
 }
 
-void GatewayMetrics::OnNextTokens(double seconds_since_last) {
+void GatewayMetrics::OnNextTokens(TimePoint now, double seconds_since_last) {
   series_->inter_token_seconds.Observe(seconds_since_last);
-  recent_inter_tokens_.Add(std::chrono::steady_clock::now(), seconds_since_last);
+  recent_inter_tokens_.Add(now, seconds_since_last);
 }
 
 void GatewayMetrics::OnFinished(std::string_view reason) {

@@ -23,8 +23,9 @@ class GatewayMetrics {
   GatewayMetrics(const GatewayMetrics&) = delete;
   GatewayMetrics& operator=(const GatewayMetrics&) = delete;
 
-  void OnFirstToken(double seconds_since_start);  // I/O thread
-  void OnNextTokens(double seconds_since_last);   // I/O thread
+  using TimePoint = RecentValues::TimePoint;
+  void OnFirstToken(TimePoint now, double seconds_since_start);  // I/O thread
+  void OnNextTokens(TimePoint now, double seconds_since_last);   // I/O thread
 
   // `reason`: stop, length, abort.
   void OnFinished(std::string_view reason);

@@ -20,4 +20,7 @@ struct ResponseHeader {
 ResponseHeader MakeResponseHeader(std::string_view id_prefix, const HttpRequest& request,
                                   const std::string& model);
 
+// {"id":…,"object":…,"created":…,"model":… for a JsonWriter to go on with.
+std::string BeginningOf(const ResponseHeader& header, std::string_view object);
+
 }  // namespace fathom

@@ -209,15 +209,16 @@ void ResponsesFormat::OnEnd(const AnswerItem& item) {
   AppendItemEvent("response.output_item.done", item, EndOf(item));
 }
 
-std::string ResponsesFormat::Event(size_t, ChoiceDelta delta, const std::optional<TokenUsage>&) {
-  const std::string_view finish_reason = delta.finish_reason;
-  const MessageDelta message = std::exchange(delta.message, {});
+std::string ResponsesFormat::Event(size_t, const ChoiceDelta& delta,
+                                   const std::optional<TokenUsage>&) {
   if (!delta.logprobs.empty()) {
-    tokens_.Append(delta);
-    new_tokens_.Append(std::move(delta));
+    ChoiceDelta tokens = delta;
+    tokens.message = {};  // items_ has it
+    tokens_.Append(tokens);
+    new_tokens_.Append(std::move(tokens));
   }
-  items_.Append(message, this);
-  finish_reason_ = finish_reason;  // of the last item alone
+  items_.Append(delta.message, this);
+  finish_reason_ = delta.finish_reason;  // of the last item alone
   if (!finish_reason_.empty()) items_.Finish(this);
   return std::exchange(events_, "");
 }

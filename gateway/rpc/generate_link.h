@@ -9,8 +9,8 @@
 
 #include <cstdint>
 #include <memory>
-#include <unordered_map>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "gateway/http/io_thread.h"
 #include "gateway/rpc/outstanding.h"
@@ -20,12 +20,12 @@ namespace fathom {
 
 class GenerateLink {
  public:
-  // Of one request. Must not call the link.
+  // Of one request. OnResponse may call the link, OnFailure must not.
   class Reader {
    public:
     virtual ~Reader() = default;
-    // The one with a finish_reason is the last.
-    virtual void OnResponse(v1::GenerateResponse response) = 0;
+    // The one with a finish_reason is the last. It may be moved from.
+    virtual void OnResponse(v1::GenerateResponse& response) = 0;
     // The request ended without one.
     virtual void OnFailure(const absl::Status& status) = 0;
   };
@@ -49,8 +49,9 @@ class GenerateLink {
   class Call;
 
   // A slice of the message's events from `begin` on; returns its end.
-  int Take(const v1::GenerateEvents& events, int begin);
-  void Deliver(uint64_t stream, v1::GenerateResponse response);
+  int Take(v1::GenerateEvents& events, int begin);
+  void TakeOther(v1::StreamEvent& event);
+  void Deliver(uint64_t stream, v1::GenerateResponse& response);
   void Fail(uint64_t stream, const absl::Status& status);
   void OnCallEnded(const absl::Status& status);
 
@@ -58,7 +59,8 @@ class GenerateLink {
   IoThread& io_thread_;
   Outstanding& outstanding_;
   std::shared_ptr<Call> call_;  // null: none is open
-  std::unordered_map<uint64_t, Reader*> readers_;
+  absl::flat_hash_map<uint64_t, Reader*> readers_;
+  v1::GenerateResponse plain_response_;  // of one token; kept for its memory
   uint64_t last_stream_ = 0;
 };
 
