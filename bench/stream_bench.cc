@@ -2,24 +2,26 @@
 // compared with the hash that it must be (worker/sim_token.h).
 //
 //   stream_bench --grpc unix:/run/…/coordinator.sock --streams 1024 --output-tokens 400
-//   stream_bench --http 127.0.0.1:8000 --streams 1024 --process gateway=PID --process
-//   coordinator=PID
+//   stream_bench --http 127.0.0.1:8000 --streams 1024 --process gateway=PID
 //
 // With --grpc the clients are streams of one GenerateMany call, as a gateway's are; with --http
 // each has a connection and reads server-sent events. One thread either way, and little work per
-// event, so that 1,024 streams at 50 tokens per second do not measure this program.
+// event, so that 1,024 streams at 50 tokens per second do not measure this program. With both they
+// take turns, --repeat times, and what the gateway adds is reported. With --slow-clients a further
+// run has as many clients beside it that send and read nothing (slow_clients.h), and what they
+// change is reported.
 //
 // Every client makes --rounds requests one after the other, with prompts of random tokens that no
 // other one has. Reported are TTFT, the gaps between the events of a stream (ITL), and of the
 // steady time the tokens per second, the steps delivered (tokens per stream), and their share of
 // what steps of --ideal-step-ms would deliver. The steady time ends when the first client has made
 // all its requests; with one round it begins when all have their first token, else when the last
-// one has its first answer. --process adds the CPU time that a process spent from the first request
-// to the last event, per million tokens.
+// one has its first answer. The CPU time of a run is that from before the first request to the last
+// event: of this program, and of each --process.
 //
 // All clients begin at once, so that TTFT says how long all of them wait for each other. With
 // --staggered the first answers are cut to different lengths: from then on requests come one at a
-// time while all others stream, and TTFT is that of these.
+// time while all others stream, and TTFT and ITL are those of these.
 //
 // Exit code 1 when a token is wrong, or a request fails or is not complete.
 #include <arpa/inet.h>
@@ -30,8 +32,6 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -39,57 +39,39 @@
 #include <functional>
 #include <iterator>
 #include <memory>
-#include <optional>
-#include <random>
-#include <sstream>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "absl/algorithm/container.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "base/check.h"
+#include "bench/sim_clients.h"
+#include "bench/slow_clients.h"
 #include "grpcpp/client_context.h"
 #include "proto/endpoint.h"
 #include "proto/generate.grpc.pb.h"
-#include "worker/sim_token.h"
 
 namespace fathom {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-using TokenIds = std::vector<uint32_t>;
+using Clock = SimClients::Clock;
+using TokenIds = SimClients::TokenIds;
 
 struct Flags {
   std::string grpc;
   std::string http;
-  int streams = 1024;
-  int rounds = 1;
-  int prompt_tokens = 16;
-  int output_tokens = 400;
-  int vocab_size = 129280;  // DeepSeek-V3's
-  std::vector<int> eos_ids = {1};
-  uint64_t seed = 0;
-  double ideal_step_ms = 0;
-  bool staggered = false;
+  int slow_clients = 0;
+  int repeat = 1;
   std::vector<std::string> processes;
   bool json = false;
 };
-
-double SecondsBetween(Clock::time_point begin, Clock::time_point end) {
-  return std::chrono::duration<double>(end - begin).count();
-}
-
-double Percentile(std::vector<double>& values, double percent) {
-  if (values.empty()) return 0;
-  const size_t at = std::min(
-      values.size() - 1, static_cast<size_t>(percent / 100 * static_cast<double>(values.size())));
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(at), values.end());
-  return values[at];
-}
 
 // CPU seconds of a process so far; 0 when it is gone.
 double CpuSeconds(const std::string& pid) {
@@ -102,166 +84,46 @@ double CpuSeconds(const std::string& pid) {
          static_cast<double>(sysconf(_SC_CLK_TCK));
 }
 
-// What the clients ask, and whether what they get is right.
-class Clients {
- public:
-  explicit Clients(const Flags& flags) : flags_(flags), clients_(flags.streams) {
-    random_.seed(flags.seed);
+// The most memory that a process ever had; 0 when it is gone.
+double PeakMegabytes(const std::string& pid) {
+  std::ifstream file("/proc/" + pid + "/status");
+  for (std::string line; std::getline(file, line);) {
+    if (absl::StartsWith(line, "VmHWM:")) return std::atof(line.c_str() + 6) / 1024;
   }
+  return 0;
+}
 
-  // The prompt of a client's next request; empty when it has made all.
-  TokenIds Begin(int index) {
-    Client& client = clients_[index];
-    if (client.rounds == flags_.rounds) return {};
-    ++client.rounds;
-    client.prefix = {};
-    client.num_tokens = 0;
-    client.began = Clock::now();
-    TokenIds prompt;
-    for (int i = 0; i < flags_.prompt_tokens; ++i) {
-      prompt.push_back(static_cast<uint32_t>(random_() % flags_.vocab_size));
-      client.prefix.Append(static_cast<int32_t>(prompt.back()));
-    }
-    ++num_running_;
-    if (first_request_ == Clock::time_point()) first_request_ = client.began;
-    return prompt;
-  }
+sockaddr_in AddressOf(const std::string& text) {
+  const std::pair<std::string, std::string> parts = absl::StrSplit(text, ':');
+  sockaddr_in address = {};
+  int port = 0;
+  CHECK(absl::SimpleAtoi(parts.second, &port) &&
+        inet_pton(AF_INET, parts.first.c_str(), &address.sin_addr) == 1)
+      << "--http must be ADDRESS:PORT, with an IPv4 address";
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  return address;
+}
 
-  // How many tokens a client's current request asks for.
-  int OutputTokens(int index) const {
-    if (!flags_.staggered || clients_[index].rounds > 1) return flags_.output_tokens;
-    return 1 + static_cast<int>(int64_t{flags_.output_tokens - 1} * index / flags_.streams);
-  }
+double FigureOf(const Figures& figures, std::string_view name) {
+  const auto found = absl::c_find_if(figures, [&](const auto& pair) { return pair.first == name; });
+  CHECK(found != figures.end());
+  return found->second;
+}
 
-  void OnTokens(int index, absl::Span<const uint32_t> token_ids, Clock::time_point now) {
-    Client& client = clients_[index];
-    for (const uint32_t token_id : token_ids) {
-      const auto expected =
-          static_cast<uint32_t>(client.prefix.NextToken(flags_.vocab_size, flags_.eos_ids));
-      if (token_id != expected && ++num_wrong_ <= 10) {
-        std::fprintf(stderr, "stream %d: token %d is %u, not %u\n", index, client.num_tokens,
-                     token_id, expected);
-      }
-      client.prefix.Append(static_cast<int32_t>(expected));
-      ++client.num_tokens;
-    }
-    num_tokens_ += static_cast<int64_t>(token_ids.size());
-    ++num_events_;
-    last_event_ = now;
-    if (client.num_tokens == static_cast<int>(token_ids.size())) {
-      const bool counts = !flags_.staggered || client.rounds > 1;
-      if (counts) ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
-      if (flags_.rounds == 1) CountReady();
-    } else {
-      itls_.push_back(SecondsBetween(client.last, now) * 1e3);
-    }
-    client.last = now;
-  }
-
-  // `error` is empty after an answer.
-  void OnEnd(int index, const std::string& error) {
-    Client& client = clients_[index];
-    --num_running_;
-    if (flags_.rounds > 1 && client.rounds == 1) CountReady();
-    if (client.rounds == flags_.rounds && steady_from_.has_value() && !steady_until_.has_value()) {
-      steady_until_ = {last_event_, num_tokens_};
-    }
-    if (error.empty() && client.num_tokens == OutputTokens(index)) return;
-    if (++num_failed_ <= 10) {
-      std::fprintf(stderr, "stream %d ended after %d tokens: %s\n", index, client.num_tokens,
-                   error.empty() ? "it is not complete" : error.c_str());
-    }
-  }
-
-  bool all_done() const { return num_running_ == 0; }
-
-  // The exit code.
-  int Report(const std::vector<std::pair<std::string, double>>& cpu_seconds) {
-    const double seconds = SecondsBetween(first_request_, last_event_);
-    std::vector<std::pair<std::string, double>> figures = {
-        {"streams", flags_.streams},
-        {"requests", flags_.streams * flags_.rounds},
-        {"failed", num_failed_},
-        {"tokens", num_tokens_},
-        {"wrong_tokens", num_wrong_},
-        {"tokens_per_event", static_cast<double>(num_tokens_) / std::max<double>(1, num_events_)},
-        {"seconds", seconds},
-        {"tokens_per_second", static_cast<double>(num_tokens_) / seconds},
-        {"ttft_ms_p50", Percentile(ttfts_, 50)},
-        {"ttft_ms_p99", Percentile(ttfts_, 99)},
-        {"itl_ms_p50", Percentile(itls_, 50)},
-        {"itl_ms_p99", Percentile(itls_, 99)}};
-    if (steady_from_.has_value() && steady_until_.has_value()) {
-      const double steady_seconds = SecondsBetween(steady_from_->time, steady_until_->time);
-      const double steps =
-          static_cast<double>(steady_until_->num_tokens - steady_from_->num_tokens) /
-          flags_.streams;
-      figures.emplace_back("steady_seconds", steady_seconds);
-      figures.emplace_back("steady_tokens_per_second", steps * flags_.streams / steady_seconds);
-      figures.emplace_back("steps_delivered", steps);
-      figures.emplace_back("step_ms", steady_seconds * 1e3 / steps);
-      if (flags_.ideal_step_ms > 0) {
-        figures.emplace_back("share_of_ideal_percent",
-                             100 * steps * flags_.ideal_step_ms * 1e-3 / steady_seconds);
-      }
-    }
-    for (const auto& [name, cpu] : cpu_seconds) {
-      figures.emplace_back(name + "_cpu_seconds_per_million_tokens",
-                           cpu * 1e6 / static_cast<double>(num_tokens_));
-    }
-    Print(figures);
-    return num_wrong_ == 0 && num_failed_ == 0 ? 0 : 1;
-  }
-
- private:
-  struct Client {
-    SimPrefix prefix;
-    int rounds = 0;
-    int num_tokens = 0;
-    Clock::time_point began, last;
-  };
-  struct Moment {
-    Clock::time_point time;
-    int64_t num_tokens = 0;
-  };
-
-  // A client has come as far as the steady time asks.
-  void CountReady() {
-    if (++num_ready_ == flags_.streams) steady_from_ = {last_event_, num_tokens_};
-  }
-
-  void Print(const std::vector<std::pair<std::string, double>>& figures) const {
-    std::vector<std::string> words;
-    for (const auto& [name, value] : figures) {
-      words.push_back(flags_.json ? absl::StrCat("\"", name, "\": ", value)
-                                  : absl::StrCat(name, " ", value));
-    }
-    const std::string text = absl::StrJoin(words, flags_.json ? ", " : "\n");
-    std::printf(flags_.json ? "{%s}\n" : "%s\n", text.c_str());
-  }
-
-  const Flags& flags_;
-  std::mt19937_64 random_;
-  std::vector<Client> clients_;
-  int num_running_ = 0;
-  int num_ready_ = 0;
-  int64_t num_tokens_ = 0;
-  int64_t num_events_ = 0;
-  int num_wrong_ = 0;
-  int num_failed_ = 0;
-  Clock::time_point first_request_, last_event_;
-  std::optional<Moment> steady_from_, steady_until_;
-  std::vector<double> ttfts_, itls_;
-};
+double Median(std::vector<double> values) {
+  absl::c_sort(values);
+  return values[values.size() / 2];
+}
 
 // All clients as streams of one GenerateMany call.
 class GrpcStreams {
  public:
-  GrpcStreams(const Flags& flags, v1::Generate::Stub& stub, Clients& clients)
-      : flags_(flags), clients_(clients), call_(stub.GenerateMany(&context_)) {}
+  GrpcStreams(int streams, v1::Generate::Stub& stub, SimClients& clients)
+      : streams_(streams), clients_(clients), call_(stub.GenerateMany(&context_)) {}
 
   void Run() {
-    for (int i = 0; i < flags_.streams; ++i) Start(i);
+    for (int i = 0; i < streams_; ++i) Start(i);
     v1::GenerateEvents events;
     while (!clients_.all_done()) {
       if (!call_->Read(&events)) return Break();
@@ -280,14 +142,14 @@ class GrpcStreams {
 
  private:
   int ClientOf(uint64_t stream) const {
-    return static_cast<int>(stream % static_cast<uint64_t>(flags_.streams));
+    return static_cast<int>(stream % static_cast<uint64_t>(streams_));
   }
 
   void Start(int index) {
     const TokenIds prompt = clients_.Begin(index);
     if (prompt.empty()) return;
     v1::GenerateCommand command;
-    command.set_stream(static_cast<uint64_t>(num_started_[index]++ * flags_.streams + index));
+    command.set_stream(static_cast<uint64_t>(num_started_[index]++ * streams_ + index));
     v1::GenerateRequest& request = *command.mutable_start();
     request.mutable_prompt_token_ids()->Add(prompt.begin(), prompt.end());
     request.set_max_tokens(clients_.OutputTokens(index));
@@ -310,38 +172,36 @@ class GrpcStreams {
     clients_.OnEnd(0, absl::StrCat("the call ended: ", status.error_message()));
   }
 
-  const Flags& flags_;
-  Clients& clients_;
+  const int streams_;
+  SimClients& clients_;
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::GenerateCommand, v1::GenerateEvents>> call_;
-  std::vector<int64_t> num_started_ = std::vector<int64_t>(flags_.streams);
+  std::vector<int64_t> num_started_ = std::vector<int64_t>(streams_);
 };
 
 // Each client on a connection of its own to the gateway.
+//
+// On a machine that it shares with the server it must not cost more than it has to: events are not
+// acknowledged one by one, and gather for kNap before they are read.
 class HttpStreams {
  public:
-  HttpStreams(const Flags& flags, Clients& clients)
-      : flags_(flags), clients_(clients), connections_(flags.streams), epoll_(epoll_create1(0)) {
-    const std::pair<std::string, std::string> parts = absl::StrSplit(flags.http, ':');
-    int port = 0;
-    CHECK(absl::SimpleAtoi(parts.second, &port)) << "--http must be ADDRESS:PORT";
-    address_.sin_family = AF_INET;
-    address_.sin_port = htons(static_cast<uint16_t>(port));
-    CHECK_EQ(inet_pton(AF_INET, parts.first.c_str(), &address_.sin_addr), 1)
-        << "--http must be ADDRESS:PORT, with an IPv4 address";
-  }
+  HttpStreams(int streams, const sockaddr_in& address, SimClients& clients)
+      : clients_(clients), connections_(streams), epoll_(epoll_create1(0)), address_(address) {}
   ~HttpStreams() { close(epoll_); }
 
   void Run() {
-    for (int i = 0; i < flags_.streams; ++i) Start(i);
+    for (size_t i = 0; i < connections_.size(); ++i) Start(static_cast<int>(i));
     std::vector<epoll_event> events(256);
     while (!clients_.all_done()) {
       const int count = epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), -1);
       for (int i = 0; i < count; ++i) Read(static_cast<int>(events[i].data.u32));
+      std::this_thread::sleep_for(kNap);
     }
   }
 
  private:
+  static constexpr std::chrono::microseconds kNap{200};
+
   struct Connection {
     int socket = -1;
     std::string unread;
@@ -354,15 +214,17 @@ class HttpStreams {
         R"({"stream":true,"return_token_ids":true,"ignore_eos":true,"temperature":0,"max_tokens":)",
         clients_.OutputTokens(index), R"(,"prompt":[)", absl::StrJoin(prompt, ","), "]}");
     const std::string request = absl::StrCat(
-        "POST /v1/completions HTTP/1.1\r\nHost: ", flags_.http,
-        "\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: ", body.size(),
-        "\r\n\r\n", body);
+        "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: "
+        "application/json\r\nConnection: close\r\nContent-Length: ",
+        body.size(), "\r\n\r\n", body);
     Connection& connection = connections_[index];
     connection.unread.clear();
     connection.socket = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     CHECK(connection.socket >= 0) << "no more sockets: raise ulimit -n";
     const int on = 1;
     setsockopt(connection.socket, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+    const int off = 0;
+    setsockopt(connection.socket, IPPROTO_TCP, TCP_QUICKACK, &off, sizeof(off));
     const auto* address = reinterpret_cast<const sockaddr*>(&address_);
     const bool is_sent = connect(connection.socket, address, sizeof(address_)) == 0 &&
                          send(connection.socket, request.data(), request.size(), MSG_NOSIGNAL) ==
@@ -413,75 +275,157 @@ class HttpStreams {
     Start(index);
   }
 
-  const Flags& flags_;
-  Clients& clients_;
+  SimClients& clients_;
   std::vector<Connection> connections_;
   const int epoll_;
-  sockaddr_in address_ = {};
+  const sockaddr_in address_;
   std::vector<char> buffer_ = std::vector<char>(1 << 16);
   TokenIds token_ids_;
 };
 
-int Run(Flags& flags) {
-  std::unique_ptr<v1::Generate::Stub> stub;
-  if (!flags.grpc.empty()) {
-    const auto channel = ConnectTo(flags.grpc, {});
+// Runs the same clients in one or several ways, in turn.
+class Bench {
+ public:
+  Bench(const Flags& flags, SimClientsOptions options)
+      : flags_(flags), options_(std::move(options)) {}
+
+  // The exit code.
+  int Run() {
+    if (!flags_.grpc.empty() && !AskCoordinator()) return 1;
+    if (!flags_.http.empty()) address_ = AddressOf(flags_.http);
+    absl::c_sort(options_.eos_ids);
+    for (int i = 0; i < flags_.repeat; ++i) {
+      if (stub_ != nullptr) {
+        grpc_.push_back(Measure("grpc", [&](SimClients& clients) {
+          GrpcStreams(options_.streams, *stub_, clients).Run();
+        }));
+      }
+      const auto run_http = [&](SimClients& clients) {
+        HttpStreams(options_.streams, address_, clients).Run();
+      };
+      if (!flags_.http.empty()) http_.push_back(Measure("http", run_http));
+      if (flags_.slow_clients == 0) continue;
+      const SlowClients slow_clients(address_, flags_.slow_clients);
+      beside_slow_.push_back(Measure("http beside slow clients", run_http));
+    }
+    Compare();
+    return all_right_ ? 0 : 1;
+  }
+
+ private:
+  // Of which model it is. False when it does not answer.
+  bool AskCoordinator() {
+    const auto channel = ConnectTo(flags_.grpc, {});
     CHECK(channel.ok()) << channel.status();
-    stub = v1::Generate::NewStub(*channel);
+    stub_ = v1::Generate::NewStub(*channel);
     grpc::ClientContext context;
     v1::ModelInfo model;
-    const grpc::Status status = stub->GetModelInfo(&context, {}, &model);
+    const grpc::Status status = stub_->GetModelInfo(&context, {}, &model);
     if (!status.ok()) {
-      std::fprintf(stderr, "stream_bench: %s: %s\n", flags.grpc.c_str(),
+      std::fprintf(stderr, "stream_bench: %s: %s\n", flags_.grpc.c_str(),
                    status.error_message().c_str());
-      return 1;
+      return false;
     }
-    flags.vocab_size = static_cast<int>(model.vocab_size());
-    flags.eos_ids.assign(model.eos_token_ids().begin(), model.eos_token_ids().end());
+    options_.vocab_size = static_cast<int>(model.vocab_size());
+    options_.eos_ids.assign(model.eos_token_ids().begin(), model.eos_token_ids().end());
+    return true;
   }
-  std::sort(flags.eos_ids.begin(), flags.eos_ids.end());
 
-  std::vector<std::pair<std::string, std::string>> processes;  // name, process id
-  for (const std::string& process : flags.processes) {
-    processes.push_back(absl::StrSplit(process, absl::MaxSplits('=', 1)));
+  Figures Measure(const std::string& way, const std::function<void(SimClients&)>& run) {
+    std::vector<std::pair<std::string, std::string>> processes = {{"clients", "self"}};
+    for (const std::string& process : flags_.processes) {
+      processes.push_back(absl::StrSplit(process, absl::MaxSplits('=', 1)));
+    }
+    std::vector<double> cpu_seconds;
+    for (const auto& [name, pid] : processes) cpu_seconds.push_back(-CpuSeconds(pid));
+    SimClients clients(options_);
+    ++options_.seed;  // of the next run
+    run(clients);
+    Figures figures = clients.Measure();
+    for (size_t i = 0; i < processes.size(); ++i) {
+      const auto& [name, pid] = processes[i];
+      cpu_seconds[i] += CpuSeconds(pid);
+      figures.emplace_back(name + "_cpu_seconds_per_million_tokens",
+                           cpu_seconds[i] * 1e6 / static_cast<double>(clients.num_tokens()));
+      if (pid != "self") figures.emplace_back(name + "_peak_mb", PeakMegabytes(pid));
+    }
+    all_right_ = all_right_ && clients.all_right();
+    Print(way, figures);
+    return figures;
   }
-  std::vector<std::pair<std::string, double>> cpu_seconds;
-  for (const auto& [name, pid] : processes) cpu_seconds.emplace_back(name, -CpuSeconds(pid));
-  Clients clients(flags);
-  if (stub != nullptr) {
-    GrpcStreams(flags, *stub, clients).Run();
-  } else {
-    HttpStreams(flags, clients).Run();
+
+  // Medians over the turns of what a way changes within a turn.
+  void Compare() {
+    Figures figures;
+    for (const char* name : {"ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99"}) {
+      std::vector<double> added, changes;
+      for (int i = 0; i < flags_.repeat; ++i) {
+        if (!grpc_.empty() && !http_.empty()) {
+          added.push_back(FigureOf(http_[i], name) - FigureOf(grpc_[i], name));
+        }
+        if (!beside_slow_.empty()) {
+          changes.push_back(100 * (FigureOf(beside_slow_[i], name) / FigureOf(http_[i], name) - 1));
+        }
+      }
+      if (!added.empty()) figures.emplace_back(absl::StrCat("added_", name), Median(added));
+      if (!changes.empty()) {
+        figures.emplace_back(absl::StrCat("slow_clients_change_", name, "_percent"),
+                             Median(changes));
+      }
+    }
+    if (!figures.empty()) Print("compared", figures);
   }
-  for (size_t i = 0; i < processes.size(); ++i) {
-    cpu_seconds[i].second += CpuSeconds(processes[i].second);
+
+  void Print(const std::string& way, const Figures& figures) const {
+    std::vector<std::string> words;
+    for (const auto& [name, value] : figures) {
+      words.push_back(flags_.json ? absl::StrCat("\"", name, "\": ", value)
+                                  : absl::StrCat(name, " ", value));
+    }
+    if (flags_.json) {
+      std::printf("{\"clients\": \"%s\", %s}\n", way.c_str(), absl::StrJoin(words, ", ").c_str());
+    } else {
+      std::printf("%s\n  %s\n", way.c_str(), absl::StrJoin(words, "\n  ").c_str());
+    }
+    std::fflush(stdout);
   }
-  return clients.Report(cpu_seconds);
-}
+
+  const Flags& flags_;
+  SimClientsOptions options_;
+  std::unique_ptr<v1::Generate::Stub> stub_;
+  sockaddr_in address_ = {};
+  std::vector<Figures> grpc_, http_, beside_slow_;  // of each turn
+  bool all_right_ = true;
+};
 
 int Main(int argc, char** argv) {
   Flags flags;
+  SimClientsOptions options;
   CLI::App app("Clients of simulated workers that check every token.", "stream_bench");
-  auto* where = app.add_option_group("where")->require_option(1);
+  auto* where = app.add_option_group("where")->require_option(1, 2);
   where->add_option("--grpc", flags.grpc, "the coordinator: unix:/path or host:port");
-  where->add_option("--http", flags.http, "the gateway: ADDRESS:PORT, IPv4");
+  auto* http = where->add_option("--http", flags.http, "the gateway: ADDRESS:PORT, IPv4");
   app.option_defaults()->always_capture_default();
-  app.add_option("--streams", flags.streams, "clients")->check(CLI::Range(1, 60000));
+  app.add_option("--streams", options.streams, "clients")->check(CLI::Range(1, 60000));
   auto* rounds =
-      app.add_option("--rounds", flags.rounds, "requests of each")->check(CLI::PositiveNumber);
-  app.add_option("--prompt-tokens", flags.prompt_tokens)->check(CLI::PositiveNumber);
-  app.add_option("--output-tokens", flags.output_tokens)->check(CLI::PositiveNumber);
-  app.add_option("--vocab-size", flags.vocab_size, "of the model; --grpc asks the coordinator")
+      app.add_option("--rounds", options.rounds, "requests of each")->check(CLI::PositiveNumber);
+  app.add_option("--prompt-tokens", options.prompt_tokens)->check(CLI::PositiveNumber);
+  app.add_option("--output-tokens", options.output_tokens)->check(CLI::PositiveNumber);
+  app.add_option("--vocab-size", options.vocab_size, "of the model; --grpc asks the coordinator")
       ->check(CLI::PositiveNumber);
-  app.add_option("--eos-token-id", flags.eos_ids, "of the model; --grpc asks the coordinator");
-  app.add_option("--seed", flags.seed, "of the prompts");
-  app.add_option("--ideal-step-ms", flags.ideal_step_ms, "what a step of the workers takes");
-  app.add_flag("--staggered", flags.staggered, "requests come one at a time; needs --rounds")
+  app.add_option("--eos-token-id", options.eos_ids, "of the model; --grpc asks the coordinator");
+  app.add_option("--seed", options.seed, "of the prompts; the next run's is one more");
+  app.add_option("--ideal-step-ms", options.ideal_step_ms, "what a step of the workers takes");
+  app.add_flag("--staggered", options.staggered, "requests come one at a time; needs --rounds")
       ->needs(rounds);
+  app.add_option("--slow-clients", flags.slow_clients, "of a further run; needs --http")
+      ->check(CLI::Range(1, 60000))
+      ->needs(http);
+  app.add_option("--repeat", flags.repeat, "turns of all ways")->check(CLI::PositiveNumber);
   app.add_option("--process", flags.processes, "NAME=PID; several times");
-  app.add_flag("--json", flags.json, "one object instead of lines");
+  app.add_flag("--json", flags.json, "an object a line for each run");
   CLI11_PARSE(app, argc, argv);
-  return Run(flags);
+  return Bench(flags, std::move(options)).Run();
 }
 
 }  // namespace

@@ -35,10 +35,10 @@ VLLM_KEYS = {
 VLLM_DETAILS = {"input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors"}
 
 
-def run_bench(*arguments, program="serve_bench"):
+def run_bench(*arguments):
     """Runs the program to its end, with the standard library alone."""
     environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
-    return subprocess.run([sys.executable, "-S", str(ROOT / "bench" / program),
+    return subprocess.run([sys.executable, "-S", str(ROOT / "bench/serve_bench"),
                            *map(str, arguments)], capture_output=True, text=True, timeout=120,
                           env=environment)
 
@@ -55,15 +55,9 @@ def run(model, tmp_path_factory):
                          "--report", folder / "report.html")
         assert done.returncode == 0, done.stderr
         counted = server.client.metric("vllm:generation_tokens_total")
-        slow = run_bench("--base-url", f"http://127.0.0.1:{server.port}", "--slow-clients", 50,
-                         "--streams", 2, "--random-output-len", 4, "--rounds", 1,
-                         program="slow_clients")
-        assert slow.returncode == 0, slow.stderr
         server.wait_until_idle()
         assert server.is_healthy()
     results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-    assert re.search(r"^ *50 slow clients: p50 +[\d.]+ ms", slow.stdout, re.MULTILINE), slow.stdout
-    assert re.search(r"^p99 changes by [+-][\d.]+ %$", slow.stdout, re.MULTILINE), slow.stdout
     return (done.stdout, {result["max_concurrency"]: result for result in results},
             (folder / "report.html").read_text(), counted)
 
