@@ -46,9 +46,11 @@ struct Metrics::Families {
                    {{"reason", reason}});
   }
 
+  // vLLM's bounds, and finer ones below 0.3 s, where a server of this speed is.
   prometheus::Histogram& RequestSeconds(const std::string& name, const std::string& help) {
-    return Histogram(name, help, {0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
-                                  30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680});
+    return Histogram(name, help,
+                     {0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1,   1.5, 2,   2.5,  5,
+                      10,    15,    20,   30,   40,  50,  60,  120, 240, 480, 960, 1920, 7680});
   }
   prometheus::Counter& PromptTokens(const std::string& source) {
     return Counter("vllm:prompt_tokens_by_source_total", "Number of prompt tokens by source.",

@@ -18,10 +18,13 @@ using Buckets = prometheus::Histogram::BucketBoundaries;
 const Buckets kFirstTokenSeconds = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,
                                     0.25,  0.5,   0.75, 1,    2.5,  5,    7.5,  10,
                                     20,    40,    80,   160,  640,  2560};
-const Buckets kTokenSeconds = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5,
-                               0.75, 1,     2.5,  5,     7.5, 10,   20,  40,  80};
-const Buckets kRequestSeconds = {0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
-                                 30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680};
+// These two are vLLM's with finer ones below, where a server of this speed is.
+const Buckets kTokenSeconds = {0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.025, 0.05,
+                               0.075, 0.1,   0.15,  0.2,   0.3,    0.4,  0.5,   0.75,
+                               1,     2.5,   5,     7.5,   10,     20,   40,    80};
+const Buckets kRequestSeconds = {0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5,  0.8, 1,
+                                 1.5,   2,     2.5,  5,    10,  15,  20,   30,  40,
+                                 50,    60,    120,  240,  480, 960, 1920, 7680};
 const Buckets kHttpSeconds = {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60};
 
 // 1, 2, 5, 10, … up to the longest context of the family.

@@ -2,6 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -108,3 +113,37 @@ def test_what_was_served_is_counted(samples):
     for kind in ("budget", "weights", "activations", "kv_cache"):
         for worker in "01":
             assert total("fathom:worker_memory_bytes", kind=kind, worker=worker) > 0
+
+
+class Prometheus(BaseHTTPRequestHandler):
+    """Answers two points to every query but those for preemptions."""
+
+    def do_GET(self):
+        (query,) = parse_qs(urlsplit(self.path).query)["query"]
+        assert "$" not in query, query
+        series = {"metric": {"finished_reason": "length"}, "values": [[1, "2"], [2, "NaN"], [3, "4"]]}
+        result = [] if "num_preemptions" in query else [series]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": {"result": result}}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_preview_draws_every_panel_and_says_which_has_no_answer(tmp_path):
+    """Without Grafana, from what Prometheus answers."""
+    with HTTPServer(("127.0.0.1", 0), Prometheus) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, ROOT / "bench/dashboard_preview", "--output", tmp_path / "page.html",
+             "--prometheus", f"http://127.0.0.1:{server.server_port}"],
+            capture_output=True, text=True, check=False)
+        server.shutdown()
+    page = (tmp_path / "page.html").read_text()
+    assert all(panel["title"] in page for panel in DASHBOARD["panels"])
+    assert page.count("<polyline") == sum(
+        len(panel["targets"]) for panel in DASHBOARD["panels"]
+        if panel["type"] == "timeseries" and panel["title"] != "Preemptions and failures")
+    assert done.returncode == 1 and "1 without what they ask for" in done.stdout, done
+    assert "Preemptions and failures: no answer to sum(rate(vllm:num_preemptions_total" in done.stdout
