@@ -16,9 +16,14 @@ constexpr int kStepsBetweenLookups = 8;
 constexpr size_t kAhead = 8;
 
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
-// Of the time that decoding takes: what prompts get at least. Less would cost throughput when a
-// server is full, since sequences would not start as fast as others end.
-constexpr double kLeastPromptShare = 0.45;
+// Of the time that decoding takes: what prompts get at least, when the server is full, and when it
+// has this vacancy or more, of its slots and of its blocks.
+constexpr double kShareWhenFull = 0.30;
+constexpr double kShareWhenVacant = 0.42;
+constexpr double kVacancy = 0.1;
+
+// That may follow each other before one must only decode.
+constexpr uint64_t kMostStepsWithPrompts = 64;
 
 bool IsOlder(const Sequence* a, const Sequence* b) {
   return a->priority != b->priority ? a->priority < b->priority : a->id < b->id;
@@ -133,8 +138,9 @@ Step Scheduler::Schedule() {
   const int64_t preemptions_before = num_preemptions_;
   std::vector<Sequence*> prompts = Decode(step, budget);
   if (options_.target_step_us > 0 && !step.scheduled.empty()) {
-    budget.microseconds = std::max(options_.target_step_us,
-                                   (1 + kLeastPromptShare) * step_cost_.Predict(budget.load));
+    budget.microseconds =
+        std::max(options_.target_step_us, (1 + PromptShare()) * step_cost_.Predict(budget.load));
+    if (last_step_ - last_step_without_prompts_ >= kMostStepsWithPrompts) budget.tokens = 0;
   }
   ReadPrompts(std::move(prompts), step, budget);
   PublishFullBlocks(budget.filled);  // before others look for them
@@ -143,6 +149,7 @@ Step Scheduler::Schedule() {
   if (step.empty()) return step;
 
   step.number = ++last_step_;
+  if (budget.num_prompts == 0) last_step_without_prompts_ = step.number;
   step.released_slots = std::exchange(released_slots_, {});
   in_flight_.push_back({.number = step.number, .scheduled = step.scheduled, .load = budget.load});
   return step;
@@ -177,6 +184,14 @@ std::vector<Sequence*> Scheduler::Decode(Step& step, Budget& budget) {
     Place(sequence, 1, step, budget);
   }
   return prompts;
+}
+
+// Of the time that decoding takes: what prompts get whatever the target is.
+double Scheduler::PromptShare() const {
+  const double free_slots = static_cast<double>(free_slots_.size()) / options_.max_sequences;
+  const double free_blocks = static_cast<double>(num_free_blocks()) / num_blocks();
+  const double vacancy = std::min({free_slots / kVacancy, free_blocks / kVacancy, 1.0});
+  return kShareWhenFull + vacancy * (kShareWhenVacant - kShareWhenFull);
 }
 
 // In the order and with the shares that the header tells of. `prompts` are the oldest first.
