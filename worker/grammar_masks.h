@@ -23,14 +23,15 @@ namespace fathom {
 class GrammarMasks {
  public:
   // `keeper` outlives this; null: nobody may ask for a grammar.
-  GrammarMasks(GrammarKeeper* keeper, int max_sequences);
+  GrammarMasks(GrammarKeeper* keeper, int vocab_size, int max_sequences);
 
   // A sequence takes the slot, with the tokens that it has generated already. A grammar that was
   // not prepared, or was forgotten since, is compiled meanwhile.
   void Admit(int slot, const SamplingParams& params, absl::Span<const int32_t> output_token_ids);
   void Release(int slot);
 
-  // For the token to be chosen now: a bit for each token, or empty when all are allowed. Valid
+  // For the token to be chosen now: a bit for each token, or empty when all are allowed. Before its
+  // grammar begins a sequence may write anything but stop tokens: it must not end without. Valid
   // until OnToken. Waits for what the grammar still needs, for GrammarKeeperOptions::mask_timeout
   // at most. Internal: the sequence must end, and why.
   absl::StatusOr<absl::Span<const uint32_t>> MaskOf(int slot);
@@ -42,6 +43,7 @@ class GrammarMasks {
   struct Constraint {
     Grammar grammar;
     std::optional<int32_t> begins_after = std::nullopt;  // until that token was chosen
+    std::vector<uint32_t> until_then = {};               // what is allowed
     std::unique_ptr<GrammarMatcher> matcher = nullptr;
     // Until there is one:
     std::vector<int32_t> token_ids = {};
@@ -49,10 +51,12 @@ class GrammarMasks {
     absl::Status failure = absl::OkStatus();  // why there is none
   };
 
+  std::vector<uint32_t> AllBut(const std::vector<int32_t>& stop_token_ids, int32_t kept) const;
   void Match(Constraint& constraint);
   absl::Status AwaitMatcher(Constraint& constraint);
 
   GrammarKeeper* const keeper_;
+  const int vocab_size_;
   std::vector<std::optional<Constraint>> constraints_;  // by slot
 };
 

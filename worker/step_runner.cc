@@ -46,7 +46,7 @@ StepRunner::StepRunner(uint64_t epoch, const SlotTableOptions& slots, ModelShard
       communicator_(std::move(communicator)),
       device_sampler_(std::move(device_sampler)),
       slots_(slots),
-      grammar_masks_(grammars, slots.max_sequences),
+      grammar_masks_(grammars, slots.vocab_size, slots.max_sequences),
       sampler_(slots.vocab_size) {}
 
 absl::StatusOr<v1::StepResult> StepRunner::Run(const v1::StepCommand& command,

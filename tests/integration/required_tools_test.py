@@ -75,9 +75,8 @@ def bias(server, marked_model):
 
 @pytest.fixture(scope="module")
 def thinking_bias(server, marked_model):
-    """Nothing ends while it thinks but the thoughts: outside of the grammar anything may come."""
+    """Its thoughts call nothing: outside of the grammar anything may come but the end."""
     never = {text: -100 for text in MARKERS if text != "｜DSML｜"}
-    never["<｜end▁of▁sentence｜>"] = -100
     return biases(marked_model, **{**never, **ENDS_OF_STRINGS.get(server.encoding, {})})
 
 
