@@ -14,7 +14,7 @@
 namespace fathom {
 namespace {
 
-constexpr int kSlice = 64;  // events; 1 ms of work or so
+constexpr int kSlice = 16;  // events; 0.2 ms of work or so
 
 int NumTokensIn(const v1::GenerateEvents& events) {
   return std::min(events.streams_size(), events.token_ids_size());
