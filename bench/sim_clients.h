@@ -26,6 +26,7 @@ struct SimClientsOptions {
   uint64_t seed = 0;
   double ideal_step_ms = 0;
   bool staggered = false;
+  double pause_ms = 0;
 };
 
 using Figures = std::vector<std::pair<std::string, double>>;
@@ -52,9 +53,14 @@ class SimClients {
       prompt.push_back(static_cast<uint32_t>(random_() % options_.vocab_size));
       client.prefix.Append(static_cast<int32_t>(prompt.back()));
     }
-    ++num_running_;
     if (first_request_ == Clock::time_point()) first_request_ = client.began;
     return prompt;
+  }
+
+  // When a client makes its next request.
+  Clock::time_point NextRequestAt() {
+    std::uniform_real_distribution<double> pause_ms(0, options_.pause_ms);
+    return Clock::now() + std::chrono::microseconds(static_cast<int>(1e3 * pause_ms(random_)));
   }
 
   // How many tokens a client's current request asks for.
@@ -79,9 +85,11 @@ class SimClients {
     ++num_events_;
     last_event_ = now;
     const bool is_first = client.num_tokens == static_cast<int>(token_ids.size());
-    const bool counts = !options_.staggered || client.rounds > 1;
-    if (counts && is_first) ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
-    if (counts && !is_first) itls_.push_back(SecondsBetween(client.last, now) * 1e3);
+    if (is_first && Counts(client.began)) {
+      ttfts_.push_back(SecondsBetween(client.began, now) * 1e3);
+    } else if (!is_first && Counts(client.last)) {
+      itls_.push_back(SecondsBetween(client.last, now) * 1e3);
+    }
     if (is_first && options_.rounds == 1) CountReady();
     client.last = now;
   }
@@ -89,7 +97,7 @@ class SimClients {
   // `error` is empty after an answer.
   void OnEnd(int index, const std::string& error) {
     Client& client = clients_[index];
-    --num_running_;
+    if (client.rounds == options_.rounds) ++num_done_;
     if (options_.rounds > 1 && client.rounds == 1) CountReady();
     if (client.rounds == options_.rounds && steady_from_.has_value() &&
         !steady_until_.has_value()) {
@@ -102,7 +110,7 @@ class SimClients {
     }
   }
 
-  bool all_done() const { return num_running_ == 0; }
+  bool all_done() const { return num_done_ == options_.streams; }
   bool all_right() const { return num_wrong_ == 0 && num_failed_ == 0; }
   int64_t num_tokens() const { return num_tokens_; }
 
@@ -161,6 +169,12 @@ class SimClients {
     int64_t num_tokens = 0;
   };
 
+  // Whether latencies that began then are reported.
+  bool Counts(Clock::time_point began) const {
+    if (!options_.staggered) return true;
+    return steady_from_.has_value() && began >= steady_from_->time && !steady_until_.has_value();
+  }
+
   // A client has come as far as the steady time asks.
   void CountReady() {
     if (++num_ready_ == options_.streams) steady_from_ = {last_event_, num_tokens_};
@@ -169,7 +183,7 @@ class SimClients {
   const SimClientsOptions options_;
   std::mt19937_64 random_;
   std::vector<Client> clients_;
-  int num_running_ = 0;
+  int num_done_ = 0;
   int num_ready_ = 0;
   int64_t num_tokens_ = 0;
   int64_t num_events_ = 0;

@@ -21,7 +21,10 @@
 //
 // All clients begin at once, so that TTFT says how long all of them wait for each other. With
 // --staggered the first answers are cut to different lengths: from then on requests come one at a
-// time while all others stream, and TTFT and ITL are those of these.
+// time while all others stream, and TTFT and ITL are those of the steady time, for which it takes
+// three rounds. Who asks as soon as an answer has ended always does so at the same moment of a
+// step, which hides whatever delays a request by less than the rest of the step: with --pause-ms it
+// waits before, for a random time of at most that.
 //
 // Exit code 1 when a token is wrong, or a request fails or is not complete.
 #include <arpa/inet.h>
@@ -39,6 +42,8 @@
 #include <functional>
 #include <iterator>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -54,6 +59,7 @@
 #include "base/check.h"
 #include "bench/sim_clients.h"
 #include "bench/slow_clients.h"
+#include "bench/starter.h"
 #include "grpcpp/client_context.h"
 #include "proto/endpoint.h"
 #include "proto/generate.grpc.pb.h"
@@ -123,11 +129,15 @@ class GrpcStreams {
       : streams_(streams), clients_(clients), call_(stub.GenerateMany(&context_)) {}
 
   void Run() {
-    for (int i = 0; i < streams_; ++i) Start(i);
+    {
+      const std::lock_guard lock(mutex_);
+      for (int i = 0; i < streams_; ++i) starter_->StartAt(Clock::now(), i);
+    }
     v1::GenerateEvents events;
-    while (!clients_.all_done()) {
+    while (!all_done()) {
       if (!call_->Read(&events)) return Break();
       const Clock::time_point now = Clock::now();
+      const std::lock_guard lock(mutex_);
       for (int i = 0; i < events.streams_size(); ++i) {
         const uint32_t token_id = events.token_ids(i);
         clients_.OnTokens(ClientOf(events.streams(i)), {&token_id, 1}, now);
@@ -141,6 +151,11 @@ class GrpcStreams {
   }
 
  private:
+  bool all_done() {
+    const std::lock_guard lock(mutex_);
+    return clients_.all_done();
+  }
+
   int ClientOf(uint64_t stream) const {
     return static_cast<int>(stream % static_cast<uint64_t>(streams_));
   }
@@ -164,10 +179,11 @@ class GrpcStreams {
     const bool is_finished = response.finish_reason() != v1::FINISH_REASON_UNSPECIFIED;
     if (!is_finished && !event.has_failure()) return;
     clients_.OnEnd(index, event.has_failure() ? event.failure().message() : "");
-    Start(index);
+    starter_->StartAt(clients_.NextRequestAt(), index);
   }
 
   void Break() {
+    starter_ = std::nullopt;
     const grpc::Status status = call_->Finish();
     clients_.OnEnd(0, absl::StrCat("the call ended: ", status.error_message()));
   }
@@ -177,6 +193,8 @@ class GrpcStreams {
   grpc::ClientContext context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::GenerateCommand, v1::GenerateEvents>> call_;
   std::vector<int64_t> num_started_ = std::vector<int64_t>(streams_);
+  std::mutex mutex_;  // of all that is not gRPC's
+  std::optional<Starter> starter_{std::in_place, mutex_, [this](int index) { Start(index); }};
 };
 
 // Each client on a connection of its own to the gateway.
@@ -190,17 +208,25 @@ class HttpStreams {
   ~HttpStreams() { close(epoll_); }
 
   void Run() {
-    for (size_t i = 0; i < connections_.size(); ++i) Start(static_cast<int>(i));
+    std::unique_lock lock(mutex_);
+    for (size_t i = 0; i < connections_.size(); ++i) {
+      starter_.StartAt(Clock::now(), static_cast<int>(i));
+    }
     std::vector<epoll_event> events(256);
     while (!clients_.all_done()) {
-      const int count = epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), -1);
-      for (int i = 0; i < count; ++i) Read(static_cast<int>(events[i].data.u32));
+      lock.unlock();
       std::this_thread::sleep_for(kNap);
+      const int count =
+          epoll_wait(epoll_, events.data(), static_cast<int>(events.size()), kLookAgainMs);
+      lock.lock();
+      for (int i = 0; i < count; ++i) Read(static_cast<int>(events[i].data.u32));
     }
   }
 
  private:
-  static constexpr std::chrono::microseconds kNap{200};
+  static constexpr std::chrono::microseconds kNap{100};
+  static constexpr int kLookAgainMs =
+      100;  // whether all is done: the last request may not have begun
 
   struct Connection {
     int socket = -1;
@@ -272,7 +298,7 @@ class HttpStreams {
   void End(int index, const std::string& error) {
     close(connections_[index].socket);
     clients_.OnEnd(index, error);
-    Start(index);
+    starter_.StartAt(clients_.NextRequestAt(), index);
   }
 
   SimClients& clients_;
@@ -281,6 +307,8 @@ class HttpStreams {
   const sockaddr_in address_;
   std::vector<char> buffer_ = std::vector<char>(1 << 16);
   TokenIds token_ids_;
+  std::mutex mutex_;  // of all of this
+  Starter starter_{mutex_, [this](int index) { Start(index); }};
 };
 
 // Runs the same clients in one or several ways, in turn.
@@ -416,8 +444,10 @@ int Main(int argc, char** argv) {
   app.add_option("--eos-token-id", options.eos_ids, "of the model; --grpc asks the coordinator");
   app.add_option("--seed", options.seed, "of the prompts; the next run's is one more");
   app.add_option("--ideal-step-ms", options.ideal_step_ms, "what a step of the workers takes");
-  app.add_flag("--staggered", options.staggered, "requests come one at a time; needs --rounds")
+  app.add_flag("--staggered", options.staggered, "requests come one at a time; needs --rounds 3")
       ->needs(rounds);
+  app.add_option("--pause-ms", options.pause_ms, "before another request of a client, at most")
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--slow-clients", flags.slow_clients, "of a further run; needs --http")
       ->check(CLI::Range(1, 60000))
       ->needs(http);

@@ -6,7 +6,7 @@ import subprocess
 import checkpoints
 from fathom_server import HOST, FathomServer
 
-STREAMS, ROUNDS, OUTPUT_TOKENS, SLOW_CLIENTS = 64, 2, 40, 100
+STREAMS, ROUNDS, OUTPUT_TOKENS, SLOW_CLIENTS = 64, 3, 40, 100
 
 
 def test_streams_beside_clients_that_only_wait(tmp_path, report):
@@ -19,7 +19,7 @@ def test_streams_beside_clients_that_only_wait(tmp_path, report):
             [server.binaries / "stream_bench", "--grpc", address, "--http",
              f"{HOST}:{server.port}", "--slow-clients", str(SLOW_CLIENTS), "--streams",
              str(STREAMS), "--rounds", str(ROUNDS), "--output-tokens", str(OUTPUT_TOKENS),
-             "--staggered", "--json"], stdout=subprocess.PIPE, check=True, timeout=300)
+             "--staggered", "--pause-ms", "20", "--json"], stdout=subprocess.PIPE, check=True, timeout=300)
         server.wait_until_idle()
         assert server.is_healthy()
     *runs, compared = map(json.loads, done.stdout.splitlines())
