@@ -25,12 +25,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/check.h"
+#include "base/flag_parser.h"
 #include "coordinator/scheduler.h"
 #include "coordinator/step_command.h"
 
@@ -225,19 +227,17 @@ void PrintRow(const Flags& flags, int num_sequences, int block_size) {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Measures what a step costs in the coordinator.", "coordinator_bench");
-  app.add_option("--sequences", flags.sequences, "how many run")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 65536));
-  app.add_option("--block-sizes", flags.block_sizes, "tokens per KV block")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 1024));
-  app.add_option("--steps", flags.steps, "that count, of each row")->check(CLI::Range(1, 4000));
-  app.add_flag("--turnover", flags.turnover, "sequences end and others take their places");
-  app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching", flags.enable_prefix_caching,
-               "publish full blocks for others [on]");
-  app.add_flag("--json", flags.json, "one JSON object per row");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Measures what a step costs in the coordinator.", "coordinator_bench");
+  parser.Add("--sequences", flags.sequences, "how many run").SplitAtCommas().Between(1, 65536);
+  parser.Add("--block-sizes", flags.block_sizes, "tokens per KV block")
+      .SplitAtCommas()
+      .Between(1, 1024);
+  parser.Add("--steps", flags.steps, "that count, of each row").Between(1, 4000);
+  parser.AddSwitch("--turnover", flags.turnover, "sequences end and others take their places");
+  parser.AddSwitch("--enable-prefix-caching,!--no-enable-prefix-caching",
+                   flags.enable_prefix_caching, "publish full blocks for others [on]");
+  parser.AddSwitch("--json", flags.json, "one JSON object per row");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
 
   if (!flags.json) {
     std::printf("%9s %10s %9s %9s %9s %9s %9s %13s %11s %8s\n", "sequences", "block_size",

@@ -12,13 +12,15 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <limits>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "CLI/CLI.hpp"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "base/flag_parser.h"
 #include "grammar/grammar_keeper.h"
 
 namespace fathom {
@@ -134,15 +136,17 @@ int Run(const Flags& flags) {
 int Main(int argc, char** argv) {
   Flags flags;
   flags.program = std::filesystem::canonical("/proc/self/exe").parent_path() / "fathom-grammar";
-  CLI::App app("What grammars cost a worker.", "grammar_bench");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--model", flags.model, "folder with a tokenizer.json");
-  app.add_option("--vocab-size", flags.vocab_size)->check(CLI::PositiveNumber);
-  app.add_option("--eos-token-id", flags.eos_token_id)->check(CLI::NonNegativeNumber);
-  app.add_option("--schemas", flags.schemas, "a JSON Schema on each line; else a few of ours");
-  app.add_option("--texts", flags.num_texts, "of each grammar")->check(CLI::PositiveNumber);
-  app.add_option("--tokens", flags.num_tokens, "of each text")->check(CLI::PositiveNumber);
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("What grammars cost a worker.", "grammar_bench");
+  parser.ShowDefaults();
+  parser.Add("--model", flags.model, "folder with a tokenizer.json");
+  parser.Add("--vocab-size", flags.vocab_size).Between(1, std::numeric_limits<int>::max());
+  parser.Add("--eos-token-id", flags.eos_token_id).Between(0, std::numeric_limits<int>::max());
+  parser.Add("--schemas", flags.schemas, "a JSON Schema on each line; else a few of ours");
+  parser.Add("--texts", flags.num_texts, "of each grammar")
+      .Between(1, std::numeric_limits<int>::max());
+  parser.Add("--tokens", flags.num_tokens, "of each text")
+      .Between(1, std::numeric_limits<int>::max());
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   return Run(flags);
 }
 

@@ -10,11 +10,12 @@
 #include <cstdio>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
+#include "base/flag_parser.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/device.h"
 #include "kernels/number_formats.h"
@@ -309,13 +310,14 @@ class KernelBench {
 };
 
 int Main(int argc, char** argv) {
-  CLI::App app("Measures the CPU's linear layers and attention beside the machine's limits.");
+  FlagParser parser("Measures the CPU's linear layers and attention beside the machine's limits.",
+                    "kernel_bench");
   Options options;
-  app.add_option("--threads", options.num_threads, "threads that share each operation")
-      ->check(CLI::Range(1, 1024));
-  app.add_option("--seconds", options.seconds_per_row, "time for each row");
-  app.add_flag("--json", options.json, "print one JSON object per row");
-  CLI11_PARSE(app, argc, argv);
+  parser.Add("--threads", options.num_threads, "threads that share each operation")
+      .Between(1, 1024);
+  parser.Add("--seconds", options.seconds_per_row, "time for each row");
+  parser.AddSwitch("--json", options.json, "print one JSON object per row");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
 
   KernelBench bench(options);
   bench.MeasureLimits();

@@ -22,6 +22,7 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -31,6 +32,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/substitute.h"
 #include "base/check.h"
+#include "base/flag_parser.h"
 #include "kernels/device.h"
 #include "kernels/number_formats.h"
 #include "worker/model_shard.h"
@@ -264,14 +266,14 @@ void LoadBench::Measure() {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Measures how fast a checkpoint becomes a shard.", "load_bench");
-  app.add_option("--folder", flags.folder, "where to make the checkpoint")->required();
-  app.add_option("--gigabytes", flags.gigabytes, "its size, at least 8");
-  app.add_option("--device", flags.device)->check(CLI::IsMember({"cpu", "cuda"}));
-  app.add_option("--threads", flags.threads, "that read")->check(CLI::Range(1, 64));
-  app.add_flag("--holes", flags.holes, "zeros that lie on no disk");
-  app.add_flag("--keep", flags.keep, "leave the checkpoint there");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Measures how fast a checkpoint becomes a shard.", "load_bench");
+  parser.Add("--folder", flags.folder, "where to make the checkpoint").Required();
+  parser.Add("--gigabytes", flags.gigabytes, "its size, at least 8");
+  parser.Add("--device", flags.device).OneOf({"cpu", "cuda"});
+  parser.Add("--threads", flags.threads, "that read").Between(1, 64);
+  parser.AddSwitch("--holes", flags.holes, "zeros that lie on no disk");
+  parser.AddSwitch("--keep", flags.keep, "leave the checkpoint there");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   LoadBench bench(flags);
   bench.Make();
   bench.Measure();

@@ -18,11 +18,13 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/check.h"
+#include "base/flag_parser.h"
 #include "kernels/device.h"
 #include "kernels/ops.h"
 
@@ -390,15 +392,14 @@ void Bench::Experts() {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Times every operation of a layer at the shapes of DeepSeek-V3 on eight GPUs.");
-  app.add_flag("--json", flags.json, "one object per row");
-  app.add_option("--tokens", flags.tokens, "tokens of a step")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 8192));
-  app.add_option("--context", flags.context, "tokens of each sequence when decoding")
-      ->check(CLI::Range(1, 131072));
-  app.add_option("--only", flags.only, "one operation");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Times every operation of a layer at the shapes of DeepSeek-V3 on eight GPUs.",
+                    "operation_bench");
+  parser.AddSwitch("--json", flags.json, "one object per row");
+  parser.Add("--tokens", flags.tokens, "tokens of a step").SplitAtCommas().Between(1, 8192);
+  parser.Add("--context", flags.context, "tokens of each sequence when decoding")
+      .Between(1, 131072);
+  parser.Add("--only", flags.only, "one operation");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   absl::StatusOr<std::unique_ptr<Device>> device = OpenCudaDevice({});
   if (!device.ok()) {
     std::fprintf(stderr, "%s\n", device.status().ToString().c_str());

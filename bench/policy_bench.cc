@@ -66,6 +66,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/flag_parser.h"
 #include "coordinator/scheduler.h"
 #include "worker/sim_profile.h"
 
@@ -315,24 +316,23 @@ void ClosedLoop::Print() {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Shows what a scheduling policy does to clients, on a clock of its own.",
-               "policy_bench");
-  app.add_option("--sim-profile", flags.profile, "how long steps take")->required();
-  app.add_option("--target-itl-ms", flags.target_itl_ms, "as of fathom-coordinator; 0: none")
-      ->delimiter(',');
-  app.add_option("--clients", flags.clients)->delimiter(',')->check(CLI::Range(1, 1 << 16));
-  app.add_option("--max-num-seqs", flags.max_num_seqs)->check(CLI::Range(1, 65536));
-  app.add_option("--max-num-batched-tokens", flags.max_num_batched_tokens)
-      ->check(CLI::Range(1, 1 << 20));
-  app.add_option("--block-size", flags.block_size)->check(CLI::Range(1, 128));
-  app.add_option("--input-tokens", flags.input_tokens)->check(CLI::Range(1, 1 << 20));
-  app.add_option("--output-tokens", flags.output_tokens)->check(CLI::Range(1, 1 << 20));
-  app.add_option("--rounds", flags.rounds, "requests of each client")->check(CLI::Range(2, 1000));
-  app.add_option("--noise-us", flags.noise_us, "that a step takes longer, on average")
-      ->check(CLI::Range(0.0, 1e6));
-  app.add_option("--seed", flags.seed, "of prompts and noise");
-  app.add_flag("--json", flags.json, "one JSON object per row");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Shows what a scheduling policy does to clients, on a clock of its own.",
+                    "policy_bench");
+  parser.Add("--sim-profile", flags.profile, "how long steps take").Required();
+  parser.Add("--target-itl-ms", flags.target_itl_ms, "as of fathom-coordinator; 0: none")
+      .SplitAtCommas();
+  parser.Add("--clients", flags.clients).SplitAtCommas().Between(1, 1 << 16);
+  parser.Add("--max-num-seqs", flags.max_num_seqs).Between(1, 65536);
+  parser.Add("--max-num-batched-tokens", flags.max_num_batched_tokens).Between(1, 1 << 20);
+  parser.Add("--block-size", flags.block_size).Between(1, 128);
+  parser.Add("--input-tokens", flags.input_tokens).Between(1, 1 << 20);
+  parser.Add("--output-tokens", flags.output_tokens).Between(1, 1 << 20);
+  parser.Add("--rounds", flags.rounds, "requests of each client").Between(2, 1000);
+  parser.Add("--noise-us", flags.noise_us, "that a step takes longer, on average")
+      .Between(0.0, 1e6);
+  parser.Add("--seed", flags.seed, "of prompts and noise");
+  parser.AddSwitch("--json", flags.json, "one JSON object per row");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
 
   std::ifstream file(flags.profile);
   const std::string json{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};

@@ -25,11 +25,13 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "base/check.h"
+#include "base/flag_parser.h"
 #include "kernels/device.h"
 #include "worker/communicator.h"
 #include "worker/kv_cache.h"
@@ -316,16 +318,15 @@ void Bench::Run(const Step& step) {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Times the steps of one rank of a model, with random weights.");
-  app.add_flag("--json", flags.json, "one object per row");
-  app.add_option("--model", flags.model, "folder with config.json");
-  app.add_option("--world-size", flags.world_size, "ranks that the model is divided among")
-      ->check(CLI::Range(1, 1024));
-  app.add_option("--kv-cache-dtype", flags.kv_cache_dtype)
-      ->check(CLI::IsMember({"bfloat16", "fp8"}));
-  app.add_option("--repeats", flags.repeats, "steps that are timed")->check(CLI::Range(1, 1000));
-  app.add_flag("--short", flags.is_short, "without the long contexts");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Times the steps of one rank of a model, with random weights.", "shard_bench");
+  parser.AddSwitch("--json", flags.json, "one object per row");
+  parser.Add("--model", flags.model, "folder with config.json");
+  parser.Add("--world-size", flags.world_size, "ranks that the model is divided among")
+      .Between(1, 1024);
+  parser.Add("--kv-cache-dtype", flags.kv_cache_dtype).OneOf({"bfloat16", "fp8"});
+  parser.Add("--repeats", flags.repeats, "steps that are timed").Between(1, 1000);
+  parser.AddSwitch("--short", flags.is_short, "without the long contexts");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   const std::unique_ptr<Device> device = Must(OpenCudaDevice({}));
   std::vector<Step> steps;
   for (const int batch : {1, 8, 64, 256}) steps.push_back({.sequences = batch, .context = 2304});

@@ -7,17 +7,19 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
+#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "CLI/CLI.hpp"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "base/flag_parser.h"
 #include "base/status_macros.h"
 #include "coordinator/admission.h"
 #include "coordinator/generate_service.h"
@@ -50,80 +52,89 @@ struct Flags {
   bool check = false;
 };
 
-void Declare(CLI::App& app, Flags& flags) {
+void Declare(FlagParser& parser, Flags& flags) {
   GroupOptions& group = flags.loop.group;
-  app.add_option("--listen", flags.server.addresses,
-                 "unix:/path or host:port; several times to listen in several places")
-      ->required()
-      ->delimiter(',')
-      ->expected(1, 1)
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
-  app.add_option("--workers", group.addresses,
-                 "addresses of the workers, by rank; group after group")
-      ->required()
-      ->delimiter(',');
-  app.option_defaults()->always_capture_default();
-  app.add_option("--data-parallel-size", flags.data_parallel_size,
-                 "groups of workers, each with the whole model")
-      ->check(CLI::Range(1, 1024));
-  app.add_option("--max-model-len", group.max_model_len,
-                 "tokens of prompt and output together; 0: the model's limit, or what fits")
-      ->check(CLI::NonNegativeNumber);
-  app.add_option("--block-size", group.block_size, "tokens per KV block")
-      ->check(CLI::IsMember({1, 16, 32, 64, 128}));
-  app.add_flag("--enable-prefix-caching,!--no-enable-prefix-caching",
-               flags.loop.engine.enable_prefix_caching,
-               "requests that begin alike share KV blocks [on]");
-  app.add_option("--max-num-seqs", group.max_sequences, "sequences per step")
-      ->check(CLI::Range(1, 65536));
-  app.add_option("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")
-      ->check(CLI::Range(1, 1 << 20));
-  app.add_option("--target-itl-ms", flags.target_itl_ms,
-                 "between two tokens of a stream: prompts are read in pieces so small that steps "
-                 "take no longer; 0: any time")
-      ->check(CLI::Range(0.0, 60000.0));
-  app.add_flag("--enable-expert-parallel", group.enable_expert_parallel,
-               "ranks own whole experts instead of a slice of each");
-  app.add_option("--collectives", flags.collectives,
-                 "how workers add up; auto: on one host peer for GPUs and shm for CPUs, between "
-                 "hosts nccl and gloo")
-      ->check(CLI::IsMember({"auto", "peer", "nccl", "shm", "gloo"}));
-  app.add_option("--scheduling-policy", flags.scheduling_policy,
-                 "who comes first: who came first, or whose priority is lower")
-      ->check(CLI::IsMember({"fcfs", "priority"}));
-  app.add_option("--max-queued-requests", flags.loop.max_queued_requests,
-                 "requests of each group that may wait; more are refused")
-      ->check(CLI::Range(1, 1 << 20));
-  app.add_option("--max-queued-tokens", flags.loop.max_queued_tokens,
-                 "tokens of prompts that may wait, unless one waits alone; 0: any")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 40));
-  app.add_option("--step-timeout-seconds", flags.step_timeout_seconds,
-                 "a worker silent for longer is lost")
-      ->check(CLI::Range(0.1, 86400.0));
-  app.add_option("--join-timeout-seconds", flags.join_timeout_seconds,
-                 "for workers to find each other, after loading")
-      ->check(CLI::Range(0.1, 86400.0));
-  app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
-                 "for running requests to finish after SIGTERM")
-      ->check(CLI::Range(0.0, 86400.0));
-  app.add_option("--recovery-timeout-seconds", flags.recovery_timeout_seconds,
-                 "how long requests wait while no group can make steps; 0: not at all")
-      ->check(CLI::Range(0.0, 86400.0));
-  app.add_option("--seed", flags.seed, "what the seeds of requests without one are drawn from");
-  app.add_option("--served-model-name", flags.model_name, "label model_name of the metrics");
-  app.add_flag("--grpc-reflection", flags.server.enable_reflection, "let grpcurl list the API");
+  parser
+      .Add("--listen", flags.server.addresses,
+           "unix:/path or host:port; several times to listen in several places")
+      .Required()
+      .SplitAtCommas()
+      .Repeatable();
+  parser.Add("--workers", group.addresses, "addresses of the workers, by rank; group after group")
+      .Required()
+      .SplitAtCommas();
+  parser.ShowDefaults();
+  parser
+      .Add("--data-parallel-size", flags.data_parallel_size,
+           "groups of workers, each with the whole model")
+      .Between(1, 1024);
+  parser
+      .Add("--max-model-len", group.max_model_len,
+           "tokens of prompt and output together; 0: the model's limit, or what fits")
+      .Between(0, std::numeric_limits<int>::max());
+  parser.Add("--block-size", group.block_size, "tokens per KV block").OneOf({1, 16, 32, 64, 128});
+  parser.AddSwitch("--enable-prefix-caching,!--no-enable-prefix-caching",
+                   flags.loop.engine.enable_prefix_caching,
+                   "requests that begin alike share KV blocks [on]");
+  parser.Add("--max-num-seqs", group.max_sequences, "sequences per step").Between(1, 65536);
+  parser.Add("--max-num-batched-tokens", group.max_tokens_per_step, "tokens per step")
+      .Between(1, 1 << 20);
+  parser
+      .Add("--target-itl-ms", flags.target_itl_ms,
+           "between two tokens of a stream: prompts are read in pieces so small that steps "
+           "take no longer; 0: any time")
+      .Between(0.0, 60000.0);
+  parser.AddSwitch("--enable-expert-parallel", group.enable_expert_parallel,
+                   "ranks own whole experts instead of a slice of each");
+  parser
+      .Add("--collectives", flags.collectives,
+           "how workers add up; auto: on one host peer for GPUs and shm for CPUs, between "
+           "hosts nccl and gloo")
+      .OneOf({"auto", "peer", "nccl", "shm", "gloo"});
+  parser
+      .Add("--scheduling-policy", flags.scheduling_policy,
+           "who comes first: who came first, or whose priority is lower")
+      .OneOf({"fcfs", "priority"});
+  parser
+      .Add("--max-queued-requests", flags.loop.max_queued_requests,
+           "requests of each group that may wait; more are refused")
+      .Between(1, 1 << 20);
+  parser
+      .Add("--max-queued-tokens", flags.loop.max_queued_tokens,
+           "tokens of prompts that may wait, unless one waits alone; 0: any")
+      .Between(int64_t{0}, int64_t{1} << 40);
+  parser
+      .Add("--step-timeout-seconds", flags.step_timeout_seconds,
+           "a worker silent for longer is lost")
+      .Between(0.1, 86400.0);
+  parser
+      .Add("--join-timeout-seconds", flags.join_timeout_seconds,
+           "for workers to find each other, after loading")
+      .Between(0.1, 86400.0);
+  parser
+      .Add("--drain-timeout-seconds", flags.drain_timeout_seconds,
+           "for running requests to finish after SIGTERM")
+      .Between(0.0, 86400.0);
+  parser
+      .Add("--recovery-timeout-seconds", flags.recovery_timeout_seconds,
+           "how long requests wait while no group can make steps; 0: not at all")
+      .Between(0.0, 86400.0);
+  parser.Add("--seed", flags.seed, "what the seeds of requests without one are drawn from");
+  parser.Add("--served-model-name", flags.model_name, "label model_name of the metrics");
+  parser.AddSwitch("--grpc-reflection", flags.server.enable_reflection, "let grpcurl list the API");
   TlsOptions& tls = flags.server.tls;
-  app.add_option("--tls-certificate", tls.certificate_file, "PEM, this process");
-  app.add_option("--tls-private-key", tls.private_key_file, "PEM");
-  app.add_option("--tls-authority", tls.authority_file, "PEM, who signs the peers");
-  app.add_flag("--insecure", tls.allow_insecure_tcp, "speak in the clear with other hosts");
-  app.add_option("--log-level", flags.log_level, "least severe messages to log")
-      ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
-  app.add_flag("--plan-is-known", group.is_plan_known,
-               "the operator was told the memory plan: log it at debug only");
-  app.add_flag("--check", flags.check,
-               "try flags, files and addresses, and the workers' addresses for their form; exit");
-  app.set_version_flag("--version", FATHOM_VERSION);
+  parser.Add("--tls-certificate", tls.certificate_file, "PEM, this process");
+  parser.Add("--tls-private-key", tls.private_key_file, "PEM");
+  parser.Add("--tls-authority", tls.authority_file, "PEM, who signs the peers");
+  parser.AddSwitch("--insecure", tls.allow_insecure_tcp, "speak in the clear with other hosts");
+  parser.Add("--log-level", flags.log_level, "least severe messages to log")
+      .OneOf({"debug", "info", "warn", "error"});
+  parser.AddSwitch("--plan-is-known", group.is_plan_known,
+                   "the operator was told the memory plan: log it at debug only");
+  parser.AddSwitch(
+      "--check", flags.check,
+      "try flags, files and addresses, and the workers' addresses for their form; exit");
+  parser.AddVersion(FATHOM_VERSION);
 }
 
 v1::JoinRequest::Collectives CollectivesOf(const std::string& name) {
@@ -238,16 +249,10 @@ int Serve(const Flags& flags) {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Schedules the steps of a group of workers and serves fathom.v1.Generate.",
-               "fathom-coordinator");
-  Declare(app, flags);
-  try {  // CLI11 throws; this is the one place where it is caught
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    std::fprintf(stderr, "%s (see fathom-coordinator --help)\n", error.what());
-    return kExitUsage;
-  }
+  FlagParser parser("Schedules the steps of a group of workers and serves fathom.v1.Generate.",
+                    "fathom-coordinator");
+  Declare(parser, flags);
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   Complete(flags);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("coordinator"));
   spdlog::set_pattern("%L %H:%M:%S.%e %v");

@@ -6,11 +6,12 @@
 #include <cstdio>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "CLI/CLI.hpp"
+#include "base/flag_parser.h"
 #include "gateway/gateway.h"
 #include "gateway/openai/model_text.h"
 #include "spdlog/sinks/stdout_sinks.h"
@@ -31,130 +32,123 @@ struct Flags {
   bool check = false;
 };
 
-void AddNumber(CLI::App& app, const std::string& name, size_t& value, size_t low, size_t high,
+void AddNumber(FlagParser& parser, const std::string& name, size_t& value, size_t low, size_t high,
                const std::string& help) {
-  app.add_option(name, value, help)->check(CLI::Range(low, high))->capture_default_str();
+  parser.Add(name, value, help).Between(low, high).ShowDefault();
 }
 
-void AddSeconds(CLI::App& app, const std::string& name, std::chrono::milliseconds& value,
+void AddSeconds(FlagParser& parser, const std::string& name, std::chrono::milliseconds& value,
                 const std::string& help) {
-  const auto set = [&value](const double& seconds) {
-    value = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
-  };
-  app.add_option_function<double>(name, set, help)
-      ->check(CLI::Range(0.01, 1e6))
-      ->default_str(std::to_string(value.count() / 1000));
+  parser.AddSeconds(name, value, help).Between(0.01, 1e6);
 }
 
-// For CLI11: what is wrong, or "".
-std::string CheckNotEmpty(const std::string& value) {
-  return value.empty() ? "must not be empty" : "";
-}
-
-void AddServerFlags(CLI::App& app, ServerOptions& server) {
-  app.add_option("--host", server.host, "Address to listen on")->capture_default_str();
-  app.add_option("--port", server.port, "Port to listen on; 0: any free one")
-      ->capture_default_str();
+void AddServerFlags(FlagParser& parser, ServerOptions& server) {
+  parser.Add("--host", server.host, "Address to listen on").ShowDefault();
+  parser.Add("--port", server.port, "Port to listen on; 0: any free one").ShowDefault();
   constexpr size_t kMany = 1'000'000;
-  AddNumber(app, "--max-connections", server.max_connections, 1, kMany,
+  AddNumber(parser, "--max-connections", server.max_connections, 1, kMany,
             "Connections at a time; a further one replaces who waits longest, or gets a 503");
   RequestLimits& limits = server.request_limits;
-  AddNumber(app, "--max-header-bytes", limits.head_bytes, 1'024, 1 << 20,
+  AddNumber(parser, "--max-header-bytes", limits.head_bytes, 1'024, 1 << 20,
             "Bytes of a request's line and headers");
-  AddNumber(app, "--max-header-fields", limits.fields, 8, 10'000, "Header fields of a request");
-  AddNumber(app, "--max-uri-bytes", limits.target_bytes, 64, 1 << 16, "Bytes of a request's URI");
-  AddNumber(app, "--max-body-bytes", limits.body_bytes, 1'024, size_t{1} << 30,
+  AddNumber(parser, "--max-header-fields", limits.fields, 8, 10'000, "Header fields of a request");
+  AddNumber(parser, "--max-uri-bytes", limits.target_bytes, 64, 1 << 16,
+            "Bytes of a request's URI");
+  AddNumber(parser, "--max-body-bytes", limits.body_bytes, 1'024, size_t{1} << 30,
             "Bytes of a request's body");
-  AddSeconds(app, "--header-timeout-seconds", server.head_timeout,
+  AddSeconds(parser, "--header-timeout-seconds", server.head_timeout,
              "For a request's headers to arrive");
-  AddSeconds(app, "--body-timeout-seconds", server.body_timeout, "For a request's body to arrive");
-  AddSeconds(app, "--keep-alive-timeout-seconds", server.keep_alive_timeout,
+  AddSeconds(parser, "--body-timeout-seconds", server.body_timeout,
+             "For a request's body to arrive");
+  AddSeconds(parser, "--keep-alive-timeout-seconds", server.keep_alive_timeout,
              "Between the requests of a connection");
-  AddSeconds(app, "--write-timeout-seconds", server.write_timeout,
+  AddSeconds(parser, "--write-timeout-seconds", server.write_timeout,
              "A client that reads nothing for that long is disconnected");
 }
 
-void AddApiFlags(CLI::App& app, ApiLimits& limits) {
+void AddApiFlags(FlagParser& parser, ApiLimits& limits) {
   constexpr size_t kMany = 1'000'000;
-  const auto add = [&app](const std::string& name, int64_t& value, int64_t high,
-                          const std::string& help) {
-    app.add_option(name, value, help)->check(CLI::Range(int64_t{1}, high))->capture_default_str();
+  const auto add = [&parser](const std::string& name, int64_t& value, int64_t high,
+                             const std::string& help) {
+    parser.Add(name, value, help).Between(int64_t{1}, high).ShowDefault();
   };
-  AddNumber(app, "--max-json-depth", limits.json_depth, 4, 1'024, "Nesting of a request's JSON");
-  AddNumber(app, "--max-messages", limits.messages, 1, kMany, "Messages of a chat");
+  AddNumber(parser, "--max-json-depth", limits.json_depth, 4, 1'024, "Nesting of a request's JSON");
+  AddNumber(parser, "--max-messages", limits.messages, 1, kMany, "Messages of a chat");
   add("--max-n", limits.n, 10'000, "Largest n of a request");
-  AddNumber(app, "--max-prompts", limits.prompts, 1, kMany, "Prompts of a request");
-  AddNumber(app, "--max-choices", limits.choices, 1, kMany, "Prompts times n of a request");
-  AddNumber(app, "--max-stop-strings", limits.stop_strings, 1, kMany, "Stop strings of a request");
-  AddNumber(app, "--max-stop-string-bytes", limits.stop_string_bytes, 1, kMany,
+  AddNumber(parser, "--max-prompts", limits.prompts, 1, kMany, "Prompts of a request");
+  AddNumber(parser, "--max-choices", limits.choices, 1, kMany, "Prompts times n of a request");
+  AddNumber(parser, "--max-stop-strings", limits.stop_strings, 1, kMany,
+            "Stop strings of a request");
+  AddNumber(parser, "--max-stop-string-bytes", limits.stop_string_bytes, 1, kMany,
             "Bytes of a stop string");
   // The coordinator's limit is 20: a flag could only make it smaller.
-  app.add_option("--max-logprobs", limits.logprobs, "Most logprobs, top_logprobs, prompt_logprobs")
-      ->check(CLI::Range(0, 20))
-      ->capture_default_str();
+  parser.Add("--max-logprobs", limits.logprobs, "Most logprobs, top_logprobs, prompt_logprobs")
+      .Between(0, 20)
+      .ShowDefault();
 }
 
-void AddCoordinatorFlags(CLI::App& app, CoordinatorClientOptions& coordinator) {
-  app.add_option("--coordinator", coordinator.address, "The coordinator: unix:/path or host:port")
-      ->required();
+void AddCoordinatorFlags(FlagParser& parser, CoordinatorClientOptions& coordinator) {
+  parser.Add("--coordinator", coordinator.address, "The coordinator: unix:/path or host:port")
+      .Required();
   TlsOptions& tls = coordinator.tls;
-  app.add_option("--tls-certificate", tls.certificate_file, "PEM, for the coordinator to see");
-  app.add_option("--tls-private-key", tls.private_key_file, "PEM");
-  app.add_option("--tls-authority", tls.authority_file, "PEM, who signed the coordinator's");
-  app.add_flag("--insecure", tls.allow_insecure_tcp,
-               "Speak to a coordinator on another host without TLS");
+  parser.Add("--tls-certificate", tls.certificate_file, "PEM, for the coordinator to see");
+  parser.Add("--tls-private-key", tls.private_key_file, "PEM");
+  parser.Add("--tls-authority", tls.authority_file, "PEM, who signed the coordinator's");
+  parser.AddSwitch("--insecure", tls.allow_insecure_tcp,
+                   "Speak to a coordinator on another host without TLS");
 }
 
-void AddAccessFlags(CLI::App& app, GatewayOptions& gateway) {
-  app.add_option("--api-key", gateway.api_keys.keys,
-                 "Keys that may ask; also from VLLM_API_KEY. Without any, everybody may")
-      ->envname("VLLM_API_KEY")
-      ->check(CheckNotEmpty);
-  app.add_option("--api-key-file", gateway.api_keys.file,
-                 "Lines of a key's SHA-256 and a name for the log; read again at SIGHUP");
+void AddAccessFlags(FlagParser& parser, GatewayOptions& gateway) {
+  parser
+      .Add("--api-key", gateway.api_keys.keys,
+           "Keys that may ask; also from VLLM_API_KEY. Without any, everybody may")
+      .FromEnvironment("VLLM_API_KEY")
+      .NotEmpty();
+  parser.Add("--api-key-file", gateway.api_keys.file,
+             "Lines of a key's SHA-256 and a name for the log; read again at SIGHUP");
   HttpsOptions& https = gateway.server.https;
-  CLI::Option* certificate =
-      app.add_option("--ssl-certfile", https.certificate_file,
-                     "PEM: HTTPS with this certificate; read again at SIGHUP");
-  CLI::Option* key =
-      app.add_option("--ssl-keyfile", https.private_key_file, "PEM: its private key");
-  certificate->needs(key);
-  key->needs(certificate);
-  app.add_option("--access-log-file", gateway.access_log_file,
-                 "One JSON line a request is appended to it; opened anew at SIGHUP");
+  Flag certificate = parser.Add("--ssl-certfile", https.certificate_file,
+                                "PEM: HTTPS with this certificate; read again at SIGHUP");
+  Flag key = parser.Add("--ssl-keyfile", https.private_key_file, "PEM: its private key");
+  certificate.Needs(key);
+  key.Needs(certificate);
+  parser.Add("--access-log-file", gateway.access_log_file,
+             "One JSON line a request is appended to it; opened anew at SIGHUP");
 }
 
-void AddFlags(CLI::App& app, Flags& flags) {
+void AddFlags(FlagParser& parser, Flags& flags) {
   GatewayOptions& gateway = flags.gateway;
-  AddCoordinatorFlags(app, gateway.coordinator);
-  app.add_option("--model", gateway.model_dir, "Model folder: tokenizer and generation config")
-      ->required()
-      ->check(CLI::ExistingDirectory);
-  app.add_option("--served-model-name", gateway.model.names,
-                 "Names that requests may call the model by; the first is the one reported "
-                 "(default: the model folder as given)")
-      ->check(CheckNotEmpty);
+  AddCoordinatorFlags(parser, gateway.coordinator);
+  parser.Add("--model", gateway.model_dir, "Model folder: tokenizer and generation config")
+      .Required()
+      .ExistingDirectory();
+  parser
+      .Add("--served-model-name", gateway.model.names,
+           "Names that requests may call the model by; the first is the one reported "
+           "(default: the model folder as given)")
+      .NotEmpty();
   std::vector<std::string> encodings = ChatEncoder::Names();
   encodings.insert(encodings.begin(), kAutoChatEncoding);
-  app.add_option("--chat-encoding", gateway.chat_encoding,
-                 "How chats become prompts; auto: as the model's files say")
-      ->check(CLI::IsMember(encodings))
-      ->capture_default_str();
-  AddServerFlags(app, gateway.server);
-  AddAccessFlags(app, gateway);
-  AddApiFlags(app, gateway.limits);
-  app.add_option("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
-      ->check(CLI::Range(1, 64))
-      ->capture_default_str();
-  AddSeconds(app, "--drain-timeout-seconds", gateway.drain_timeout,
+  parser
+      .Add("--chat-encoding", gateway.chat_encoding,
+           "How chats become prompts; auto: as the model's files say")
+      .OneOf(encodings)
+      .ShowDefault();
+  AddServerFlags(parser, gateway.server);
+  AddAccessFlags(parser, gateway);
+  AddApiFlags(parser, gateway.limits);
+  parser.Add("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
+      .Between(1, 64)
+      .ShowDefault();
+  AddSeconds(parser, "--drain-timeout-seconds", gateway.drain_timeout,
              "For running requests after SIGTERM, as the coordinator's; the gateway gives it 2 s "
              "more to end them");
-  app.add_option("--log-level", flags.log_level, "debug, info, warn or error")
-      ->check(CLI::IsMember({"debug", "info", "warn", "error"}))
-      ->capture_default_str();
-  app.add_flag("--check", flags.check,
-               "Try flags, files and addresses, the coordinator's for its form only; exit");
-  app.set_version_flag("--version", FATHOM_VERSION);
+  parser.Add("--log-level", flags.log_level, "debug, info, warn or error")
+      .OneOf({"debug", "info", "warn", "error"})
+      .ShowDefault();
+  parser.AddSwitch("--check", flags.check,
+                   "Try flags, files and addresses, the coordinator's for its form only; exit");
+  parser.AddVersion(FATHOM_VERSION);
 }
 
 bool IsLoopback(const std::string& host) {
@@ -192,16 +186,10 @@ int ExitCodeOf(const absl::Status& status) {
 }
 
 int Main(int argc, char** argv) {
-  CLI::App app("OpenAI-compatible HTTP server for a Fathom coordinator", "fathom-gateway");
+  FlagParser parser("OpenAI-compatible HTTP server for a Fathom coordinator", "fathom-gateway");
   Flags flags;
-  AddFlags(app, flags);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {                   // CLI11 has no other way to say it
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    std::fprintf(stderr, "%s (see fathom-gateway --help)\n", error.what());
-    return kExitUsage;
-  }
+  AddFlags(parser, flags);
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   spdlog::set_default_logger(spdlog::stderr_logger_mt("gateway"));
   spdlog::set_pattern("%L %H:%M:%S.%e %v");
   spdlog::set_level(spdlog::level::from_str(flags.log_level));

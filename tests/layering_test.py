@@ -44,7 +44,7 @@ HOMES = {
     r"hwy/.*": ["kernels/cpu/*"],
     r"boost/.*": ["gateway/http/*"],
     r"openssl/.*": ["gateway/http/tls.*", "gateway/api_keys.cc", "deploy/launcher/health_probe.cc"],
-    r"CLI/.*": ["*/main.cc", "deploy/launcher/command_line.cc", "deploy/launcher/gateway_flags.cc"],
+    r"CLI/.*": ["base/flag_parser.cc", "deploy/launcher/command_line.cc", "deploy/launcher/gateway_flags.cc"],
     r"prometheus/.*": ["*/metrics.*"],
     r"xgrammar/.*|dlpack/.*": ["grammar/compiler/token_grammar.cc"],
     r"simdjson.*": ["worker/model_config.cc", "worker/safetensors.cc", "worker/sim_profile.cc", "gateway/*/*json*",

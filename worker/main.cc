@@ -10,16 +10,17 @@
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 
-#include "CLI/CLI.hpp"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "base/flag_parser.h"
 #include "base/status_macros.h"
 #include "grpcpp/resource_quota.h"
 #include "grpcpp/server.h"
@@ -67,77 +68,83 @@ struct Flags {
   uint32_t max_num_batched_tokens = 2048;
 };
 
-void DeclareServing(CLI::App& app, Flags& flags) {
-  app.add_option("--listen", flags.listen_address,
-                 "unix:/path or host:port; required, except with --check");
-  app.add_option("--threads", flags.device_options.num_threads, "threads that share each operation")
-      ->check(CLI::Range(1, 1024));
-  app.add_option("--drain-timeout-seconds", flags.drain_timeout_seconds,
-                 "on SIGTERM, how long to go on making steps for a coordinator that drains")
-      ->check(CLI::Range(0.0, 86400.0));
-  app.add_option("--tls-certificate", flags.tls.certificate_file, "PEM, this process");
-  app.add_option("--tls-private-key", flags.tls.private_key_file, "PEM");
-  app.add_option("--tls-authority", flags.tls.authority_file, "PEM, who signs the peers");
-  app.add_flag("--insecure", flags.tls.allow_insecure_tcp, "speak in the clear with other hosts");
-  app.add_option("--log-level", flags.log_level, "least severe messages to log")
-      ->check(CLI::IsMember({"debug", "info", "warn", "error"}));
-  app.set_version_flag("--version", std::string(FATHOM_VERSION));
+void DeclareServing(FlagParser& parser, Flags& flags) {
+  parser.Add("--listen", flags.listen_address,
+             "unix:/path or host:port; required, except with --check");
+  parser.Add("--threads", flags.device_options.num_threads, "threads that share each operation")
+      .Between(1, 1024);
+  parser
+      .Add("--drain-timeout-seconds", flags.drain_timeout_seconds,
+           "on SIGTERM, how long to go on making steps for a coordinator that drains")
+      .Between(0.0, 86400.0);
+  parser.Add("--tls-certificate", flags.tls.certificate_file, "PEM, this process");
+  parser.Add("--tls-private-key", flags.tls.private_key_file, "PEM");
+  parser.Add("--tls-authority", flags.tls.authority_file, "PEM, who signs the peers");
+  parser.AddSwitch("--insecure", flags.tls.allow_insecure_tcp,
+                   "speak in the clear with other hosts");
+  parser.Add("--log-level", flags.log_level, "least severe messages to log")
+      .OneOf({"debug", "info", "warn", "error"});
+  parser.AddVersion(FATHOM_VERSION);
 }
 
-void DeclareModel(CLI::App& app, Flags& flags) {
-  app.add_option("--model", flags.keeper.model_directory,
-                 "folder with config.json and *.safetensors")
-      ->required();
-  app.add_option("--device", flags.device, "cpu, cuda, or sim: no model, but its times")
-      ->check(CLI::IsMember({"cpu", "cuda", "sim"}));
-  app.add_option("--sim-profile", flags.sim_profile,
-                 "with --device sim: JSON file that says how long steps take; --model needs no "
-                 "more than config.json");
-  app.add_option("--gpu", flags.device_options.gpu,
-                 "with --device cuda: which GPU, of those in CUDA_VISIBLE_DEVICES or of all")
-      ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast)
-      ->check(CLI::Range(0, 1023));
-  app.add_option("--dtype", flags.dtype,
-                 "of activations; auto is float32 on the CPU, bfloat16 on a GPU")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}));
-  app.add_option("--quantization", flags.quantization,
-                 "fp8: quantise linear layers in 128x128 blocks while loading")
-      ->check(CLI::IsMember({"none", "fp8"}));
-  app.add_option("--activation-quantization", flags.activation_quantization,
-                 "of what FP8 weights are multiplied with, in 1x128 blocks; auto is fp8 on a GPU "
-                 "if the weights are, none on the CPU")
-      ->check(CLI::IsMember({"auto", "none", "fp8"}));
-  app.add_option("--kv-cache-dtype", flags.kv_cache_dtype,
-                 "auto is the one of activations, fp8_e4m3 is fp8")
-      ->check(CLI::IsMember({"auto", "float32", "bfloat16", "fp8", "fp8_e4m3"}));
-  app.add_option("--load-format", flags.load_format,
-                 "dummy: random weights, --model needs no more than config.json")
-      ->check(CLI::IsMember({"auto", "dummy"}));
-  app.add_option(
-         "--kv-cache-memory-bytes", flags.kv_cache_memory_bytes,
-         "memory for KV blocks; without it what --gpu-memory-utilization leaves, and on the "
-         "CPU at most 512 MiB per worker")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50));
-  app.add_option("--gpu-memory-utilization", flags.keeper.memory.gpu_memory_utilization,
-                 "share of its GPU's memory that this worker may take; on the CPU, of the host's "
-                 "that all workers together may")
-      ->check(CLI::Range(0.01, 1.0));
+void DeclareModel(FlagParser& parser, Flags& flags) {
+  parser.Add("--model", flags.keeper.model_directory, "folder with config.json and *.safetensors")
+      .Required();
+  parser.Add("--device", flags.device, "cpu, cuda, or sim: no model, but its times")
+      .OneOf({"cpu", "cuda", "sim"});
+  parser.Add("--sim-profile", flags.sim_profile,
+             "with --device sim: JSON file that says how long steps take; --model needs no "
+             "more than config.json");
+  parser
+      .Add("--gpu", flags.device_options.gpu,
+           "with --device cuda: which GPU, of those in CUDA_VISIBLE_DEVICES or of all")
+      .LastCounts()
+      .Between(0, 1023);
+  parser
+      .Add("--dtype", flags.dtype, "of activations; auto is float32 on the CPU, bfloat16 on a GPU")
+      .OneOf({"auto", "float32", "bfloat16"});
+  parser
+      .Add("--quantization", flags.quantization,
+           "fp8: quantise linear layers in 128x128 blocks while loading")
+      .OneOf({"none", "fp8"});
+  parser
+      .Add("--activation-quantization", flags.activation_quantization,
+           "of what FP8 weights are multiplied with, in 1x128 blocks; auto is fp8 on a GPU "
+           "if the weights are, none on the CPU")
+      .OneOf({"auto", "none", "fp8"});
+  parser
+      .Add("--kv-cache-dtype", flags.kv_cache_dtype,
+           "auto is the one of activations, fp8_e4m3 is fp8")
+      .OneOf({"auto", "float32", "bfloat16", "fp8", "fp8_e4m3"});
+  parser
+      .Add("--load-format", flags.load_format,
+           "dummy: random weights, --model needs no more than config.json")
+      .OneOf({"auto", "dummy"});
+  parser
+      .Add("--kv-cache-memory-bytes", flags.kv_cache_memory_bytes,
+           "memory for KV blocks; without it what --gpu-memory-utilization leaves, and on the "
+           "CPU at most 512 MiB per worker")
+      .Between(int64_t{1}, int64_t{1} << 50);
+  parser
+      .Add("--gpu-memory-utilization", flags.keeper.memory.gpu_memory_utilization,
+           "share of its GPU's memory that this worker may take; on the CPU, of the host's "
+           "that all workers together may")
+      .Between(0.01, 1.0);
 }
 
-void DeclareCheck(CLI::App& app, Flags& flags) {
-  app.add_flag(
+void DeclareCheck(FlagParser& parser, Flags& flags) {
+  parser.AddSwitch(
       "--check", flags.check,
       "check configuration, checkpoint and memory plan of one shard, print the plan, exit");
-  app.add_option("--rank", flags.rank, "with --check")->group("Check");
-  app.add_option("--world-size", flags.world_size, "with --check")->group("Check");
-  app.add_flag("--enable-expert-parallel", flags.enable_expert_parallel, "with --check")
-      ->group("Check");
-  app.add_option("--block-size", flags.block_size, "with --check")->group("Check");
-  app.add_option("--max-model-len", flags.max_model_len, "with --check; 0: what fits")
-      ->group("Check");
-  app.add_option("--max-num-seqs", flags.max_num_seqs, "with --check")->group("Check");
-  app.add_option("--max-num-batched-tokens", flags.max_num_batched_tokens, "with --check")
-      ->group("Check");
+  parser.Add("--rank", flags.rank, "with --check").InGroup("Check");
+  parser.Add("--world-size", flags.world_size, "with --check").InGroup("Check");
+  parser.AddSwitch("--enable-expert-parallel", flags.enable_expert_parallel, "with --check")
+      .InGroup("Check");
+  parser.Add("--block-size", flags.block_size, "with --check").InGroup("Check");
+  parser.Add("--max-model-len", flags.max_model_len, "with --check; 0: what fits").InGroup("Check");
+  parser.Add("--max-num-seqs", flags.max_num_seqs, "with --check").InGroup("Check");
+  parser.Add("--max-num-batched-tokens", flags.max_num_batched_tokens, "with --check")
+      .InGroup("Check");
 }
 
 void Complete(Flags& flags) {
@@ -315,18 +322,12 @@ int CheckOrServe(const Flags& flags, const absl::StatusOr<std::unique_ptr<Host>>
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("Holds one shard of a model and makes the coordinator's steps with it.",
-               "fathom-worker");
-  DeclareServing(app, flags);
-  DeclareModel(app, flags);
-  DeclareCheck(app, flags);
-  try {  // CLI11 throws; this is the one place where it is caught
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
-    std::fprintf(stderr, "%s (see fathom-worker --help)\n", error.what());
-    return EX_USAGE;
-  }
+  FlagParser parser("Holds one shard of a model and makes the coordinator's steps with it.",
+                    "fathom-worker");
+  DeclareServing(parser, flags);
+  DeclareModel(parser, flags);
+  DeclareCheck(parser, flags);
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   Complete(flags);
   spdlog::set_default_logger(spdlog::stderr_logger_mt("worker"));
   spdlog::set_pattern("%L %H:%M:%S.%e %v");

@@ -11,14 +11,14 @@
 
 #include <array>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "CLI/CLI.hpp"
 #include "absl/status/statusor.h"
+#include "base/flag_parser.h"
 #include "base/unique_fd.h"
 #include "grammar/compiler/session.h"
 #include "grammar/compiler/token_grammar.h"
@@ -90,24 +90,18 @@ int Serve(const Flags& flags) {
 }
 
 int Main(int argc, char** argv) {
-  CLI::App app("Compiles grammars for a worker, which starts it.", "fathom-grammar");
+  FlagParser parser("Compiles grammars for a worker, which starts it.", "fathom-grammar");
   Flags flags;
-  app.add_option("--model", flags.model, "folder with tokenizer.json")->required();
-  app.add_option("--vocab-size", flags.session.vocab_size, "of the model")
-      ->required()
-      ->check(CLI::Range(1, 1 << 24));
-  app.add_option("--eos-token-ids", flags.eos_token_ids, "a list with commas")->delimiter(',');
-  app.add_option("--compile-milliseconds", flags.session.compile_milliseconds, "of one grammar")
-      ->check(CLI::Range(1, 600'000));
-  app.add_option("--process-bytes", flags.session.process_bytes, "memory of one grammar");
-  app.set_version_flag("--version", std::string(FATHOM_VERSION));
-  try {  // CLI11 throws; this is the one place where it is caught
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    if (error.get_exit_code() == 0) return app.exit(error);
-    std::fprintf(stderr, "%s (see fathom-grammar --help)\n", error.what());
-    return EX_USAGE;
-  }
+  parser.Add("--model", flags.model, "folder with tokenizer.json").Required();
+  parser.Add("--vocab-size", flags.session.vocab_size, "of the model")
+      .Required()
+      .Between(1, 1 << 24);
+  parser.Add("--eos-token-ids", flags.eos_token_ids, "a list with commas").SplitAtCommas();
+  parser.Add("--compile-milliseconds", flags.session.compile_milliseconds, "of one grammar")
+      .Between(1, 600'000);
+  parser.Add("--process-bytes", flags.session.process_bytes, "memory of one grammar");
+  parser.AddVersion(FATHOM_VERSION);
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   signal(SIGPIPE, SIG_IGN);
   signal(SIGCHLD, SIG_IGN);  // nobody waits for the children
   return Serve(flags);

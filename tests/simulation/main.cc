@@ -11,7 +11,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 
+#include "base/flag_parser.h"
 #include "coordinator/metrics.h"
 #include "spdlog/spdlog.h"
 #include "tests/simulation/simulation.h"
@@ -23,12 +25,12 @@ int Main(int argc, char** argv) {
   uint64_t first_seed = 1;
   uint64_t num_seeds = 1000;
   bool must_show_events = false;
-  CLI::App app("Runs the coordinator in made-up worlds, one per seed.", "simulate");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--first-seed", first_seed, "of the sweep");
-  app.add_option("--seeds", num_seeds, "how many runs");
-  app.add_flag("--events", must_show_events, "show the last events of each run");
-  CLI11_PARSE(app, argc, argv);
+  FlagParser parser("Runs the coordinator in made-up worlds, one per seed.", "simulate");
+  parser.ShowDefaults();
+  parser.Add("--first-seed", first_seed, "of the sweep");
+  parser.Add("--seeds", num_seeds, "how many runs");
+  parser.AddSwitch("--events", must_show_events, "show the last events of each run");
+  if (const std::optional<int> code = parser.Parse(argc, argv)) return *code;
   spdlog::set_level(spdlog::level::off);
   TellSeedOnAbort();
 
