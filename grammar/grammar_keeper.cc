@@ -128,7 +128,7 @@ GrammarKeeper::~GrammarKeeper() {
 void GrammarKeeper::Start() {
   absl::MutexLock lock(&program_mutex_);
   const absl::Status started = StartProgram();
-  if (!started.ok()) spdlog::warn("no structured output: {}", std::string(started.message()));
+  if (!started.ok()) spdlog::warn("no structured output yet: {}", std::string(started.message()));
 }
 
 absl::Status GrammarKeeper::StartProgram() {
