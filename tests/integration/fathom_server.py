@@ -182,7 +182,8 @@ class FathomServer:
             self.process.wait()
         for pid, started in self._seen:
             if start_time(pid) == started:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
         self._scratch.cleanup()
 
 
