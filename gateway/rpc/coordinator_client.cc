@@ -18,10 +18,11 @@
 namespace fathom {
 namespace {
 
-// A few steps of a thousand streams. What a busy gateway does not get to gathers in the
-// coordinator, which joins it: the gateway then writes fewer events with more tokens. On the way it
-// would only be late.
-constexpr int kReadAheadBytes = 32 << 10;
+// Less than a step of a thousand streams: gRPC makes room for the message that is to be read, and
+// for little beyond. What a busy gateway does not get to gathers in the coordinator, which joins
+// it: the gateway then writes fewer events with more tokens, and has caught up. On the way it would
+// only be late, and the first tokens behind it too.
+constexpr int kReadAheadBytes = 1 << 10;
 
 // grpc.health.v1.HealthCheckRequest{service}, written by hand: field 1, a short string.
 grpc::ByteBuffer HealthCheckRequestFor(const std::string& service) {
