@@ -248,7 +248,7 @@ void RequestParser::CheckTarget() {
   std::optional<std::string> path = PercentDecode(target.substr(0, question));
   if (!path || path->empty() || path->front() != '/') {
     request_.path = std::string(target);
-    if (target == "*") return;  // OPTIONS *: no route has it
+    if (target == "*" && request_.method == "OPTIONS") return;  // no route has it
     return Refuse(400, "the request's target is malformed, expected a path");
   }
   request_.path = *std::move(path);

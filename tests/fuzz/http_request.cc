@@ -45,7 +45,7 @@ Outcome Parse(std::string_view bytes, size_t piece_bytes) {
     return outcome;
   }
   const HttpRequest& request = parser.request();
-  CHECK(!request.path.empty() && request.path[0] == '/');
+  CHECK(request.path.starts_with('/') || (request.path == "*" && request.method == "OPTIONS"));
   CHECK_LE(request.headers.size(), kLimits.fields);
   outcome.method = request.method;
   outcome.path = request.path;

@@ -85,6 +85,11 @@ TEST(RequestParserTest, ForgivesAnEmptyLineBeforeARequest) {
   EXPECT_EQ(Parse("\r\n" + GoodRequests()[0], 1000).status, 200);
 }
 
+TEST(RequestParserTest, TheWholeServerIsATargetOfOptionsAlone) {
+  EXPECT_EQ(Parse("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 1000).status, 200);
+  EXPECT_EQ(Parse("GET * HTTP/1.1\r\nHost: a\r\n\r\n", 1000).status, 400);
+}
+
 TEST(RequestParserTest, HoldsBodiesToTheirLimit) {
   const std::string head = "POST / HTTP/1.1\r\nHost: a\r\n";
   EXPECT_EQ(Parse(head + "Content-Length: 201\r\n\r\n", 1000).status, 413);
