@@ -12,14 +12,20 @@ find_program(CCACHE ccache)
 if(CCACHE)
   set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
 endif()
-# What most files of a folder include, compiled once. ccache does better from the second build on, and
-# keeps nothing that was compiled so.
+# Without ccache every build is a first one, so then headers are read less often: several files of a
+# library are compiled as one, and what most tests include is precompiled. ccache does better from the
+# second build on: it would keep nothing precompiled, and one edit would cost the whole of several files.
 if(CCACHE OR NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  set(precompile OFF)
+  set(unity OFF)
 else()
-  set(precompile ON)
+  set(unity ON)
 endif()
-option(FATHOM_PRECOMPILE "Precompile headers; by default with g++ where ccache is not installed" ${precompile})
+option(FATHOM_UNITY "Compile several files as one; by default with g++ where ccache is not installed" ${unity})
+set(CMAKE_UNITY_BUILD ${FATHOM_UNITY})
+set(CMAKE_UNITY_BUILD_BATCH_SIZE 12)
+if(FATHOM_UNITY)
+  add_compile_options(-Wno-subobject-linkage)  # it takes the files for headers
+endif()
 find_program(MOLD mold)
 if(MOLD)
   add_link_options(-fuse-ld=mold)
@@ -64,7 +70,8 @@ endfunction()
 function(fathom_kernels_for name architectures)
   add_library(${name} OBJECT ${ARGN})
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
-  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_STANDARD 20)
+  set_target_properties(${name} PROPERTIES CUDA_ARCHITECTURES "${architectures}" CUDA_STANDARD 20
+    UNITY_BUILD OFF)
   target_compile_options(${name} PRIVATE
     --compiler-options=-Wall,-Wextra --Werror=all-warnings --expt-relaxed-constexpr)
 endfunction()
@@ -81,36 +88,6 @@ function(fathom_library name)
     add_library(${name} INTERFACE)
     target_include_directories(${name} INTERFACE ${PROJECT_SOURCE_DIR})
     target_link_libraries(${name} INTERFACE ${ARG_DEPENDS})
-  endif()
-endfunction()
-
-# fathom_precompiled(NAME HEADERS... DEPENDS...): headers for fathom_precompile. Files include what they use
-# all the same.
-function(fathom_precompiled name)
-  cmake_parse_arguments(ARG "" "" "HEADERS;DEPENDS" ${ARGN})
-  if(NOT FATHOM_PRECOMPILE)
-    return()
-  endif()
-  set(source ${CMAKE_BINARY_DIR}/precompiled/${name}.cc)
-  if(NOT EXISTS ${source})
-    file(WRITE ${source} "// fathom.cmake, fathom_precompiled\n")
-  endif()
-  add_library(${name} OBJECT ${source})
-  target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
-  target_link_libraries(${name} PRIVATE ${ARG_DEPENDS})
-  fathom_warnings(${name})  # -Wvla is seen by headers
-  target_precompile_headers(${name} PRIVATE ${ARG_HEADERS})
-endfunction()
-
-# fathom_precompile(NAME TARGETS...): these include much of what is precompiled under that name.
-function(fathom_precompile name)
-  if(FATHOM_PRECOMPILE)
-    foreach(target ${ARGN})
-      target_precompile_headers(${target} REUSE_FROM ${name})
-      # g++ wants every macro that the headers saw; -pthread makes one.
-      target_compile_definitions(${target} PRIVATE $<TARGET_PROPERTY:${name},COMPILE_DEFINITIONS>)
-      target_compile_options(${target} PRIVATE -pthread)
-    endforeach()
   endif()
 endfunction()
 
@@ -135,7 +112,13 @@ function(fathom_test name)
   target_include_directories(${name} PRIVATE ${PROJECT_SOURCE_DIR})
   target_link_libraries(${name} PRIVATE ${ARG_DEPENDS} GTest::gtest GTest::gmock GTest::gtest_main)
   fathom_warnings(${name})
-  fathom_precompile(fathom_precompiled_tests ${name})
+  if(TARGET fathom_precompiled_tests)
+    target_precompile_headers(${name} REUSE_FROM fathom_precompiled_tests)
+    # g++ wants every macro that the headers saw; -pthread makes one.
+    target_compile_definitions(${name} PRIVATE
+      $<TARGET_PROPERTY:fathom_precompiled_tests,COMPILE_DEFINITIONS>)
+    target_compile_options(${name} PRIVATE -pthread)
+  endif()
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
   add_test(NAME ${name} COMMAND ${name} WORKING_DIRECTORY ${PROJECT_SOURCE_DIR})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT})

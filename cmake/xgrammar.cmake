@@ -47,6 +47,8 @@ if(NOT EXISTS ${stamp})
 endif()
 
 file(GLOB sources ${folder}/cpp/*.cc ${folder}/cpp/converter_ext/*.cc ${folder}/cpp/support/*.cc)
+# Holds a name of another.
+set_source_files_properties(${folder}/cpp/json_schema_converter.cc PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 add_library(xgrammar STATIC ${sources})
 set_target_properties(xgrammar PROPERTIES CXX_STANDARD 17)
 target_compile_options(xgrammar PRIVATE -w)  # not ours to mend

@@ -11,7 +11,7 @@ namespace fathom {
 namespace {
 
 // How far ahead a loop over blocks asks for memory.
-constexpr size_t kAhead = 16;
+constexpr size_t kPrefetched = 16;
 
 // How many tokens need not be computed if their KV is there: those whose outcome nobody waits for.
 int MostTokensToSkip(const Sequence& sequence) {
@@ -136,7 +136,7 @@ void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   std::vector<FullBlock> full_blocks;
   full_blocks.reserve(sequences.size());
   for (size_t i = 0; i < sequences.size(); ++i) {
-    if (i + kAhead < sequences.size()) sequences[i + kAhead]->Prefetch();
+    if (i + kPrefetched < sequences.size()) sequences[i + kPrefetched]->Prefetch();
     Sequence& sequence = *sequences[i];
     BlockPool* const pool = &block_pools_[sequence.kv_domain];
     const int num_full_blocks = NumFullBlocks(sequence);
@@ -148,8 +148,8 @@ void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   }
   for (size_t k = 0; k < full_blocks.size(); ++k) {
     // The pool's table is large and its places are random: some are fetched at a time.
-    if (k % kAhead == 0) {
-      const size_t end = std::min(k + kAhead, full_blocks.size());
+    if (k % kPrefetched == 0) {
+      const size_t end = std::min(k + kPrefetched, full_blocks.size());
       for (size_t i = k; i < end; ++i) full_blocks[i].pool->Touch(full_blocks[i].hash);
     }
     const FullBlock& full = full_blocks[k];

@@ -1,19 +1,12 @@
 #include "coordinator/step_loop.h"
 
-#include <chrono>
 #include <string>
 #include <utility>
 
+#include "base/monotonic_time.h"
 #include "spdlog/spdlog.h"
 
 namespace fathom {
-namespace {
-
-absl::Duration MonotonicNow() {
-  return absl::FromChrono(std::chrono::steady_clock::now().time_since_epoch());
-}
-
-}  // namespace
 
 StepLoop::StepLoop(Options options, StatusBoard& board, Metrics& metrics, Engine::OnLost on_lost)
     : group_options_(std::move(options.group)),

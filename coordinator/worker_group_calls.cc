@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "base/monotonic_time.h"
 #include "base/status_macros.h"
 #include "coordinator/load_progress.h"
 #include "grpcpp/client_context.h"
@@ -21,10 +22,6 @@ namespace fathom {
 namespace {
 
 constexpr std::chrono::seconds kReportInterval(2);
-
-absl::Duration MonotonicNow() {
-  return absl::FromChrono(std::chrono::steady_clock::now().time_since_epoch());
-}
 
 std::chrono::system_clock::time_point DeadlineIn(absl::Duration timeout) {
   return std::chrono::system_clock::now() + absl::ToChronoMilliseconds(timeout);

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kMaxShownBytes = 256;
 
-bool IsProbe(std::string_view pattern) {
+bool IsRoutine(std::string_view pattern) {
   constexpr std::array<std::string_view, 8> kProbes = {"/health", "/ready",   "/ping",    "/live",
                                                        "/load",   "/metrics", "/version", "/"};
   return std::find(kProbes.begin(), kProbes.end(), pattern) != kProbes.end();
@@ -36,7 +36,7 @@ std::string EscapedForLog(std::string_view text, size_t max_bytes) {
 
 void RequestLog::OnRequestEnd(const RequestRecord& record) {
   const double seconds = std::chrono::duration<double>(record.duration).count();
-  const bool probe = IsProbe(record.pattern);
+  const bool probe = IsRoutine(record.pattern);
   if (!probe) metrics_.OnHttpRequest(record.method, record.pattern, record.status, seconds);
   if (!probe || record.status != 200) {
     access_log_.Write(record);

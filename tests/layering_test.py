@@ -54,6 +54,11 @@ HOMES = {
 
 BANNED_FOLDERS = {"common", "util", "utils", "helper", "helpers", "misc", "shared", "lib"}
 MAX_LINES = {".h": 300, ".cc": 600, ".cu": 800, ".py": 600}
+# What a file keeps to itself: constants, variables, types, and functions with their parameters.
+PRIVATE = re.compile(r"^namespace \{\n(.*?)^\}  // namespace$", re.MULTILINE | re.DOTALL)
+PRIVATE_NAME = re.compile(
+    r"^(?:(?:class|struct|enum|enum class) (?=\w+[ ;])|(?!class |struct |enum |namespace |using )\w[\w:<>,&* ]*[ &*])"
+    r"(\w+)(?:\[\w*\])*(?: =| [:{]|\{|;|(\([^)]*\)) \{)", re.MULTILINE)
 BACKEND_CONDITION = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b.*(CUDA|NVCC|FATHOM_(CPU|DEVICE))")
 # Folders of one machine; spelled so that this line is none.
 MACHINE_PATHS = re.compile("/(" + "work|farm|root|home/" + r"\w+)/")
@@ -183,6 +188,20 @@ class LayeringTest(unittest.TestCase):
                           if path.name != "main.cc"
                           and re.search(r"\b(secure_)?getenv\b", path.read_text(encoding="utf-8"))],
                          "configuration comes in Options:")
+
+    def test_files_of_a_folder_share_no_private_name(self):
+        """Without ccache they are compiled as one (cmake/fathom.cmake)."""
+        apart = re.compile(r"kernels/.*|gateway/text/chat_.*|bench/.*|.*/main\.cc")
+        homes = {}
+        for path in filter(is_product, CODE):
+            if path.suffix != ".cc" or apart.fullmatch(name_of(path)):
+                continue
+            for block in PRIVATE.findall(path.read_text(encoding="utf-8")):
+                for name, parameters in PRIVATE_NAME.findall(block):
+                    homes.setdefault((path.parent, name, " ".join(parameters.split())), set()).add(path.name)
+        found = [f"{name_of(folder)}: {name} in {' and '.join(sorted(files))}"
+                 for (folder, name, _), files in sorted(homes.items()) if len(files) > 1]
+        self.assert_none(found, "one name, one meaning within a folder:")
 
     def test_nothing_names_a_folder_of_one_machine(self):
         found = []

@@ -9,7 +9,7 @@
 namespace fathom {
 namespace {
 
-std::atomic<int64_t> last_id = 0;
+std::atomic<int64_t> last_communicator_id = 0;
 
 class LonelyCommunicator final : public Communicator {
  public:
@@ -40,7 +40,7 @@ class LonelyCommunicator final : public Communicator {
 
 }  // namespace
 
-Communicator::Communicator() : id_(++last_id) {}
+Communicator::Communicator() : id_(++last_communicator_id) {}
 
 absl::Status Communicator::AllReduceAddRmsNorm(Ops& ops, const Tensor& partial,
                                                const Tensor& residual, const Tensor& weight,

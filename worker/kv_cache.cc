@@ -10,11 +10,11 @@
 namespace fathom {
 namespace {
 
-std::atomic<int64_t> last_id = 0;
+std::atomic<int64_t> last_kv_cache_id = 0;
 
 }  // namespace
 
-KvCache::KvCache(const KvCacheOptions& options) : options_(options), id_(++last_id) {}
+KvCache::KvCache(const KvCacheOptions& options) : options_(options), id_(++last_kv_cache_id) {}
 
 int64_t KvCache::TokenWidth(DType dtype, const ModelConfig& config) {
   if (dtype != DType::kF8E4M3) return config.kv_dim();

@@ -21,8 +21,8 @@ namespace fathom {
 namespace {
 
 constexpr char kLibrary[] = "libnccl.so.2";
-constexpr absl::Duration kLookInterval = absl::Milliseconds(5);
-constexpr absl::Duration kLookupInterval = absl::Milliseconds(200);
+constexpr absl::Duration kPollInterval = absl::Milliseconds(5);
+constexpr absl::Duration kIdLookupInterval = absl::Milliseconds(200);
 
 // The functions that are used, from the library.
 struct Nccl {
@@ -167,7 +167,7 @@ absl::StatusOr<ncclUniqueId> NcclCommunicator::ShareId(Blackboard& blackboard,
   while (true) {
     if (aborted_) return status();
     const absl::StatusOr<std::string> value =
-        blackboard.Lookup(key, std::min(deadline, absl::Now() + kLookupInterval));
+        blackboard.Lookup(key, std::min(deadline, absl::Now() + kIdLookupInterval));
     if (value.ok() && value->size() == sizeof id.internal) {
       value->copy(id.internal, sizeof id.internal);
       return id;
@@ -278,7 +278,7 @@ void NcclCommunicator::Watch() {
       failure_ = found;
       break;
     }
-    absl::SleepFor(kLookInterval);
+    absl::SleepFor(kPollInterval);
   }
   host_->Abort();
   {

@@ -26,7 +26,7 @@ constexpr char kIndexName[] = "model.safetensors.index.json";
 constexpr char kSingleName[] = "model.safetensors";
 constexpr char kConfigName[] = "config.json";
 constexpr int64_t kMaxIndexBytes = 100'000'000;
-constexpr int64_t kMaxConfigBytes = 16'000'000;
+constexpr int64_t kMaxJsonBytes = 16'000'000;
 constexpr size_t kMaxShards = 4096;
 constexpr size_t kMaxRank = 8;
 
@@ -368,7 +368,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::string& 
   std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
   checkpoint->directory_ = model_directory;
   ASSIGN_OR_RETURN(const std::string config_json,
-                   ReadTextFile(absl::StrCat(model_directory, "/", kConfigName), kMaxConfigBytes));
+                   ReadTextFile(absl::StrCat(model_directory, "/", kConfigName), kMaxJsonBytes));
 
   // An index names the shards; without one everything is in a single file.
   const std::string index_path = absl::StrCat(model_directory, "/", kIndexName);
@@ -403,7 +403,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> Checkpoint::WithoutTensors(
   std::unique_ptr<Checkpoint> checkpoint(new Checkpoint);
   checkpoint->directory_ = model_directory;
   ASSIGN_OR_RETURN(const std::string config_json,
-                   ReadTextFile(absl::StrCat(model_directory, "/", kConfigName), kMaxConfigBytes));
+                   ReadTextFile(absl::StrCat(model_directory, "/", kConfigName), kMaxJsonBytes));
   checkpoint->TakeFingerprint(config_json);
   return checkpoint;
 }

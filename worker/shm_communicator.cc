@@ -33,7 +33,7 @@ constexpr int64_t kLargestDirectElements = 16 << 10;  // over all ranks
 constexpr int kSpins = 200;
 // How often a waiting rank looks up whether the others live.
 constexpr absl::Duration kLookInterval = absl::Milliseconds(20);
-constexpr absl::Duration kLookupInterval = absl::Milliseconds(200);
+constexpr absl::Duration kNameLookupInterval = absl::Milliseconds(200);
 
 enum class CallKind : uint64_t { kNone, kAllReduce, kGather, kBroadcast };
 
@@ -179,7 +179,7 @@ absl::Status ShmCommunicator::OpenSegment(Blackboard& blackboard, absl::Time dea
   while (true) {
     if (aborted_) return AbortedHere();
     const absl::StatusOr<std::string> name =
-        blackboard.Lookup(key, std::min(deadline, absl::Now() + kLookupInterval));
+        blackboard.Lookup(key, std::min(deadline, absl::Now() + kNameLookupInterval));
     if (name.ok()) {
       ASSIGN_OR_RETURN(segment_, SharedSegment::Open(*name, num_bytes));
       break;

@@ -20,7 +20,7 @@ constexpr double kMost = 1e18;
 // Places within a cache are 32 bits.
 constexpr double kMostTokens = 1 << 30;
 
-std::string Printed(const element& value) {
+std::string Shortened(const element& value) {
   constexpr size_t kLongest = 80;
   return std::string(simdjson::minify(value)).substr(0, kLongest);
 }
@@ -33,7 +33,7 @@ class Numbers {
     Numbers numbers(prefix);
     if (value.get(numbers.object_) == simdjson::SUCCESS) return numbers;
     return absl::InvalidArgumentError(absl::StrCat(prefix.empty() ? "it" : prefix, " is ",
-                                                   Printed(value), ", expected an object"));
+                                                   Shortened(value), ", expected an object"));
   }
 
   absl::Status Take(const char* key, double min, double max, double& out) {
@@ -46,7 +46,7 @@ class Numbers {
       return absl::OkStatus();
     }
     return absl::InvalidArgumentError(absl::StrCat(Name(key), " is ",
-                                                   is_there ? Printed(value) : "missing",
+                                                   is_there ? Shortened(value) : "missing",
                                                    ", expected a number from ", min, " to ", max));
   }
   // Absent if there is no such key.

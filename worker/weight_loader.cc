@@ -19,14 +19,14 @@ constexpr DType kPlainTypes[] = {DType::kF32, DType::kBF16};
 constexpr DType kLinearTypes[] = {DType::kF32, DType::kBF16, DType::kF8E4M3};
 constexpr DType kFactorTypes[] = {DType::kF32};
 
-int64_t BlocksOf(int64_t size) { return (size + kFp8Block - 1) / kFp8Block; }
+int64_t FactorsFor(int64_t size) { return (size + kFp8Block - 1) / kFp8Block; }
 
 // The factors of a part of an F8_E4M3 matrix: whole blocks, of which the outer ones may be cut.
 MatrixPart FactorsOf(const MatrixPart& part) {
-  return {.num_rows = BlocksOf(part.num_rows),
-          .num_columns = BlocksOf(part.num_columns),
-          .rows = {part.rows.begin / kFp8Block, BlocksOf(part.rows.end)},
-          .columns = {part.columns.begin / kFp8Block, BlocksOf(part.columns.end)}};
+  return {.num_rows = FactorsFor(part.num_rows),
+          .num_columns = FactorsFor(part.num_columns),
+          .rows = {part.rows.begin / kFp8Block, FactorsFor(part.rows.end)},
+          .columns = {part.columns.begin / kFp8Block, FactorsFor(part.columns.end)}};
 }
 
 int64_t BytesOf(const MatrixPart& part, DType dtype) {

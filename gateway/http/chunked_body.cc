@@ -9,7 +9,7 @@ constexpr size_t kMaxLineBytes = 1 << 10;     // of a chunk's size and extension
 constexpr size_t kMaxTrailerBytes = 4 << 10;  // of all trailers
 constexpr int kMaxDigits = 15;                // no 64-bit number overflows
 
-int HexDigit(char c) {
+int SizeDigit(char c) {
   if (c >= '0' && c <= '9') return c - '0';
   if (c >= 'a' && c <= 'f') return c - 'a' + 10;
   if (c >= 'A' && c <= 'F') return c - 'A' + 10;
@@ -62,7 +62,7 @@ void ChunkedBody::TakeByte(char byte) {
 }
 
 void ChunkedBody::TakeSizeByte(char byte) {
-  const int digit = HexDigit(byte);
+  const int digit = SizeDigit(byte);
   if (digit >= 0 && num_digits_ < kMaxDigits) {
     chunk_bytes_ = chunk_bytes_ << 4 | static_cast<uint64_t>(digit);
     ++num_digits_;

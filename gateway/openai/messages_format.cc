@@ -49,7 +49,7 @@ void WriteEnd(const ChoiceDelta& end, JsonWriter& json) {
 }
 
 // Tokens that were found in the cache count apart.
-void WriteUsage(const TokenUsage& usage, JsonWriter& json) {
+void WriteMessageUsage(const TokenUsage& usage, JsonWriter& json) {
   json.Key("usage").BeginObject();
   json.Key("input_tokens").Int(usage.prompt_tokens - usage.cached_tokens);
   json.Key("cache_creation_input_tokens").Int(0);
@@ -139,7 +139,7 @@ std::string MessagesFormat::Whole(std::vector<ChoiceDelta> choices, const TokenU
   for (const AnswerItem& item : items_.items()) WriteBlock(item, BlockState::kComplete, json);
   json.EndArray();
   WriteEnd(answer, json);
-  WriteUsage(usage, json);
+  WriteMessageUsage(usage, json);
   json.EndObject();
   return json.Take();
 }
@@ -150,7 +150,7 @@ std::vector<std::string> MessagesFormat::FirstEvents(const std::optional<TokenUs
   WriteHeader(start);
   start.Key("content").BeginArray().EndArray();
   WriteEnd({}, start);
-  WriteUsage({.prompt_tokens = num_prompt_tokens_}, start);
+  WriteMessageUsage({.prompt_tokens = num_prompt_tokens_}, start);
   start.EndObject();
   EndEvent("message_start", std::move(start));
   return {std::exchange(events_, "")};
@@ -201,7 +201,7 @@ std::string MessagesFormat::UsageEvent(const TokenUsage& usage) {
   delta.Key("delta").BeginObject();
   WriteEnd(end_, delta);
   delta.EndObject();
-  WriteUsage(usage, delta);
+  WriteMessageUsage(usage, delta);
   EndEvent("message_delta", std::move(delta));
   EndEvent("message_stop", BeginEvent("message_stop"));
   return std::exchange(events_, "");

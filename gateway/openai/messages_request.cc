@@ -209,7 +209,7 @@ absl::Status ReadThinking(const JsonFields& fields, bool& thinking) {
 }
 
 // What would change the answer and cannot be done.
-absl::Status RefuseUnsupported(const JsonFields& fields) {
+absl::Status RefuseMessageFormats(const JsonFields& fields) {
   for (const char* name : {"output_format", "mcp_servers"}) {
     if (fields.Find(name)) return NotSupportedYet(name, name);
   }
@@ -258,7 +258,7 @@ absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   ChatRequest request;
-  RETURN_IF_ERROR(RefuseUnsupported(fields));
+  RETURN_IF_ERROR(RefuseMessageFormats(fields));
   RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   request.parameters.n = 1;

@@ -23,7 +23,7 @@ std::string Quoted(const std::optional<std::string>& text) {
 }
 
 // A string, or a list of parts with a text.
-absl::StatusOr<std::string> ReadText(const JsonFields& fields, std::string_view key) {
+absl::StatusOr<std::string> ReadParts(const JsonFields& fields, std::string_view key) {
   const std::optional<dom::element> value = fields.Find(key);
   std::string_view text;
   if (value && !value->get(text)) return std::string(text);
@@ -65,7 +65,7 @@ absl::StatusOr<ChatMessage> ReadMessage(const JsonFields& item) {
         absl::StrCat(item.NameOf("role"), " must be user, assistant, system or developer, got '",
                      role.value_or(""), "'."));
   }
-  ASSIGN_OR_RETURN(message.content, ReadText(item, "content"));
+  ASSIGN_OR_RETURN(message.content, ReadParts(item, "content"));
   return message;
 }
 
@@ -125,14 +125,14 @@ class ItemReader {
     ChatMessage output;
     output.role = ChatMessage::Role::kTool;
     output.tool_call_id = id.value_or("");
-    ASSIGN_OR_RETURN(output.content, ReadText(item, "output"));
+    ASSIGN_OR_RETURN(output.content, ReadParts(item, "output"));
     messages_.push_back(std::move(output));
     return absl::OkStatus();
   }
 
   absl::Status ReadThoughts(const JsonFields& item) {
     if (!item.Find("content")) return absl::OkStatus();  // only a summary
-    ASSIGN_OR_RETURN(thoughts_, ReadText(item, "content"));
+    ASSIGN_OR_RETURN(thoughts_, ReadParts(item, "content"));
     return absl::OkStatus();
   }
 
@@ -197,7 +197,8 @@ absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request)
   return absl::OkStatus();
 }
 
-absl::Status ReadLogprobs(const JsonFields& fields, const ApiLimits& limits, ChatRequest& chat) {
+absl::Status ReadIncludedLogprobs(const JsonFields& fields, const ApiLimits& limits,
+                                  ChatRequest& chat) {
   ASSIGN_OR_RETURN(const uint32_t top_logprobs, ReadTopLogprobs(fields, limits));
   const std::optional<dom::element> value = fields.Find("include");
   if (!value) return absl::OkStatus();
@@ -264,7 +265,7 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
     chat.prompt.messages.back().content = *std::move(instructions);
   }
   RETURN_IF_ERROR(ReadInput(fields, limits, chat.prompt.messages));
-  RETURN_IF_ERROR(ReadLogprobs(fields, limits, chat));
+  RETURN_IF_ERROR(ReadIncludedLogprobs(fields, limits, chat));
   std::optional<int64_t> max_tokens;
   RETURN_IF_ERROR(fields.Read("max_output_tokens", max_tokens));
   if (max_tokens) {

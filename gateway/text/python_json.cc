@@ -31,7 +31,7 @@ std::string PythonFloat(double number) {
   return fixed;
 }
 
-void Append(dom::element value, std::string& json);
+void AppendPython(dom::element value, std::string& json);
 
 void AppendString(std::string_view text, std::string& json) {
   json += '"';
@@ -62,7 +62,7 @@ void AppendObject(dom::object object, std::string& json) {
     if (i > 0) json += ", ";
     AppendString(members[i].first, json);
     json += ": ";
-    Append(members[i].second, json);
+    AppendPython(members[i].second, json);
   }
   json += '}';
 }
@@ -72,13 +72,13 @@ void AppendArray(dom::array array, std::string& json) {
   bool is_first = true;
   for (const dom::element element : array) {
     if (!std::exchange(is_first, false)) json += ", ";
-    Append(element, json);
+    AppendPython(element, json);
   }
   json += ']';
 }
 
 // The depth is bounded by the parser's.
-void Append(dom::element value, std::string& json) {
+void AppendPython(dom::element value, std::string& json) {
   switch (value.type()) {
     case dom::element_type::OBJECT:
       return AppendObject(dom::object(value), json);
@@ -105,7 +105,7 @@ void Append(dom::element value, std::string& json) {
 
 std::string PythonJson(dom::element value) {
   std::string json;
-  Append(value, json);
+  AppendPython(value, json);
   return json;
 }
 
