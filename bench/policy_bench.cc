@@ -254,13 +254,13 @@ void ClosedLoop::Run() {
 
 void ClosedLoop::Commit(const InFlight& made) {
   now_.running_us += scheduler_.num_running() * made.microseconds;
-  StepOutcome outcome{.number = made.step.number, .compute_us = made.microseconds, .sequences = {}};
+  StepOutcome outcome{.compute_us = made.microseconds, .sequences = {}};
   for (const ScheduledSequence& s : made.step.scheduled) {
     SequenceOutcome& sequence = outcome.sequences.emplace_back();
     if (s.samples) sequence.sampled_token_id = static_cast<uint32_t>(random_() % kVocabSize);
   }
-  for (const SequenceUpdate& update : scheduler_.Commit(outcome)) {
-    if (update.token_ids.empty()) continue;
+  for (const SequenceUpdate& update : scheduler_.Commit(made.step, outcome)) {
+    if (!update.token_id.has_value()) continue;
     const int index = client_of_.at(update.id);
     Client& client = clients_[index];
     if (client.last_token < 0) {

@@ -11,6 +11,7 @@ BlockPool::BlockPool(int num_blocks, int block_size)
     : num_blocks_(num_blocks), block_size_(block_size), num_free_(num_blocks) {
   CHECK_GT(num_blocks, 0);
   CHECK_GT(block_size, 0);
+  num_users_.resize(num_blocks);
   blocks_.resize(num_blocks + 1);
   blocks_[num_blocks].older = blocks_[num_blocks].newer = num_blocks;
   token_ids_.resize(size_t{static_cast<unsigned>(num_blocks)} * block_size);
@@ -26,7 +27,7 @@ int32_t BlockPool::TakeOne() {
     // One that is going to be taken soon.
     constexpr size_t kAhead = 8;
     if (unnamed_.size() > kAhead) {
-      __builtin_prefetch(&blocks_[unnamed_[unnamed_.size() - kAhead]], 1);
+      __builtin_prefetch(&num_users_[unnamed_[unnamed_.size() - kAhead]], 1);
     }
     return block;
   }
@@ -42,8 +43,8 @@ void BlockPool::Take(int count, BlockTable& block_table) {
   CHECK_LE(count, num_free());
   for (int i = 0; i < count; ++i) {
     const int32_t block = TakeOne();
-    CHECK_EQ(blocks_[block].num_users, 0) << "block " << block << " was free and taken at once";
-    blocks_[block].num_users = 1;
+    CHECK_EQ(num_users_[block], 0) << "block " << block << " was free and taken at once";
+    num_users_[block] = 1;
     block_table.push_back(block);
   }
   num_free_ -= count;
@@ -55,11 +56,10 @@ void BlockPool::Release(BlockTable& block_table) {
     const int32_t id = block_table[i];
     CHECK_GE(id, 0);
     CHECK_LT(id, num_blocks_);
-    Block& block = blocks_[id];
-    CHECK_GT(block.num_users, 0) << "block " << id << " is freed twice";
-    if (--block.num_users > 0) continue;
+    CHECK_GT(num_users_[id], 0) << "block " << id << " is freed twice";
+    if (--num_users_[id] > 0) continue;
     ++num_free_;
-    if (block.prefix != kEmptyPrefix) {
+    if (blocks_[id].prefix != kEmptyPrefix) {
       Append(id);
     } else {
       unnamed_.push_back(id);
@@ -88,9 +88,8 @@ bool BlockPool::Holds(int32_t block, const BlockContent& content) const {
 
 void BlockPool::Share(absl::Span<const int32_t> blocks, BlockTable& block_table) {
   for (const int32_t id : blocks) {
-    Block& block = blocks_[id];
-    CHECK_NE(block.prefix, kEmptyPrefix) << "block " << id << " is not published";
-    if (block.num_users++ == 0) {
+    CHECK_NE(blocks_[id].prefix, kEmptyPrefix) << "block " << id << " is not published";
+    if (num_users_[id]++ == 0) {
       Unlink(id);
       --num_free_;
     }
@@ -100,14 +99,14 @@ void BlockPool::Share(absl::Span<const int32_t> blocks, BlockTable& block_table)
 
 PrefixId BlockPool::Publish(int32_t block, const BlockContent& content) {
   CHECK_EQ(content.token_ids.size(), static_cast<size_t>(block_size_));
-  CHECK_GT(blocks_[block].num_users, 0);
+  CHECK_GT(num_users_[block], 0);
   CHECK_EQ(blocks_[block].prefix, kEmptyPrefix) << "block " << block << " is published already";
   const std::optional<Found> twin = Find(content);
   if (!twin.has_value()) {
     Enter(block, ++last_prefix_, content);
     return last_prefix_;
   }
-  if (blocks_[twin->block].num_users == 0) {
+  if (num_users_[twin->block] == 0) {
     // One copy is enough, and this one is in use: its user's next blocks stay within reach.
     Unlink(twin->block);
     Remove(twin->block);
@@ -121,7 +120,7 @@ void BlockPool::Unpublish(absl::Span<const int32_t> blocks) {
   for (const int32_t block : blocks) {
     if (blocks_[block].prefix == kEmptyPrefix) continue;
     Remove(block);
-    if (blocks_[block].num_users > 0) continue;
+    if (num_users_[block] > 0) continue;
     Unlink(block);
     unnamed_.push_back(block);
   }

@@ -53,7 +53,7 @@ class BlockPool {
   int num_blocks() const { return num_blocks_; }
   int num_free() const { return num_free_; }
   int num_used() const { return num_blocks_ - num_free_; }
-  bool is_free(int32_t block) const { return blocks_.at(block).num_users == 0; }
+  bool is_free(int32_t block) const { return num_users_.at(block) == 0; }
 
   // Appends `count` blocks to `block_table`, whatever they held. There must be that many: ask
   // num_free() first.
@@ -91,7 +91,6 @@ class BlockPool {
  private:
   static constexpr int32_t kNone = -1;
   struct Block {
-    int num_users = 0;
     // When published; prefix is kEmptyPrefix otherwise.
     PrefixId prefix = kEmptyPrefix;
     PrefixId previous = kEmptyPrefix;
@@ -124,6 +123,7 @@ class BlockPool {
   const int block_size_;
   int num_free_;
   PrefixId last_prefix_ = kEmptyPrefix;
+  Table<int> num_users_;  // by block id
   // By block id. One more stands at both ends of the published free blocks: the block newer than
   // it is the least recently used one.
   Table<Block> blocks_;

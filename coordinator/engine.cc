@@ -15,6 +15,7 @@ namespace {
 v1::FinishReason FinishReasonOf(EndReason end) {
   switch (end) {
     case EndReason::kStop:
+    case EndReason::kStopTokenId:
       return v1::FINISH_REASON_STOP;
     case EndReason::kLength:
       return v1::FINISH_REASON_LENGTH;
@@ -70,6 +71,7 @@ Engine::Next Engine::Advance(absl::Duration now) {
     Apply(inbox_.Take(), now);
   } while (SendNextStep(now));
   Deliver();
+  scheduler_->PublishFullBlocks();  // the workers compute meanwhile
   ReportLoad(now);
   LogThroughput(now);
   if (IsIdle() && order == Inbox::Order::kDrain) return End(now);
@@ -210,7 +212,7 @@ absl::Status Engine::Commit(const StepInFlight& made, v1::StepResult result, abs
     return group_->Check(now);
   }
   has_made_steps_ = true;
-  const std::vector<SequenceUpdate> updates = scheduler_->Commit(answer->outcome);
+  const std::vector<SequenceUpdate> updates = scheduler_->Commit(made.step, answer->outcome);
   for (const SequenceUpdate& update : updates) {
     deliveries_.push_back(MakeDelivery(update, *answer));
   }
@@ -280,25 +282,25 @@ Engine::Delivery Engine::MakeDelivery(const SequenceUpdate& update, StepAnswer& 
     *response.mutable_prompt_logprobs() =
         std::move(*answer.prompt_logprobs[update.batch_index].mutable_logprobs());
   }
-  if (!update.token_ids.empty()) {
-    response.mutable_token_ids()->Add(update.token_ids.begin(), update.token_ids.end());
+  if (update.token_id.has_value()) {
+    response.add_token_ids(*update.token_id);
     if (!answer.logprobs.empty()) {
       *response.mutable_logprobs() =
           std::move(*answer.logprobs[update.batch_index].mutable_logprobs());
     }
   }
-  if (!update.token_ids.empty() && update.num_generated_tokens == 1) {
+  if (update.token_id.has_value() && update.num_generated_tokens == 1) {
     response.mutable_usage()->set_cached_tokens(update.num_cached_tokens);
   }
   if (!update.end.has_value()) return delivery;
 
   clients_.erase(client);
   if (*update.end == EndReason::kFault) {
-    delivery.end = absl::InternalError(update.fault);
+    delivery.end = absl::InternalError(*answer.outcome.sequences[update.batch_index].fault);
     return delivery;
   }
   response.set_finish_reason(FinishReasonOf(*update.end));
-  if (update.stop_token_id.has_value()) response.set_stop_token_id(*update.stop_token_id);
+  if (*update.end == EndReason::kStopTokenId) response.set_stop_token_id(*update.token_id);
   response.mutable_usage()->set_prompt_tokens(update.num_prompt_tokens);
   response.mutable_usage()->set_completion_tokens(update.num_generated_tokens);
   response.mutable_usage()->set_cached_tokens(update.num_cached_tokens);
@@ -324,7 +326,7 @@ void Engine::CountStep(const StepInFlight& made, const std::vector<SequenceUpdat
   Metrics::StepFigures figures;
   for (const SequenceUpdate& update : updates) {
     figures.num_prompt_tokens += update.num_prompt_tokens_done;
-    figures.num_generated_tokens += static_cast<int>(update.token_ids.size());
+    if (update.token_id.has_value()) ++figures.num_generated_tokens;
   }
   const int64_t num_preemptions = scheduler_->num_preemptions();
   figures.num_preemptions = static_cast<int>(num_preemptions - num_preemptions_counted_);

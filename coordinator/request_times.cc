@@ -11,7 +11,7 @@ void RequestTimes::OnStepSent(const Step& step, absl::Duration now) {
 
 void RequestTimes::OnCommitted(const std::vector<SequenceUpdate>& updates, absl::Duration now) {
   for (const SequenceUpdate& update : updates) {
-    const bool is_first = !update.token_ids.empty() && update.num_generated_tokens == 1;
+    const bool is_first = update.token_id.has_value() && update.num_generated_tokens == 1;
     if (!is_first && !update.end.has_value()) continue;
     const auto found = times_.find(update.id);
     if (found == times_.end()) continue;

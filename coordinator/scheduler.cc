@@ -73,8 +73,7 @@ void StopAt(uint32_t token_id, const Sequence& sequence, SequenceUpdate& update)
   if (Contains(request.eos_token_ids, token_id)) {
     update.end = EndReason::kStop;
   } else if (Contains(request.stop_token_ids, token_id)) {
-    update.end = EndReason::kStop;
-    update.stop_token_id = token_id;
+    update.end = EndReason::kStopTokenId;
   }
 }
 
@@ -125,7 +124,7 @@ bool Scheduler::CancelUnlessStarted(SequenceId id) {
 
 void Scheduler::Enqueue(Sequence& sequence) {
   InsertByAge(waiting_, &sequence);
-  num_waiting_tokens_ += sequence.num_tokens();
+  num_waiting_tokens_ += sequence.num_tokens;
 }
 
 Step Scheduler::Schedule() {
@@ -135,15 +134,17 @@ Step Scheduler::Schedule() {
                 .microseconds = kNoLimit,
                 .load = {},
                 .filled = {}};
+  step.scheduled.reserve(running_.size());
   const int64_t preemptions_before = num_preemptions_;
   std::vector<Sequence*> prompts = Decode(step, budget);
+  const StepLoad decoding = budget.load;
   if (options_.target_step_us > 0 && !step.scheduled.empty()) {
     budget.microseconds =
-        std::max(options_.target_step_us, (1 + PromptShare()) * step_cost_.Predict(budget.load));
+        std::max(options_.target_step_us, (1 + PromptShare()) * step_cost_.Predict(decoding));
     if (last_step_ - last_step_without_prompts_ >= kMostStepsWithPrompts) budget.tokens = 0;
   }
   ReadPrompts(std::move(prompts), step, budget);
-  PublishFullBlocks(budget.filled);  // before others look for them
+  Publish(budget.filled);  // before others look for them
   // What was just thrown out must not come straight back and throw out the next.
   if (num_preemptions_ == preemptions_before) AdmitWaiting(step, budget);
   if (step.empty()) return step;
@@ -151,7 +152,8 @@ Step Scheduler::Schedule() {
   step.number = ++last_step_;
   if (budget.num_prompts == 0) last_step_without_prompts_ = step.number;
   step.released_slots = std::exchange(released_slots_, {});
-  in_flight_.push_back({.number = step.number, .scheduled = step.scheduled, .load = budget.load});
+  step.num_prefill_tokens = step.num_tokens - static_cast<int>(decoding.tokens);
+  in_flight_.push_back({.number = step.number, .load = budget.load, .decoding = decoding});
   return step;
 }
 
@@ -170,12 +172,15 @@ std::vector<Sequence*> Scheduler::Decode(Step& step, Budget& budget) {
   // Preemption takes from the end of running_, so positions up to i stay what they are.
   const int tokens_left = LeastPromptTokens();
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (i + kAhead < running_.size()) running_[i + kAhead]->Prefetch();
+    if (i + 2 * kAhead < running_.size()) running_[i + 2 * kAhead]->Prefetch();
+    if (i + kAhead < running_.size() && BlocksToAdd(*running_[i + kAhead], 1) > 0) {
+      running_[i + kAhead]->PrefetchBlocks();
+    }
     Sequence& sequence = *running_[i];
     const int num_pending = sequence.num_pending();
     if (num_pending > 1) prompts.push_back(&sequence);
     if (num_pending != 1 || budget.tokens <= tokens_left) continue;
-    if (TokensToCompute(sequence, budget.tokens, budget.prompt_logprob_rows) == 0) continue;
+    if (PromptLogprobRows(sequence, 1) > budget.prompt_logprob_rows) continue;
     if (!MakeRoomFor(sequence, 1)) {
       Preempt(sequence);
       --i;
@@ -268,6 +273,7 @@ bool Scheduler::MayAdmit() const {
 
 void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
   if (!MayAdmit()) return;
+  PublishFullBlocks();
   std::vector<int> room = RoomOfDomains();
   while (!waiting_.empty() && !free_slots_.empty() && budget.tokens > 0) {
     Sequence& sequence = *waiting_.front();
@@ -287,13 +293,13 @@ void Scheduler::AdmitWaiting(Step& step, Budget& budget) {
       return;
     }
     waiting_.pop_front();
-    num_waiting_tokens_ -= sequence.num_tokens();
+    num_waiting_tokens_ -= sequence.num_tokens;
     Admit(sequence, *home, step);
     Place(sequence, num_tokens, step, budget);
     Sequence* const admitted = &sequence;
-    PublishFullBlocks({&admitted, 1});
-    room[home->kv_domain] -= home->num_wanted - BlocksFor(sequence.num_tokens()) +
-                             sequence.block_table.size() + BlocksAboutToBeWanted(sequence);
+    Publish({&admitted, 1});
+    room[home->kv_domain] -= home->num_wanted - BlocksFor(sequence.num_tokens) +
+                             sequence.num_blocks + BlocksAboutToBeWanted(sequence);
   }
 }
 
@@ -304,18 +310,19 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
   by_slot_[sequence.slot] = &sequence;
   sequence.kv_domain = home.kv_domain;
   block_pools_[home.kv_domain].Share(home.blocks, sequence.block_table);
-  sequence.num_blocks_published = static_cast<int>(home.blocks.size());
+  sequence.num_blocks = sequence.num_blocks_published = static_cast<int>(home.blocks.size());
+  sequence.is_shared = options_.share_prefixes;
   sequence.prefix = home.prefix;
   if (options_.share_prefixes) {
     sequence.last_hash = home.blocks.empty() ? hasher_.Root(sequence.request->cache_salt)
                                              : HashOf(sequence.num_blocks_published - 1, sequence);
   }
   ++sequence.num_admissions;
-  if (sequence.num_admissions == 1) num_started_tokens_ += sequence.num_tokens();
+  if (sequence.num_admissions == 1) num_started_tokens_ += sequence.num_tokens;
   if (!sequence.num_cached_tokens.has_value()) {
     sequence.num_cached_tokens = sequence.num_computed;
     if (options_.share_prefixes && !sequence.request->wants_prompt_logprobs) {
-      prefix_figures_.num_queried += sequence.num_tokens();
+      prefix_figures_.num_queried += sequence.num_tokens;
       prefix_figures_.num_found += sequence.num_computed;
     }
   }
@@ -324,11 +331,14 @@ void Scheduler::Admit(Sequence& sequence, const Home& home, Step& step) {
 }
 
 void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& budget) {
-  BlockTable& table = sequence.block_table;
-  block_pools_[sequence.kv_domain].Take(BlocksToAdd(sequence, num_tokens), table);
-  const int num_new_blocks = table.size() - sequence.num_blocks_sent;
-  while (sequence.num_blocks_sent < table.size()) {
-    step.new_block_ids.push_back(table[sequence.num_blocks_sent++]);
+  const int num_to_add = BlocksToAdd(sequence, num_tokens);
+  if (num_to_add > 0) {
+    block_pools_[sequence.kv_domain].Take(num_to_add, sequence.block_table);
+    sequence.num_blocks += num_to_add;
+  }
+  const int num_new_blocks = sequence.num_blocks - sequence.num_blocks_sent;
+  while (sequence.num_blocks_sent < sequence.num_blocks) {
+    step.new_block_ids.push_back(sequence.block_table[sequence.num_blocks_sent++]);
   }
 
   const int num_rows = PromptLogprobRows(sequence, num_tokens);
@@ -343,11 +353,15 @@ void Scheduler::Place(Sequence& sequence, int num_tokens, Step& step, Budget& bu
                             .admission = sequence.num_admissions});
   step.num_tokens += num_tokens;
   budget.load.Add(num_tokens, sequence.num_computed);
-  if (num_tokens > 1) ++budget.num_prompts;
   sequence.last_step = last_step_ + 1;
   if (step.scheduled.back().samples) ++sequence.num_unknown;
   sequence.num_computed += num_tokens;
-  if (HasFullBlock(sequence)) budget.filled.push_back(&sequence);
+  if (num_tokens > 1) {
+    ++budget.num_prompts;
+    if (HasFullBlock(sequence)) budget.filled.push_back(&sequence);
+  } else {
+    PublishLater(sequence);
+  }
   budget.tokens -= num_tokens;
   budget.prompt_logprob_rows -= num_rows;
   CHECK_GE(budget.tokens, 0);
@@ -380,12 +394,18 @@ void Scheduler::Preempt(Sequence& sequence) {
 }
 
 void Scheduler::FreeBlocksAndSlot(Sequence& sequence) {
+  if (HasFullBlock(sequence)) {
+    Sequence* const freed = &sequence;
+    Publish({&freed, 1});
+  }
+  sequence.is_unpublished = false;
   block_pools_[sequence.kv_domain].Release(sequence.block_table);
   by_slot_[sequence.slot] = nullptr;
   free_slots_.push_back(sequence.slot);
   released_slots_.push_back(sequence.slot);
   sequence.slot = -1;
   sequence.kv_domain = -1;
+  sequence.num_blocks = 0;
   sequence.num_blocks_sent = 0;
   sequence.num_blocks_published = 0;
   sequence.prefix = kEmptyPrefix;
@@ -400,26 +420,27 @@ void Scheduler::Forget(SequenceId id) {
     FreeBlocksAndSlot(sequence);
   } else {
     EraseByAge(waiting_, &sequence);
-    num_waiting_tokens_ -= sequence.num_tokens();
+    num_waiting_tokens_ -= sequence.num_tokens;
   }
   sequences_.erase(found);
 }
 
-std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
+std::vector<SequenceUpdate> Scheduler::Commit(const Step& step, const StepOutcome& outcome) {
   CHECK(!in_flight_.empty());
-  const StepInFlight step = std::move(in_flight_.front());
-  in_flight_.pop_front();
-  CHECK_EQ(outcome.number, step.number);
+  CHECK_EQ(step.number, in_flight_.front().number);
   CHECK_EQ(outcome.sequences.size(), step.scheduled.size());
-  step_cost_.Learn(step.load, outcome.compute_us);
+  LearnCost(in_flight_.front(), outcome.compute_us);
+  in_flight_.pop_front();
 
   std::vector<SequenceUpdate> updates;
   updates.reserve(step.scheduled.size());
-  std::vector<Sequence*> filled;
   for (size_t i = 0; i < step.scheduled.size(); ++i) {
-    if (i + 2 * kAhead < step.scheduled.size()) {
-      const Sequence* const later = by_slot_[step.scheduled[i + 2 * kAhead].slot];
-      if (later != nullptr) later->Prefetch();
+    if (i + 3 * kAhead < step.scheduled.size()) {
+      const Sequence* const later = by_slot_[step.scheduled[i + 3 * kAhead].slot];
+      if (later != nullptr) {
+        later->Prefetch();
+        later->PrefetchTokens();
+      }
     }
     if (i + kAhead < step.scheduled.size()) {
       const Sequence* const next = by_slot_[step.scheduled[i + kAhead].slot];
@@ -428,17 +449,24 @@ std::vector<SequenceUpdate> Scheduler::Commit(const StepOutcome& outcome) {
     const ScheduledSequence& scheduled = step.scheduled[i];
     Sequence* const sequence = Find(scheduled);
     if (sequence == nullptr) continue;
-    updates.push_back(Apply(scheduled, outcome.sequences[i], *sequence));
-    updates.back().batch_index = static_cast<int>(i);
-    if (updates.back().end != EndReason::kFault && HasFullBlock(*sequence)) {
-      filled.push_back(sequence);
-    }
+    SequenceUpdate& update = updates.emplace_back();
+    update.batch_index = static_cast<int>(i);
+    Apply(scheduled, outcome.sequences[i], *sequence, update);
+    PublishLater(*sequence);
   }
-  PublishFullBlocks(filled);
   for (const SequenceUpdate& update : updates) {
     if (update.end.has_value()) Forget(update.id);
   }
   return updates;
+}
+
+void Scheduler::LearnCost(const StepInFlight& step, double compute_us) {
+  step_cost_.Learn(step.load, compute_us);
+  const double decoding_us = step.decoding.tokens > 0 ? step_cost_.Predict(step.decoding) : 0;
+  const double all_us = step_cost_.Predict(step.load);
+  if (step.load.tokens > step.decoding.tokens && all_us > 0) {
+    prefill_us_ += compute_us * (1 - decoding_us / all_us);
+  }
 }
 
 Sequence* Scheduler::Find(const ScheduledSequence& scheduled) const {
@@ -449,9 +477,8 @@ Sequence* Scheduler::Find(const ScheduledSequence& scheduled) const {
   return sequence->num_admissions == scheduled.admission ? sequence : nullptr;
 }
 
-SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
-                                Sequence& sequence) {
-  SequenceUpdate update;
+void Scheduler::Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
+                      Sequence& sequence, SequenceUpdate& update) {
   update.id = sequence.id;
   update.num_prompt_tokens = sequence.num_prompt_tokens;
   update.num_cached_tokens = sequence.num_cached_tokens.value_or(0);
@@ -464,31 +491,30 @@ SequenceUpdate Scheduler::Apply(const ScheduledSequence& scheduled, const Sequen
   sequence.num_prompt_logprobs_done += scheduled.num_prompt_logprobs;
   if (scheduled.samples) --sequence.num_unknown;
 
-  if (outcome.fault.has_value()) {
+  if (outcome.fault != nullptr) {
     update.end = EndReason::kFault;
-    update.fault = *outcome.fault;
     // Whatever is wrong with its numbers, nobody else is to inherit it.
+    sequence.is_shared = false;
     for (const absl::Span<const int32_t> piece : sequence.block_table.pieces()) {
       block_pools_[sequence.kv_domain].Unpublish(piece);
     }
-    return update;
+    return;
   }
   CHECK_EQ(outcome.sampled_token_id.has_value(), scheduled.samples);
-  if (!scheduled.samples) return update;
+  if (!scheduled.samples) return;
   if (sequence.max_tokens == 0) {  // the token is a by-product of reading the prompt
     update.end = EndReason::kLength;
-    return update;
+    return;
   }
 
   const uint32_t token_id = *outcome.sampled_token_id;
-  sequence.tokens.push_back(token_id);
-  update.token_ids.push_back(token_id);
+  sequence.Append(token_id);
+  update.token_id = token_id;
   update.num_generated_tokens = sequence.num_generated();
   if (sequence.may_stop) StopAt(token_id, sequence, update);
   if (!update.end.has_value() && sequence.num_generated() >= sequence.max_tokens) {
     update.end = EndReason::kLength;
   }
-  return update;
 }
 
 std::vector<const Sequence*> Scheduler::Sequences() const {

@@ -32,9 +32,10 @@
 // chunk), so that a prompt is not thrown out half computed; rows of prompt logprobs have a budget
 // of their own.
 //
-// Sequences that begin alike share KV blocks. A block is published in the step that fills it, at
-// once if its tokens are known: workers store what a layer keeps of all tokens of a step before
-// they read any of it, so even a sequence admitted in the same step may use it. On admission a
+// Sequences that begin alike share KV blocks. A block is published as soon as somebody looks for
+// blocks, or has time, and its tokens are known; the step that fills it need not have been made:
+// workers store what a layer keeps of all tokens of a step before they read any of it, so even a
+// sequence admitted in the same step may use it. On admission a
 // sequence takes over the longest run of blocks that are published for its tokens, but always
 // computes its last token, and those whose prompt logprobs it still owes. What a sequence with a
 // fault has touched is not found any more.
@@ -58,11 +59,9 @@
 #include <memory>
 #include <memory_resource>
 #include <optional>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
-#include "absl/container/inlined_vector.h"
 #include "absl/types/span.h"
 #include "coordinator/block_pool.h"
 #include "coordinator/sequence.h"
@@ -74,20 +73,19 @@ namespace fathom {
 // Who comes first: who came first, or who has the lower priority, and among those who came first.
 enum class SchedulingPolicy { kFirstComeFirstServed, kPriority };
 
-enum class EndReason { kStop, kLength, kFault };
+// kStop: at an end-of-sequence token; kStopTokenId: at one that the client named.
+enum class EndReason : uint8_t { kStop, kStopTokenId, kLength, kFault };
 
 // What a committed step did to one sequence.
 struct SequenceUpdate {
   SequenceId id = 0;
-  int batch_index = 0;                         // in the step
-  absl::InlinedVector<uint32_t, 1> token_ids;  // newly generated
-  int num_prompt_tokens_done = 0;              // prompt tokens computed or found for the first time
-  std::optional<EndReason> end;                // the sequence is gone
-  std::optional<uint32_t> stop_token_id;       // the client's, when that ended it
-  std::string fault;                           // with kFault
+  std::optional<uint32_t> token_id;  // newly generated
+  int batch_index = 0;               // in the step
+  int num_prompt_tokens_done = 0;    // prompt tokens computed or found for the first time
   int num_prompt_tokens = 0;
   int num_cached_tokens = 0;     // of them, found when it was first admitted
   int num_generated_tokens = 0;  // so far
+  std::optional<EndReason> end;  // the sequence is gone
 };
 
 class Scheduler {
@@ -126,7 +124,11 @@ class Scheduler {
 
   // Takes in the outcome of the oldest step in flight. One update per sequence of that step which
   // is still there and was not preempted since, in batch order.
-  std::vector<SequenceUpdate> Commit(const StepOutcome& outcome);
+  std::vector<SequenceUpdate> Commit(const Step& step, const StepOutcome& outcome);
+
+  // Lets others find what the last steps have filled. Schedule does it itself before it looks for
+  // something: this is for the time in which the workers compute.
+  void PublishFullBlocks();
 
   // All that have not ended, by id. Valid until anything is called that changes them.
   std::vector<const Sequence*> Sequences() const;
@@ -149,6 +151,10 @@ class Scheduler {
 
   const StepCost& step_cost() const { return step_cost_; }
 
+  // Of the time that the workers took so far: how much longer they took because of prompts, as
+  // step_cost has it.
+  double prefill_us() const { return prefill_us_; }
+
  private:
   // What is left of a step's allowances, and what it has so far.
   struct Budget {
@@ -156,7 +162,7 @@ class Scheduler {
     int prompt_logprob_rows;
     double microseconds;  // of the whole step, what it has included; infinite until decoding is in
     StepLoad load;
-    std::vector<Sequence*> filled;  // some block that is not published yet
+    std::vector<Sequence*> filled;  // prompts: some block that is not published yet
     int num_prompts = 0;            // it has a part in
   };
   // Those that come after another one: how many tokens they have pending.
@@ -170,8 +176,8 @@ class Scheduler {
   };
   struct StepInFlight {
     uint64_t number;
-    std::vector<ScheduledSequence> scheduled;
     StepLoad load;
+    StepLoad decoding;  // of it
   };
   // Where a waiting sequence is to go, and what is there for it.
   struct Home {
@@ -211,12 +217,14 @@ class Scheduler {
   void Forget(SequenceId id);
   // The sequence that a step in flight scheduled, if it is still there and was not preempted since.
   Sequence* Find(const ScheduledSequence& scheduled) const;
-  SequenceUpdate Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome,
-                       Sequence& sequence);
+  void LearnCost(const StepInFlight& step, double compute_us);
+  void Apply(const ScheduledSequence& scheduled, const SequenceOutcome& outcome, Sequence& sequence,
+             SequenceUpdate& update);
 
   absl::Span<const uint32_t> TokensOf(int block_index, Sequence& sequence) const;
   const BlockHash& HashOf(int block_index, Sequence& sequence) const;
-  void PublishFullBlocks(absl::Span<Sequence* const> sequences);
+  void PublishLater(Sequence& sequence);
+  void Publish(absl::Span<Sequence* const> sequences);
 
   const Options options_;
   const BlockHasher hasher_;
@@ -224,6 +232,7 @@ class Scheduler {
   std::vector<int> free_slots_;         // a stack
   std::vector<int> released_slots_;     // the workers do not know yet
   std::vector<Sequence*> by_slot_;      // who is in it; null: free
+  std::vector<int> unpublished_slots_;  // whose sequences may have full blocks to publish
 
   // They lie close together, which a step needs that looks at all of them.
   std::pmr::unsynchronized_pool_resource sequence_memory_;
@@ -233,6 +242,7 @@ class Scheduler {
   int64_t num_waiting_tokens_ = 0;
   std::deque<StepInFlight> in_flight_;
   StepCost step_cost_;
+  double prefill_us_ = 0;
 
   SequenceId last_id_ = 0;
   uint64_t last_step_ = 0;

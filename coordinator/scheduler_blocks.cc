@@ -19,7 +19,7 @@ int MostTokensToSkip(const Sequence& sequence) {
   const bool owes_prompt_logprobs =
       request.wants_prompt_logprobs &&
       sequence.num_prompt_logprobs_done < request.num_prompt_tokens() - 1;
-  return owes_prompt_logprobs ? sequence.num_prompt_logprobs_done : sequence.num_tokens() - 1;
+  return owes_prompt_logprobs ? sequence.num_prompt_logprobs_done : sequence.num_tokens - 1;
 }
 
 }  // namespace
@@ -30,26 +30,25 @@ int Scheduler::BlocksFor(int num_tokens) const {
 
 // Whose tokens are all known, and computed once the steps in flight have finished.
 int Scheduler::NumFullBlocks(const Sequence& sequence) const {
-  return std::min(sequence.num_computed, sequence.num_tokens()) / options_.block_size;
+  return std::min(sequence.num_computed, sequence.num_tokens) / options_.block_size;
 }
 
 // As above, and not published. Every step asks it of every sequence, so it does not divide.
 bool Scheduler::HasFullBlock(const Sequence& sequence) const {
   const int end = (sequence.num_blocks_published + 1) * options_.block_size;
-  return options_.share_prefixes && std::min(sequence.num_computed, sequence.num_tokens()) >= end;
+  return sequence.is_shared && std::min(sequence.num_computed, sequence.num_tokens) >= end;
 }
 
 // How many more it takes to compute so many tokens.
 int Scheduler::BlocksToAdd(const Sequence& sequence, int num_tokens) const {
-  const int excess =
-      sequence.num_computed + num_tokens - sequence.block_table.size() * options_.block_size;
+  const int excess = sequence.num_computed + num_tokens - sequence.num_blocks * options_.block_size;
   return excess <= 0 ? 0 : BlocksFor(excess);
 }
 
 int Scheduler::BlocksAboutToBeWanted(const Sequence& sequence) const {
-  const int wanted = std::min(BlocksFor(sequence.num_tokens()) + 1,
+  const int wanted = std::min(BlocksFor(sequence.num_tokens) + 1,
                               BlocksFor(sequence.num_prompt_tokens + sequence.max_tokens));
-  return std::max(0, wanted - sequence.block_table.size());
+  return std::max(0, wanted - sequence.num_blocks);
 }
 
 std::vector<int> Scheduler::RoomOfDomains() const {
@@ -69,7 +68,7 @@ int Scheduler::num_free_blocks() const {
 
 int Scheduler::TokensThatFit(const Sequence& sequence) const {
   const int64_t num_blocks =
-      int64_t{sequence.block_table.size()} + block_pools_[sequence.kv_domain].num_free();
+      int64_t{sequence.num_blocks} + block_pools_[sequence.kv_domain].num_free();
   const int64_t num_tokens = num_blocks * options_.block_size - sequence.num_computed;
   return static_cast<int>(std::min<int64_t>(num_tokens, sequence.num_pending()));
 }
@@ -77,7 +76,7 @@ int Scheduler::TokensThatFit(const Sequence& sequence) const {
 // The longest run of blocks in that domain that hold the beginning of the sequence.
 Scheduler::Home Scheduler::FindIn(int kv_domain, Sequence& sequence) const {
   Home home{.kv_domain = kv_domain,
-            .num_wanted = BlocksFor(sequence.num_tokens()),
+            .num_wanted = BlocksFor(sequence.num_tokens),
             .blocks = {},
             .prefix = kEmptyPrefix};
   if (!options_.share_prefixes) return home;
@@ -126,7 +125,26 @@ const BlockHash& Scheduler::HashOf(int block_index, Sequence& sequence) const {
   return hashes[block_index];
 }
 
-void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
+void Scheduler::PublishLater(Sequence& sequence) {
+  if (sequence.is_unpublished || !HasFullBlock(sequence)) return;
+  sequence.is_unpublished = true;
+  unpublished_slots_.push_back(sequence.slot);
+}
+
+void Scheduler::PublishFullBlocks() {
+  std::vector<Sequence*> unpublished;
+  for (const int slot : unpublished_slots_) {
+    Sequence* const sequence = by_slot_[slot];
+    // The slot may have another owner by now, and be in the list for that one, too.
+    if (sequence == nullptr || !sequence->is_unpublished) continue;
+    sequence->is_unpublished = false;
+    if (HasFullBlock(*sequence)) unpublished.push_back(sequence);
+  }
+  unpublished_slots_.clear();
+  Publish(unpublished);
+}
+
+void Scheduler::Publish(absl::Span<Sequence* const> sequences) {
   struct FullBlock {
     Sequence* sequence;
     BlockPool* pool;
@@ -136,7 +154,7 @@ void Scheduler::PublishFullBlocks(absl::Span<Sequence* const> sequences) {
   std::vector<FullBlock> full_blocks;
   full_blocks.reserve(sequences.size());
   for (size_t i = 0; i < sequences.size(); ++i) {
-    if (i + kPrefetched < sequences.size()) sequences[i + kPrefetched]->Prefetch();
+    if (i + kPrefetched < sequences.size()) sequences[i + kPrefetched]->PrefetchBlocks();
     Sequence& sequence = *sequences[i];
     BlockPool* const pool = &block_pools_[sequence.kv_domain];
     const int num_full_blocks = NumFullBlocks(sequence);

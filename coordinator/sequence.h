@@ -33,70 +33,72 @@ struct alignas(64) Sequence {
       : id(id),
         max_tokens(request->max_tokens),
         num_prompt_tokens(request->num_prompt_tokens()),
+        num_prompt_tokens_done(progress.num_prompt_tokens_done),
         wants_prompt_logprobs(request->wants_prompt_logprobs),
         wants_logprobs(request->sampling.has_num_logprobs()),
         may_stop(!request->eos_token_ids.empty() || !request->stop_token_ids.empty()),
-        num_prompt_logprobs_done(progress.num_prompt_logprobs_done),
-        num_prompt_tokens_done(progress.num_prompt_tokens_done),
         tokens(request->prompt_token_ids),
+        num_prompt_logprobs_done(progress.num_prompt_logprobs_done),
         num_cached_tokens(progress.num_cached_tokens),
         request(std::move(request)) {
-    for (const uint32_t token_id : progress.generated_token_ids) tokens.push_back(token_id);
+    num_tokens = tokens.size();
+    for (const uint32_t token_id : progress.generated_token_ids) Append(token_id);
   }
 
-  // What every step reads and writes comes first, in kHotBytes.
+  // What every step reads and writes stands in one cache line.
   const SequenceId id;
-  int priority = 0;  // as far as the scheduler heeds it
-  // The request's.
-  const int max_tokens;
-  const int num_prompt_tokens;
-  const bool wants_prompt_logprobs;
-  const bool wants_logprobs;  // of generated tokens
-  const bool may_stop;        // there are tokens that end it
-
+  uint64_t last_step = 0;       // that it is part of
+  const int max_tokens;         // the request's
+  const int num_prompt_tokens;  // the request's
+  int num_tokens = 0;           // of `tokens`
   // Tokens whose KV is in the blocks once the steps in flight have finished.
   int num_computed = 0;
   // Tokens that steps in flight sample. The workers have them before they make the next step, so
   // that they can be computed there although nobody here knows them yet.
   int num_unknown = 0;
-  int num_prompt_logprobs_done = 0;  // delivered; the first prompt token has none
-  int num_prompt_tokens_done = 0;    // computed or found at least once: survives preemption
-
+  int num_prompt_tokens_done = 0;  // computed or found at least once: survives preemption
   // Set while the sequence runs.
   int slot = -1;
-  int kv_domain = -1;            // whose blocks block_table names
-  int num_blocks_sent = 0;       // of block_table: the workers know them
-  int num_blocks_published = 0;  // of block_table, found ones included
   int num_admissions = 0;        // tells results of an earlier stay in a slot apart
+  int num_blocks = 0;            // of block_table
+  int num_blocks_sent = 0;       // of them: the workers know them
+  int num_blocks_published = 0;  // of them, found ones included
+  int16_t kv_domain = -1;        // whose blocks block_table names
+  const bool wants_prompt_logprobs : 1;
+  const bool wants_logprobs : 1;    // of generated tokens
+  const bool may_stop : 1;          // there are tokens that end it
+  bool is_shared : 1 = false;       // others may find its full blocks
+  bool is_unpublished : 1 = false;  // it has a place in the scheduler's list of those to publish
 
   LongList<uint32_t> tokens;  // prompt, then what was generated; survives preemption
-
-  uint64_t last_step = 0;                // that it is part of
-  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
   BlockTable block_table;
   PrefixId prefix = kEmptyPrefix;  // that the published blocks hold
   BlockHash last_hash;             // and its name
 
   // Seldom needed.
+  int priority = 0;                      // as far as the scheduler heeds it
+  int num_prompt_logprobs_done = 0;      // delivered; the first prompt token has none
+  std::optional<int> num_cached_tokens;  // of the prompt, found when it was first admitted
   const std::shared_ptr<const Request> request;
   // Of the full blocks of `tokens`, as far as somebody looked for them; survives preemption.
   std::vector<BlockHash> block_hashes;
 
-  // Hints that a step is about to look at it: memory needs a while.
-  void Prefetch() const {
-    constexpr size_t kCacheLine = 64;
-    constexpr size_t kHotBytes = 256;
-    for (size_t offset = 0; offset < kHotBytes; offset += kCacheLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(this) + offset, 1);
-    }
+  // Hints that a step is about to look at the first line, to append a token, and to append blocks
+  // or to publish them: memory needs a while.
+  void Prefetch() const { __builtin_prefetch(this, 1); }
+  void PrefetchTokens() const { PrefetchLines(&tokens, &tokens + 1); }
+  void PrefetchBlocks() const { PrefetchLines(&block_table, &last_hash + 1); }
+
+  void Append(uint32_t token_id) {
+    tokens.push_back(token_id);
+    ++num_tokens;
   }
 
-  int num_tokens() const { return tokens.size(); }
-  int num_generated() const { return num_tokens() - num_prompt_tokens; }
+  int num_generated() const { return num_tokens - num_prompt_tokens; }
   // To be computed next. None when the steps in flight sample the last token that it may have.
   int num_pending() const {
     const bool ends_in_flight = num_generated() + num_unknown >= std::max(1, max_tokens);
-    return ends_in_flight ? 0 : num_tokens() + num_unknown - num_computed;
+    return ends_in_flight ? 0 : num_tokens + num_unknown - num_computed;
   }
 
   SequenceProgress progress() const {
@@ -104,6 +106,14 @@ struct alignas(64) Sequence {
             .num_prompt_logprobs_done = num_prompt_logprobs_done,
             .num_prompt_tokens_done = num_prompt_tokens_done,
             .num_cached_tokens = num_cached_tokens};
+  }
+
+ private:
+  static void PrefetchLines(const void* begin, const void* end) {
+    constexpr size_t kCacheLine = 64;
+    for (auto* line = static_cast<const char*>(begin); line < end; line += kCacheLine) {
+      __builtin_prefetch(line, 1);
+    }
   }
 };
 

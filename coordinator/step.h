@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -35,6 +36,7 @@ struct Step {
   std::vector<ScheduledSequence> scheduled;  // in batch order
   std::vector<int32_t> new_block_ids;
   int num_tokens = 0;
+  int num_prefill_tokens = 0;  // of them: of sequences with more than one to compute
 
   // Nothing to compute: such a step is not sent, and what it would have released waits.
   bool empty() const { return scheduled.empty(); }
@@ -43,11 +45,10 @@ struct Step {
 // What the workers made of one scheduled sequence.
 struct SequenceOutcome {
   std::optional<uint32_t> sampled_token_id;  // set iff it samples and has no fault
-  std::optional<std::string> fault;          // the sequence must end
+  std::unique_ptr<const std::string> fault;  // set iff the sequence must end: why
 };
 
 struct StepOutcome {
-  uint64_t number = 0;
   double compute_us = 0;                   // that the workers took; 0: unknown
   std::vector<SequenceOutcome> sequences;  // parallel to Step::scheduled
 };

@@ -15,19 +15,13 @@ absl::Status Wrong(const Step& step, const std::string& what) {
   return absl::InternalError(absl::StrCat("the result of step ", step.number, " ", what));
 }
 
-// Batch index by slot.
+// Batch index by slot. Made when first needed: an ordinary result comes in batch order.
 class BatchIndex {
  public:
-  explicit BatchIndex(const Step& step) : step_(step) {
-    int highest_slot = -1;
-    for (const ScheduledSequence& s : step.scheduled) highest_slot = std::max(highest_slot, s.slot);
-    index_of_slot_.resize(highest_slot + 1, kNone);
-    for (size_t i = 0; i < step.scheduled.size(); ++i) {
-      index_of_slot_[step.scheduled[i].slot] = static_cast<int>(i);
-    }
-  }
+  explicit BatchIndex(const Step& step) : step_(step) {}
 
-  absl::StatusOr<size_t> Of(uint32_t slot) const {
+  absl::StatusOr<size_t> Of(uint32_t slot) {
+    if (index_of_slot_.empty()) MakeIndex();
     if (slot >= index_of_slot_.size() || index_of_slot_[slot] == kNone) {
       return Wrong(step_, absl::StrCat("names slot ", slot, ", which was not scheduled"));
     }
@@ -37,33 +31,49 @@ class BatchIndex {
  private:
   static constexpr int kNone = -1;
 
+  void MakeIndex() {
+    int highest_slot = -1;
+    for (const ScheduledSequence& s : step_.scheduled) {
+      highest_slot = std::max(highest_slot, s.slot);
+    }
+    index_of_slot_.resize(highest_slot + 1, kNone);
+    for (size_t i = 0; i < step_.scheduled.size(); ++i) {
+      index_of_slot_[step_.scheduled[i].slot] = static_cast<int>(i);
+    }
+  }
+
   const Step& step_;
   std::vector<int> index_of_slot_;  // up to the highest one that was scheduled
 };
 
-absl::Status TakeFaults(const Step& step, const BatchIndex& batch, v1::StepResult& result,
+absl::Status TakeFaults(const Step& step, BatchIndex& batch, v1::StepResult& result,
                         StepAnswer& answer) {
   for (v1::SlotFault& fault : *result.mutable_faults()) {
     ASSIGN_OR_RETURN(const size_t i, batch.Of(fault.slot()));
     SequenceOutcome& outcome = answer.outcome.sequences[i];
-    if (outcome.fault.has_value()) {
+    if (outcome.fault != nullptr) {
       return Wrong(step, absl::StrCat("has two faults of slot ", fault.slot()));
     }
-    outcome.fault = std::move(*fault.mutable_reason());
+    outcome.fault = std::make_unique<std::string>(std::move(*fault.mutable_reason()));
   }
   return absl::OkStatus();
 }
 
-absl::Status TakeTokens(const Step& step, const BatchIndex& batch, uint32_t vocab_size,
+absl::Status TakeTokens(const Step& step, BatchIndex& batch, uint32_t vocab_size,
                         const v1::StepResult& result, StepAnswer& answer) {
   if (result.sampled_slots_size() != result.sampled_token_ids_size()) {
     return Wrong(step, absl::StrCat("has ", result.sampled_slots_size(), " slots and ",
                                     result.sampled_token_ids_size(), " tokens"));
   }
+  size_t next = 0;
   for (int k = 0; k < result.sampled_slots_size(); ++k) {
     const uint32_t slot = result.sampled_slots(k);
     const uint32_t token_id = result.sampled_token_ids(k);
-    ASSIGN_OR_RETURN(const size_t i, batch.Of(slot));
+    size_t i = next++;
+    if (i >= step.scheduled.size() || static_cast<uint32_t>(step.scheduled[i].slot) != slot) {
+      ASSIGN_OR_RETURN(i, batch.Of(slot));
+      next = i + 1;
+    }
     SequenceOutcome& outcome = answer.outcome.sequences[i];
     if (!step.scheduled[i].samples || outcome.fault || outcome.sampled_token_id) {
       return Wrong(step, absl::StrCat("has a token too many for slot ", slot));
@@ -83,7 +93,7 @@ absl::Status TakeTokens(const Step& step, const BatchIndex& batch, uint32_t voca
   return absl::OkStatus();
 }
 
-absl::Status TakeLogprobs(const Step& step, const BatchIndex& batch,
+absl::Status TakeLogprobs(const Step& step, BatchIndex& batch,
                           google::protobuf::RepeatedPtrField<v1::SlotLogprobs>& from,
                           std::vector<v1::SlotLogprobs>& to) {
   if (!from.empty()) to.resize(step.scheduled.size());
@@ -150,7 +160,6 @@ absl::StatusOr<StepAnswer> DecodeResult(const Step& step, uint32_t vocab_size,
     return Wrong(step, absl::StrCat("is of step ", result.step()));
   }
   StepAnswer answer;
-  answer.outcome.number = step.number;
   // One that says it took an hour tells nothing worth learning.
   constexpr uint64_t kMostMicroseconds = 3'600'000'000;
   if (result.compute_us() <= kMostMicroseconds) {
@@ -158,7 +167,7 @@ absl::StatusOr<StepAnswer> DecodeResult(const Step& step, uint32_t vocab_size,
   }
   answer.outcome.sequences.resize(step.scheduled.size());
 
-  const BatchIndex batch(step);
+  BatchIndex batch(step);
   RETURN_IF_ERROR(TakeFaults(step, batch, result, answer));
   RETURN_IF_ERROR(TakeTokens(step, batch, vocab_size, result, answer));
   RETURN_IF_ERROR(

@@ -37,16 +37,16 @@ class PrefixSharingTest : public ::testing::Test {
   }
 
   std::vector<SequenceUpdate> Commit(const Step& step, bool has_fault = false) {
-    StepOutcome outcome{.number = step.number, .sequences = {}};
+    StepOutcome outcome;
     for (const ScheduledSequence& scheduled : step.scheduled) {
       SequenceOutcome& sequence = outcome.sequences.emplace_back();
       if (has_fault) {
-        sequence.fault = "not finite";
+        sequence.fault = std::make_unique<std::string>("not finite");
       } else if (scheduled.samples) {
         sequence.sampled_token_id = kToken;
       }
     }
-    return scheduler_->Commit(outcome);
+    return scheduler_->Commit(step, outcome);
   }
 
   // "id:found+computed" of each scheduled sequence; found is what was computed before the step.

@@ -45,12 +45,12 @@ class PromptSharesTest : public ::testing::Test {
   // One whole step, as "id:tokens".
   Step MakeStep() {
     Step step = scheduler_->Schedule();
-    StepOutcome outcome{.number = step.number, .compute_us = Microseconds(step), .sequences = {}};
+    StepOutcome outcome{.compute_us = Microseconds(step), .sequences = {}};
     for (const ScheduledSequence& s : step.scheduled) {
       outcome.sequences.emplace_back();
       if (s.samples) outcome.sequences.back().sampled_token_id = 7;
     }
-    if (!step.empty()) scheduler_->Commit(outcome);
+    if (!step.empty()) scheduler_->Commit(step, outcome);
     return step;
   }
   std::vector<std::string> NextStory() { return Story(MakeStep()); }
@@ -152,6 +152,18 @@ TEST_F(PromptSharesTest, PromptsGoOnWhenDecodingAloneTakesTooLong) {
   const SequenceId prompt = Add(1000);
   // 400 that decode take 5,000 us; 42 % of that are 210 tokens.
   EXPECT_NEAR(TokensOf(prompt, MakeStep()), 210, 10);
+}
+
+TEST_F(PromptSharesTest, CountsByHowMuchPromptsMakeStepsLonger) {
+  Start({.max_tokens_per_step = 2048});
+  Add(1000, 50);
+  EXPECT_EQ(MakeStep().num_prefill_tokens, 1000);
+  EXPECT_DOUBLE_EQ(scheduler_->prefill_us(), 11000) << "all of it: nothing decoded";
+  for (int i = 0; i < 40; ++i) EXPECT_EQ(MakeStep().num_prefill_tokens, 0);
+  EXPECT_DOUBLE_EQ(scheduler_->prefill_us(), 11000);
+  Add(500, 2);
+  EXPECT_EQ(MakeStep().num_prefill_tokens, 500);
+  EXPECT_NEAR(scheduler_->prefill_us(), 11000 + 5000, 100);
 }
 
 TEST_F(PromptSharesTest, PromptsGetLessOnAFullServer) {

@@ -246,7 +246,7 @@ class SchedulerFuzz {
               .second;
       EXPECT_TRUE(is_new) << "slot " << a.sequence->slot << " was in use";
     }
-    StepOutcome outcome{.number = step.number, .sequences = {}};
+    StepOutcome outcome;
     size_t next_block = 0;
     for (const ScheduledSequence& s : step.scheduled) {
       Mirror& mirror = mirrors_.at(s.slot);
@@ -255,7 +255,7 @@ class SchedulerFuzz {
         mirror.blocks.push_back(step.new_block_ids.at(next_block++));
       }
       if (mirror.has_fault) {
-        outcome.sequences.push_back({.sampled_token_id = {}, .fault = "again"});
+        outcome.sequences.emplace_back().fault = std::make_unique<std::string>("again");
         continue;
       }
       EXPECT_EQ(mirror.num_computed, s.first_token) << "a gap or an overlap";
@@ -269,7 +269,7 @@ class SchedulerFuzz {
                                  ? Between(0, 499) == 0
                                  : s.samples && HasFaultAt(s.id, mirror.tokens.size());
       if (has_fault) {
-        answer.fault = "fuzz";
+        answer.fault = std::make_unique<std::string>("fuzz");
         mirror.has_fault = s.samples;
       } else if (s.samples) {
         answer.sampled_token_id = TokenAt(s.id, mirror.tokens.size());
@@ -325,7 +325,7 @@ class SchedulerFuzz {
       ++num_wasted_rows_;
       EXPECT_LT(++ended->second, max_steps_in_flight_) << s.id << " was scheduled after its end";
     }
-    for (const SequenceUpdate& update : scheduler_.Commit(oldest.outcome)) {
+    for (const SequenceUpdate& update : scheduler_.Commit(oldest.step, oldest.outcome)) {
       const ScheduledSequence& s = oldest.step.scheduled.at(update.batch_index);
       ASSERT_EQ(update.id, s.id);
       ASSERT_TRUE(live_.count(update.id)) << update.id << " has ended before";
@@ -333,7 +333,8 @@ class SchedulerFuzz {
       live.num_prompt_logprobs += s.num_prompt_logprobs;
       live.num_prompt_tokens += update.num_prompt_tokens_done;
       bool saw_eos = false;
-      for (const uint32_t token : update.token_ids) {
+      if (update.token_id.has_value()) {
+        const uint32_t token = *update.token_id;
         EXPECT_EQ(token,
                   TokenAt(update.id, live.request->prompt_token_ids.size() + live.num_received));
         ++live.num_received;

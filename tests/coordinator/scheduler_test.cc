@@ -40,12 +40,12 @@ class SchedulerTest : public ::testing::Test {
   }
 
   std::vector<SequenceUpdate> Commit(const Step& step, uint32_t token_id = kToken) {
-    StepOutcome outcome{.number = step.number, .sequences = {}};
+    StepOutcome outcome;
     for (const ScheduledSequence& scheduled : step.scheduled) {
       outcome.sequences.emplace_back();
       if (scheduled.samples) outcome.sequences.back().sampled_token_id = token_id;
     }
-    return scheduler_->Commit(outcome);
+    return scheduler_->Commit(step, outcome);
   }
 
   // One whole step.
@@ -82,7 +82,7 @@ TEST_F(SchedulerTest, ReadsThePromptThenSamplesOneTokenPerStep) {
   EXPECT_THAT(first.new_block_ids, ElementsAre(0, 1));
   std::vector<SequenceUpdate> updates = Commit(first);
   ASSERT_THAT(updates, SizeIs(1));
-  EXPECT_THAT(updates[0].token_ids, ElementsAre(kToken));
+  EXPECT_EQ(updates[0].token_id, kToken);
   EXPECT_EQ(updates[0].num_prompt_tokens_done, 5);
   EXPECT_FALSE(updates[0].end.has_value());
 
@@ -117,7 +117,7 @@ TEST_F(SchedulerTest, CutsALongPromptIntoChunksAndMixesItWithDecoding) {
   Add(18, 10);
   const Step second = scheduler_->Schedule();
   EXPECT_THAT(Story(second), ElementsAre("1:1*", "2:7"));
-  EXPECT_THAT(Commit(second)[1].token_ids, IsEmpty());
+  EXPECT_FALSE(Commit(second)[1].token_id.has_value());
   const Step third = scheduler_->Schedule();
   EXPECT_THAT(Story(third), ElementsAre("1:1*", "2:7"));
   Commit(third);
@@ -125,7 +125,7 @@ TEST_F(SchedulerTest, CutsALongPromptIntoChunksAndMixesItWithDecoding) {
   EXPECT_THAT(Story(fourth), ElementsAre("1:1*", "2:4*"));
   const std::vector<SequenceUpdate> updates = Commit(fourth);
   EXPECT_EQ(updates[1].num_prompt_tokens_done, 4);
-  EXPECT_THAT(updates[1].token_ids, ElementsAre(kToken));
+  EXPECT_EQ(updates[1].token_id, kToken);
 }
 
 TEST_F(SchedulerTest, ServesWaitingRequestsInOrderOfArrivalWithinTheBudget) {
@@ -257,14 +257,12 @@ TEST_F(SchedulerTest, EndsAtStopTokens) {
   Add(request);
   EXPECT_FALSE(MakeStep(49)[0].end.has_value());
   SequenceUpdate update = MakeStep(60)[0];
-  EXPECT_EQ(update.end, EndReason::kStop);
-  EXPECT_EQ(update.stop_token_id, 60);
-  EXPECT_THAT(update.token_ids, ElementsAre(60)) << "the token that stopped it is reported";
+  EXPECT_EQ(update.end, EndReason::kStopTokenId);
+  EXPECT_EQ(update.token_id, 60) << "the token that stopped it is reported";
 
   Add(request);
   update = MakeStep(50)[0];
-  EXPECT_EQ(update.end, EndReason::kStop);
-  EXPECT_FALSE(update.stop_token_id.has_value()) << "end-of-sequence comes first";
+  EXPECT_EQ(update.end, EndReason::kStop) << "end-of-sequence comes first";
   ExpectAllFree();
 }
 
@@ -295,7 +293,7 @@ TEST_F(SchedulerTest, OnlyReadsThePromptWhenNoTokensAreWanted) {
   EXPECT_FALSE(MakeStep()[0].end.has_value());
   const SequenceUpdate update = MakeStep()[0];
   EXPECT_EQ(update.end, EndReason::kLength);
-  EXPECT_THAT(update.token_ids, IsEmpty());
+  EXPECT_FALSE(update.token_id.has_value());
   ExpectAllFree();
 }
 
@@ -304,12 +302,12 @@ TEST_F(SchedulerTest, EndsAFaultySequenceAndNoOther) {
   Add(1, 5);
   Add(1, 5);
   const Step step = scheduler_->Schedule();
-  StepOutcome outcome{.number = step.number, .sequences = std::vector<SequenceOutcome>(2)};
-  outcome.sequences[0].fault = "logits are not finite";
+  StepOutcome outcome;
+  outcome.sequences.resize(2);
+  outcome.sequences[0].fault = std::make_unique<std::string>("logits are not finite");
   outcome.sequences[1].sampled_token_id = 9;
-  const std::vector<SequenceUpdate> updates = scheduler_->Commit(outcome);
+  const std::vector<SequenceUpdate> updates = scheduler_->Commit(step, outcome);
   EXPECT_EQ(updates[0].end, EndReason::kFault);
-  EXPECT_EQ(updates[0].fault, "logits are not finite");
   EXPECT_FALSE(updates[1].end.has_value());
   EXPECT_EQ(scheduler_->num_running(), 1);
 }
@@ -379,7 +377,7 @@ TEST_F(SchedulerTest, GoesOnWithASequenceThatAnotherSchedulerBegan) {
   EXPECT_EQ(step.scheduled[0].num_prompt_logprobs, 0) << "these were delivered";
   const std::vector<SequenceUpdate> updates = Commit(step, 13);
   ASSERT_THAT(updates, SizeIs(1));
-  EXPECT_THAT(updates[0].token_ids, ElementsAre(13));
+  EXPECT_EQ(updates[0].token_id, 13);
   EXPECT_EQ(updates[0].num_generated_tokens, 3);
   EXPECT_EQ(updates[0].num_prompt_tokens_done, 0);
   EXPECT_EQ(MakeStep().at(0).end, EndReason::kLength);
@@ -398,7 +396,7 @@ TEST_F(SchedulerTest, SpreadsSequencesOverKvDomainsAndPreemptsWithinOne) {
   int num_generated = 0;
   for (Step step = scheduler_->Schedule(); !step.empty(); step = scheduler_->Schedule()) {
     for (const SequenceUpdate& update : Commit(step)) {
-      num_generated += static_cast<int>(update.token_ids.size());
+      if (update.token_id.has_value()) ++num_generated;
     }
   }
   EXPECT_EQ(num_generated, 4 * 3);
@@ -417,7 +415,7 @@ TEST_F(SchedulerTest, CanScheduleTheNextChunkWhileOneIsInFlight) {
   EXPECT_THAT(Story(third), ElementsAre("1:2*"));
   Commit(first);
   Commit(second);
-  EXPECT_THAT(Commit(third)[0].token_ids, ElementsAre(kToken));
+  EXPECT_EQ(Commit(third)[0].token_id, kToken);
   EXPECT_THAT(Story(scheduler_->Schedule()), ElementsAre("1:1*"));
 }
 
@@ -429,11 +427,11 @@ TEST_F(SchedulerTest, ComputesATokenThatAStepInFlightSamples) {
   EXPECT_THAT(Story(second), ElementsAre("1:1*"));
   EXPECT_EQ(second.scheduled[0].first_token, 4);
   EXPECT_THAT(second.new_block_ids, ElementsAre(1));
-  EXPECT_THAT(Commit(first, 11)[0].token_ids, ElementsAre(11));
+  EXPECT_EQ(Commit(first, 11)[0].token_id, 11);
   const Step third = scheduler_->Schedule();
   EXPECT_EQ(third.scheduled[0].first_token, 5);
   const std::vector<SequenceUpdate> updates = Commit(second, 12);
-  EXPECT_THAT(updates[0].token_ids, ElementsAre(12));
+  EXPECT_EQ(updates[0].token_id, 12);
   EXPECT_EQ(updates[0].num_generated_tokens, 2);
 }
 
@@ -462,7 +460,7 @@ TEST_F(SchedulerTest, DropsTheOneRowThatWasScheduledBeforeAStopTokenWasKnown) {
   const Step second = scheduler_->Schedule();
   EXPECT_THAT(Story(second), ElementsAre("1:1*", "2:1*"));
   const std::vector<SequenceUpdate> updates = Commit(first, 5);
-  EXPECT_EQ(updates[0].end, EndReason::kStop);
+  EXPECT_EQ(updates[0].end, EndReason::kStopTokenId);
   const Step third = scheduler_->Schedule();
   EXPECT_THAT(Story(third), ElementsAre("2:1*"));
   EXPECT_THAT(third.released_slots, ElementsAre(0));
@@ -498,7 +496,7 @@ TEST_F(SchedulerTest, SamplesAgainWhatWasInFlightWhenTheSequenceWasPreempted) {
   while (scheduler_->num_running() == 1) MakeStep();
   const Step again = scheduler_->Schedule();
   EXPECT_THAT(Story(again), ElementsAre("2:2*"));
-  EXPECT_THAT(Commit(again, 11)[0].token_ids, ElementsAre(11));
+  EXPECT_EQ(Commit(again, 11)[0].token_id, 11);
 }
 
 TEST_F(SchedulerTest, ServesLowPrioritiesFirstAndPreemptsTheHighest) {
