@@ -106,6 +106,7 @@ void Engine::BeginServing(absl::Duration now) {
   last_committed_at_ = now;
   num_preemptions_counted_ = 0;
   prefix_figures_counted_ = {};
+  prefill_us_counted_ = 0;
   throughput_log_.Wake(now);
   scheduler_ = std::make_unique<Scheduler>(Scheduler::Options{
       .max_tokens_per_step = plan.max_tokens_per_step,
@@ -336,10 +337,14 @@ void Engine::CountStep(const StepInFlight& made, const std::vector<SequenceUpdat
   figures.num_prefix_tokens_found = prefixes.num_found - prefix_figures_counted_.num_found;
   prefix_figures_counted_ = prefixes;
   figures.num_tokens = made.step.num_tokens;
+  figures.num_prefill_tokens = made.step.num_prefill_tokens;
   // The workers begin a step when they have ended the one before.
   figures.seconds = absl::ToDoubleSeconds(now - std::max(made.sent_at, last_committed_at_));
   last_committed_at_ = now;
   figures.compute_seconds = compute_seconds;
+  const double prefill_us = scheduler_->prefill_us();
+  figures.prefill_seconds = 1e-6 * (prefill_us - prefill_us_counted_);
+  prefill_us_counted_ = prefill_us;
   figures.cost_error = scheduler_->step_cost().mean_error();
   metrics_.CountStep(figures);
   board_.CountStep();

@@ -147,6 +147,7 @@ class Engine {
 
   int64_t num_preemptions_counted_ = 0;
   Scheduler::PrefixFigures prefix_figures_counted_;
+  double prefill_us_counted_ = 0;
   QueueRate queue_rate_;
   ThroughputLog throughput_log_;
 };

@@ -52,6 +52,10 @@ struct Metrics::Families {
                      {0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1,   1.5, 2,   2.5,  5,
                       10,    15,    20,   30,   40,  50,  60,  120, 240, 480, 960, 1920, 7680});
   }
+  prometheus::Counter& StepTokens(const std::string& kind) {
+    return Counter("fathom:step_tokens_total", "Tokens that steps computed, recomputed ones too.",
+                   {{"kind", kind}});
+  }
   prometheus::Counter& PromptTokens(const std::string& source) {
     return Counter("vllm:prompt_tokens_by_source_total", "Number of prompt tokens by source.",
                    {{"source", source}});
@@ -126,6 +130,12 @@ struct Metrics::Families {
                 {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30});
   prometheus::Counter& compute_seconds = Counter(
       "fathom:compute_seconds_total", "Time of rank 0 in the forward pass and the sampler.");
+  prometheus::Counter& prefill_compute_seconds =
+      Counter("fathom:prefill_seconds_total",
+              "Of fathom:compute_seconds_total, by how much steps took longer because of prompts: "
+              "foretold, not measured.");
+  prometheus::Counter& prefill_tokens = StepTokens("prefill");
+  prometheus::Counter& decode_tokens = StepTokens("decode");
   prometheus::Gauge& cost_error =
       Gauge("fathom:step_cost_error", "Mean error of foretold step times, as a share of them.");
   prometheus::Counter& group_failures =
@@ -163,6 +173,9 @@ void Metrics::CountStep(const StepFigures& figures) {
   families_->prefix_cache_hits.Increment(static_cast<double>(figures.num_prefix_tokens_found));
   families_->step_seconds.Observe(figures.seconds);
   families_->compute_seconds.Increment(figures.compute_seconds);
+  families_->prefill_compute_seconds.Increment(figures.prefill_seconds);
+  families_->prefill_tokens.Increment(figures.num_prefill_tokens);
+  families_->decode_tokens.Increment(figures.num_tokens - figures.num_prefill_tokens);
   families_->cost_error.Set(figures.cost_error);
 }
 

@@ -22,8 +22,9 @@ class Metrics {
 
   // After each step that was made.
   struct StepFigures {
-    int num_tokens = 0;         // computed, recomputed ones included
-    int num_prompt_tokens = 0;  // computed or found for the first time
+    int num_tokens = 0;          // computed, recomputed ones included
+    int num_prefill_tokens = 0;  // of them, of sequences with more than one to compute
+    int num_prompt_tokens = 0;   // computed or found for the first time
     int num_generated_tokens = 0;
     // Since the last step, see Scheduler::PrefixFigures.
     int64_t num_prefix_tokens_queried = 0;
@@ -31,6 +32,7 @@ class Metrics {
     int num_preemptions = 0;     // since the last step
     double seconds = 0;          // from sending the command to the last answer
     double compute_seconds = 0;  // of it, in rank 0's forward pass and sampler
+    double prefill_seconds = 0;  // of that, by which it took longer because of prompts
     double cost_error = 0;       // StepCost::mean_error
   };
   void CountStep(const StepFigures& figures);
