@@ -297,7 +297,7 @@ Engine::Delivery Engine::MakeDelivery(const SequenceUpdate& update, StepAnswer& 
 
   clients_.erase(client);
   if (*update.end == EndReason::kFault) {
-    delivery.end = absl::InternalError(*answer.outcome.sequences[update.batch_index].fault);
+    delivery.end = *answer.outcome.sequences[update.batch_index].fault;
     return delivery;
   }
   response.set_finish_reason(FinishReasonOf(*update.end));

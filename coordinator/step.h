@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "coordinator/sequence.h"
 
 namespace fathom {
@@ -44,8 +44,8 @@ struct Step {
 
 // What the workers made of one scheduled sequence.
 struct SequenceOutcome {
-  std::optional<uint32_t> sampled_token_id;  // set iff it samples and has no fault
-  std::unique_ptr<const std::string> fault;  // set iff the sequence must end: why
+  std::optional<uint32_t> sampled_token_id;   // set iff it samples and has no fault
+  std::unique_ptr<const absl::Status> fault;  // set iff the sequence must end: why
 };
 
 struct StepOutcome {

@@ -54,7 +54,9 @@ absl::Status TakeFaults(const Step& step, BatchIndex& batch, v1::StepResult& res
     if (outcome.fault != nullptr) {
       return Wrong(step, absl::StrCat("has two faults of slot ", fault.slot()));
     }
-    outcome.fault = std::make_unique<std::string>(std::move(*fault.mutable_reason()));
+    outcome.fault = std::make_unique<absl::Status>(
+        fault.is_of_request() ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kInternal,
+        fault.reason());
   }
   return absl::OkStatus();
 }

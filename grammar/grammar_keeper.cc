@@ -241,7 +241,8 @@ absl::StatusOr<std::unique_ptr<GrammarMatcher>> GrammarKeeper::Match(
   // It has ended, which is noticed only now.
   absl::MutexLock lock(&mutex_);
   const auto found = places_.find(grammar);
-  if (found != places_.end() && found->second->process == process) Erase(found->second);
+  const bool is_kept = found != places_.end() && found->second->process == process;
+  if (is_kept && !process->WasRefused()) Erase(found->second);
   return absl::NotFoundError("the grammar's process has ended");
 }
 
@@ -261,9 +262,14 @@ absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Find(const Gramma
       continue;
     }
     Kept& kept = *found->second;
-    if (kept.process != nullptr && kept.process->HasEnded()) {
-      Erase(found->second);
-      continue;
+    if (kept.process != nullptr && (kept.process->WasRefused() || kept.process->HasEnded())) {
+      if (!kept.process->WasRefused()) {
+        Erase(found->second);
+        continue;
+      }
+      kept.process.reset();
+      kept.refusal = absl::InvalidArgumentError(
+          "the grammar is too complex: it was ended while it found out which tokens it allows");
     }
     if (!kept.is_compiling) {
       kept_.splice(kept_.begin(), kept_, found->second);

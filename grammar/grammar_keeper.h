@@ -13,7 +13,8 @@
 // grammar: reading one is as much code to trust as compiling it.
 //
 // Grammars stay for the next request, the least recently used ones go when their processes together
-// hold more than cache_bytes. What was refused is remembered too.
+// hold more than cache_bytes. What was refused is remembered too, also what was only found out by
+// its masks.
 //
 // Thread-safe. Matchers belong to the thread that makes steps.
 #pragma once

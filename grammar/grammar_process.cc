@@ -197,18 +197,17 @@ absl::StatusOr<GrammarReply> GrammarProcess::Receive(absl::Time deadline, std::s
 void GrammarProcess::Take(const GrammarReply& reply, const std::string& text) {
   using What = GrammarReply::What;
   if (reply.what == What::kRefused || reply.what == What::kTooBusy) {  // its last words
-    failure_ = absl::InternalError(text);
+    was_refused_ = reply.what == What::kRefused;
+    failure_ = was_refused_ ? absl::InvalidArgumentError(text) : absl::InternalError(text);
     return;
   }
-  const bool is_of_row =
-      reply.what == What::kMask || reply.what == What::kAnything || reply.what == What::kFailed;
+  const bool is_of_row = reply.what == What::kMask || reply.what == What::kFailed;
   if (!is_of_row || reply.row >= rows_.size() || rows_[reply.row].num_awaited == 0) {
     failure_ = absl::InternalError("the grammar's process does not keep to the protocol");
     return;
   }
   Row& row = rows_[reply.row];
   --row.num_awaited;
-  row.is_free = reply.what == What::kAnything;
   if (reply.what == What::kFailed && row.is_open && row.num_awaited == 0) {
     row.failure = absl::InternalError(text);
   }
@@ -229,7 +228,6 @@ absl::StatusOr<absl::Span<const uint32_t>> GrammarProcess::Mask(int index, absl:
   }
   RETURN_IF_ERROR(failure_);
   RETURN_IF_ERROR(row.failure);
-  if (row.is_free) return absl::Span<const uint32_t>();
   return absl::Span<const uint32_t>(masks_ + size_t{static_cast<uint32_t>(index)} * mask_words_,
                                     static_cast<size_t>(mask_words_));
 }

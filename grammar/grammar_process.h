@@ -8,6 +8,7 @@
 // Compile belongs to one thread; afterwards the rows belong to one thread, perhaps another one.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -41,6 +42,9 @@ class GrammarProcess {
   // Whether it is gone, killed perhaps. From any thread.
   bool HasEnded() const;
 
+  // Whether it ended because its sequences' masks cost too much, or crashed it. From any thread.
+  bool WasRefused() const { return was_refused_; }
+
   // Tells the process to end; AwaitEnd returns when it has, or at `deadline`. Nothing else after
   // that.
   void End();
@@ -54,16 +58,15 @@ class GrammarProcess {
   // `token_id` was chosen; the next mask is under way. Does not wait.
   void Advance(int row, int32_t token_id);
 
-  // Waits for the mask that is under way. Empty: everything is allowed. Valid until Advance.
-  // Internal when there is none, now and for ever: the process is gone, or is silent until
-  // `deadline`.
+  // Waits for the mask that is under way. Valid until Advance. There is none, now and for ever:
+  // InvalidArgument when the grammar costs too much, Internal when the process is gone, or is
+  // silent until `deadline`.
   absl::StatusOr<absl::Span<const uint32_t>> Mask(int row, absl::Time deadline);
 
  private:
   struct Row {
     bool is_open = false;
-    int num_awaited = 0;   // replies to come
-    bool is_free = false;  // everything is allowed
+    int num_awaited = 0;  // replies to come
     absl::Status failure = absl::OkStatus();
   };
 
@@ -83,6 +86,7 @@ class GrammarProcess {
   std::vector<Row> rows_;
   std::vector<int> free_rows_;
   absl::Status failure_;  // of the process
+  std::atomic<bool> was_refused_ = false;
 };
 
 }  // namespace fathom

@@ -39,12 +39,11 @@ struct GrammarRequest {
 
 struct GrammarReply {
   enum class What : uint32_t {
-    kDone,      // compiled
-    kMask,      // see the memory
-    kAnything,  // the grammar has ended: nothing is asked of what follows
-    kRefused,   // the grammar, and why: text follows
-    kTooBusy,   // the time was over before the processor had worked long: text follows
-    kFailed,    // this row, and why: text follows
+    kDone,     // compiled
+    kMask,     // see the memory
+    kRefused,  // the grammar, and why: text follows
+    kTooBusy,  // the time was over before the processor had worked long: text follows
+    kFailed,   // this row, and why: text follows
   };
   What what = What::kDone;
   uint32_t row = 0;

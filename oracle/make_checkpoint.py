@@ -241,7 +241,11 @@ def main():
                         help="add a 512-entry tokenizer and generation_config.json")
     parser.add_argument("fields", metavar="FIELD=JSON", nargs="*", type=parse_field,
                         help="replaces a field of config.json")
-    options = parser.parse_args()
+    parser.add_argument("--overwrite", action="store_true", help="what DIR holds already")
+    options = parser.parse_intermixed_args()
+    if os.path.exists(os.path.join(options.folder, "config.json")) and not options.overwrite:
+        sys.exit(f"make_checkpoint: {options.folder} holds a model: choose another folder, or add "
+                 "--overwrite")
     try:
         tensors = make_checkpoint(
             options.folder, options.preset, options.seed, options.shards, options.tokenizer,

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "grpcpp/create_channel.h"
@@ -36,6 +37,11 @@ absl::StatusOr<Reach> ReachOf(const std::string& address) {
   if (colon == std::string::npos || colon == 0 || colon + 1 == address.size()) {
     return absl::InvalidArgumentError(
         absl::StrCat("'", address, "' is no address: expected unix:/path or host:port"));
+  }
+  uint32_t port = 0;
+  if (!absl::SimpleAtoi(address.substr(colon + 1), &port) || port > 65535) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", address, "' has no port: expected 0 to 65535 after the colon"));
   }
   const std::string host = address.substr(0, colon);
   const bool loopback = host == "localhost" || host == "[::1]" || absl::StartsWith(host, "127.");

@@ -77,7 +77,10 @@ absl::StatusOr<absl::Span<const uint32_t>> GrammarMasks::MaskOf(int slot) {
     if (mask.ok()) return mask;
     failure = mask.status();
   }
-  return absl::InternalError(absl::StrCat("structured output: ", failure.message()));
+  return absl::Status(failure.code() == absl::StatusCode::kInvalidArgument
+                          ? absl::StatusCode::kInvalidArgument
+                          : absl::StatusCode::kInternal,
+                      absl::StrCat("structured output: ", failure.message()));
 }
 
 void GrammarMasks::OnToken(int slot, int32_t token_id) {

@@ -38,7 +38,7 @@ absl::StatusOr<int32_t> Sampler::Sample(absl::Span<const float> logits,
   how.may_ban = 1;
   const int32_t token_id = draw_.Draw(Adjust(logits, context).data(), vocab_size_, how);
   if (token_id >= 0) return token_id;
-  return absl::InternalError(absl::StrCat(
+  return absl::InvalidArgumentError(absl::StrCat(
       "bans, penalties and the grammar leave no token to choose at position ", context.position));
 }
 

@@ -73,7 +73,8 @@ class Sampler {
   explicit Sampler(int vocab_size);
 
   //   logits [vocab_size] f32, as the model gave them
-  // Internal names the position when they are not finite or leave nothing to choose.
+  // Internal names the position when they are not finite; InvalidArgument when what was asked for
+  // leaves nothing to choose.
   absl::StatusOr<int32_t> Sample(absl::Span<const float> logits, const SamplingContext& context);
 
   // What the model itself thought of `token_id` at `position`, and of the `num_top` best tokens:

@@ -25,6 +25,7 @@ void AddFault(int slot, const absl::Status& status, v1::StepResult& result) {
   v1::SlotFault& fault = *result.add_faults();
   fault.set_slot(slot);
   fault.set_reason(std::string(status.message()));
+  fault.set_is_of_request(absl::IsInvalidArgument(status));
 }
 
 bool HasFault(const v1::StepResult& result, int slot) {

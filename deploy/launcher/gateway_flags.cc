@@ -8,6 +8,7 @@
 #include "absl/algorithm/container.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "deploy/launcher/command_line.h"
 
 namespace fathom {
 namespace {
@@ -49,16 +50,22 @@ void AddGatewayLimits(CLI::App& app, ServeOptions& options) {
     const auto pass_on = [&options, &limit](const std::string& text) -> std::string {
       double value = 0;
       const bool is_count = limit.low == std::floor(limit.low);  // the others are seconds
-      if (!absl::SimpleAtod(text, &value) || !(value >= limit.low && value <= limit.high) ||
-          (is_count && value != std::floor(value))) {
-        return absl::StrCat("'", text, "' is out of range: expected ",
-                            is_count ? "a whole number, " : "", limit.low, " to ",
+      if (is_count) {
+        const absl::StatusOr<int64_t> count = ParseCount(text);
+        if (!count.ok()) return std::string(count.status().message());
+        value = static_cast<double>(*count);
+      } else if (!absl::SimpleAtod(text, &value)) {
+        return absl::StrCat("'", text, "' is no number of seconds");
+      }
+      if (!(value >= limit.low && value <= limit.high)) {
+        return absl::StrCat("'", text, "' is out of range: expected ", limit.low, " to ",
                             static_cast<int64_t>(limit.high));
       }
       std::vector<std::string>& flags = options.gateway_flags;
       const auto earlier = absl::c_find(flags, limit.name);  // given twice: the last one counts
       if (earlier != flags.end()) flags.erase(earlier, earlier + 2);
-      flags.insert(flags.end(), {limit.name, text});
+      flags.insert(flags.end(),
+                   {limit.name, is_count ? absl::StrCat(static_cast<int64_t>(value)) : text});
       return std::string();
     };
     app.add_option(limit.name, limit.description)

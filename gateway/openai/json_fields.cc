@@ -25,6 +25,16 @@ absl::StatusOr<JsonDocument> JsonDocument::Parse(std::string_view text, size_t m
     return MalformedRequest(
         "", absl::StrCat("The request's JSON is nested deeper than ", max_depth, " levels."));
   }
+  if (error == simdjson::NUMBER_ERROR) {
+    return MalformedRequest(
+        "", "The request's body is not valid JSON, or has a number beyond 64 bits.");
+  }
+  if (error == simdjson::STRING_ERROR) {
+    return MalformedRequest(
+        "",
+        "The request's body is not valid JSON: a string has an unknown escape, or half "
+        "of a surrogate pair.");
+  }
   if (error) {
     return MalformedRequest(
         "", absl::StrCat("The request's body is not valid JSON: ", simdjson::error_message(error)));

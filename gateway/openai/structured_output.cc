@@ -39,6 +39,7 @@ class Wish {
     return absl::OkStatus();
   }
 
+  bool IsMade() const { return grammar_.has_value(); }
   std::optional<v1::Grammar> Take() { return std::move(grammar_); }
 
  private:
@@ -134,6 +135,12 @@ absl::Status AddKinds(const JsonFields& fields, const std::string& prefix, Wish&
     const std::string key = prefix + name;
     if (fields.Find(key)) return NotSupportedYet(fields.NameOf(key), fields.NameOf(key));
   }
+  for (const char* const name : {"disable_any_whitespace", "disable_additional_properties"}) {
+    bool is_wanted = false;
+    RETURN_IF_ERROR(fields.Read(prefix + name, is_wanted));
+    const std::string full_name = fields.NameOf(prefix + name);
+    if (is_wanted) return NotSupportedYet(full_name, full_name);
+  }
   return absl::OkStatus();
 }
 
@@ -184,6 +191,12 @@ absl::StatusOr<std::optional<v1::Grammar>> ReadStructuredOutput(const JsonFields
   if (const std::optional<dom::element> value = fields.Find("structured_outputs")) {
     ASSIGN_OR_RETURN(const JsonFields outputs, JsonFields::Of(*value, "structured_outputs"));
     RETURN_IF_ERROR(AddKinds(outputs, "", wish));
+    const bool says_nothing = value->get_object().value_unsafe().size() == 0;
+    if (!wish.IsMade() && !says_nothing && !outputs.Find("json_object")) {
+      return InvalidParameter("structured_outputs",
+                              "structured_outputs has none of json, regex, choice, grammar and "
+                              "json_object.");
+    }
   }
   return wish.Take();
 }

@@ -37,8 +37,9 @@ using What = GrammarReply::What;
 constexpr size_t kMaxErrorText = 2000;
 // Compiling yields to the steps of workers on the same processors.
 constexpr int kCompileNiceness = 10;
-// The account of masks: what it starts with and never exceeds, and what each token adds.
-constexpr int64_t kMostMaskMicros = 1'000'000;
+// The account of masks: what it starts with and never exceeds, and what each token adds. A step,
+// and so everybody's next token, may wait for as long as the account lasts.
+constexpr int64_t kMostMaskMicros = 150'000;
 constexpr int64_t kMaskMicrosPerToken = 20'000;
 
 // For the handlers of signals; written before any can come.
@@ -280,9 +281,6 @@ class Session {
 
   void Answer(uint32_t index) {
     Row& row = rows_[index];
-    if (row.failure.ok() && row.matcher->HasEnded()) {
-      return Send({.what = What::kAnything, .row = index}, "");
-    }
     if (row.failure.ok()) row.failure = row.matcher->FillMask(MaskOf(index));
     if (row.failure.ok()) return Send({.what = What::kMask, .row = index}, "");
     Send({.what = What::kFailed, .row = index},

@@ -1,5 +1,6 @@
 #include "grammar/compiler/token_grammar.h"
 
+#include <algorithm>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -60,6 +61,7 @@ struct TokenVocabulary::Info {
   xgrammar::TokenizerInfo tokenizer;
   int vocab_size;
   Utf8Masks utf8;
+  std::vector<int> eos_token_ids;
 };
 
 TokenVocabulary::TokenVocabulary(const std::vector<std::string>& bytes_of_id, int vocab_size,
@@ -73,7 +75,7 @@ TokenVocabulary::TokenVocabulary(const std::vector<std::string>& bytes_of_id, in
   info_ = std::make_shared<const Info>(Info{
       xgrammar::TokenizerInfo(spelled, xgrammar::VocabType::RAW, vocab_size,
                               std::vector<int32_t>(eos_token_ids.begin(), eos_token_ids.end())),
-      vocab_size, Utf8Masks(bytes_of_id)});
+      vocab_size, Utf8Masks(bytes_of_id), eos_token_ids});
 }
 
 struct TokenGrammar::Compiled {
@@ -85,8 +87,9 @@ namespace {
 
 class XgrammarMatcher final : public TokenMatcher {
  public:
-  XgrammarMatcher(const xgrammar::CompiledGrammar& grammar, int vocab_size, const Utf8Masks& utf8)
-      : matcher_(grammar), vocab_size_(vocab_size), utf8_(utf8) {}
+  XgrammarMatcher(const xgrammar::CompiledGrammar& grammar, int vocab_size, const Utf8Masks& utf8,
+                  const std::vector<int>& eos_token_ids)
+      : matcher_(grammar), vocab_size_(vocab_size), utf8_(utf8), eos_token_ids_(eos_token_ids) {}
 
   absl::StatusOr<bool> Accept(int32_t token_id) override {
     if (HasEnded()) return true;
@@ -104,6 +107,11 @@ class XgrammarMatcher final : public TokenMatcher {
 
   absl::Status FillMask(absl::Span<uint32_t> mask) override {
     CHECK_EQ(static_cast<int>(mask.size()), xgrammar::GetBitmaskSize(vocab_size_));
+    if (HasEnded()) {
+      std::fill(mask.begin(), mask.end(), 0);
+      for (const int id : eos_token_ids_) mask[id / 32] |= uint32_t{1} << id % 32;
+      return absl::OkStatus();
+    }
     int64_t words = static_cast<int64_t>(mask.size());
     DLTensor tensor = {};
     tensor.data = mask.data();
@@ -122,6 +130,7 @@ class XgrammarMatcher final : public TokenMatcher {
   xgrammar::GrammarMatcher matcher_;
   const int vocab_size_;
   const Utf8Masks& utf8_;
+  const std::vector<int>& eos_token_ids_;
   Utf8Masks::State utf8_state_ = 0;
 };
 
@@ -170,7 +179,7 @@ absl::StatusOr<std::unique_ptr<TokenMatcher>> TokenGrammar::NewMatcher() const {
   std::unique_ptr<TokenMatcher> matcher;
   RETURN_IF_ERROR(Guarded([&] {
     matcher = std::make_unique<XgrammarMatcher>(compiled_->grammar, vocabulary.vocab_size,
-                                                vocabulary.utf8);
+                                                vocabulary.utf8, vocabulary.eos_token_ids);
     return absl::OkStatus();
   }));
   return matcher;

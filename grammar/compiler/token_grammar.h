@@ -43,8 +43,9 @@ class TokenMatcher {
   // it everything is accepted.
   virtual absl::StatusOr<bool> Accept(int32_t token_id) = 0;
   virtual bool HasEnded() const = 0;
-  // The tokens that may come next, without those after which the text were no UTF-8.
-  // REQUIRES: it has not ended, and `mask` has a bit for each token.
+  // The tokens that may come next, without those after which the text were no UTF-8. When it has
+  // ended that is the end-of-sequence again: nothing else may follow, whatever ignores it.
+  // REQUIRES: `mask` has a bit for each token.
   virtual absl::Status FillMask(absl::Span<uint32_t> mask) = 0;
 };
 

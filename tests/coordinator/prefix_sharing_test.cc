@@ -41,7 +41,7 @@ class PrefixSharingTest : public ::testing::Test {
     for (const ScheduledSequence& scheduled : step.scheduled) {
       SequenceOutcome& sequence = outcome.sequences.emplace_back();
       if (has_fault) {
-        sequence.fault = std::make_unique<std::string>("not finite");
+        sequence.fault = std::make_unique<absl::Status>(absl::InternalError("not finite"));
       } else if (scheduled.samples) {
         sequence.sampled_token_id = kToken;
       }

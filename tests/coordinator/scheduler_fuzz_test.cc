@@ -255,7 +255,8 @@ class SchedulerFuzz {
         mirror.blocks.push_back(step.new_block_ids.at(next_block++));
       }
       if (mirror.has_fault) {
-        outcome.sequences.emplace_back().fault = std::make_unique<std::string>("again");
+        outcome.sequences.emplace_back().fault =
+            std::make_unique<absl::Status>(absl::InternalError("again"));
         continue;
       }
       EXPECT_EQ(mirror.num_computed, s.first_token) << "a gap or an overlap";
@@ -269,7 +270,7 @@ class SchedulerFuzz {
                                  ? Between(0, 499) == 0
                                  : s.samples && HasFaultAt(s.id, mirror.tokens.size());
       if (has_fault) {
-        answer.fault = std::make_unique<std::string>("fuzz");
+        answer.fault = std::make_unique<absl::Status>(absl::InternalError("fuzz"));
         mirror.has_fault = s.samples;
       } else if (s.samples) {
         answer.sampled_token_id = TokenAt(s.id, mirror.tokens.size());

@@ -304,7 +304,8 @@ TEST_F(SchedulerTest, EndsAFaultySequenceAndNoOther) {
   const Step step = scheduler_->Schedule();
   StepOutcome outcome;
   outcome.sequences.resize(2);
-  outcome.sequences[0].fault = std::make_unique<std::string>("logits are not finite");
+  outcome.sequences[0].fault =
+      std::make_unique<absl::Status>(absl::InternalError("logits are not finite"));
   outcome.sequences[1].sampled_token_id = 9;
   const std::vector<SequenceUpdate> updates = scheduler_->Commit(step, outcome);
   EXPECT_EQ(updates[0].end, EndReason::kFault);

@@ -159,7 +159,7 @@ TEST_F(StepCommandTest, AFaultTakesTheFaultySequencesPartOnly) {
   fault.set_reason("not finite");
   const auto answer = DecodeResult(step_, kVocabSize, std::move(result));
   ASSERT_TRUE(answer.ok()) << answer.status();
-  EXPECT_THAT(answer->outcome.sequences[2].fault, Pointee(std::string("not finite")));
+  EXPECT_THAT(answer->outcome.sequences[2].fault, Pointee(absl::InternalError("not finite")));
   EXPECT_EQ(answer->outcome.sequences[0].sampled_token_id, 44u);
 }
 

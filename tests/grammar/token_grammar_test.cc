@@ -106,14 +106,16 @@ TEST_F(TokenGrammarTest, KnowsRegularExpressionsRulesAndSchemas) {
   EXPECT_FALSE(SchemaAllows(R"({"type": "object"})", "[]"));
 }
 
-TEST_F(TokenGrammarTest, EndsWhereTheGrammarMayEndAndThenAllowsAnything) {
+TEST_F(TokenGrammarTest, EndsWhereTheGrammarMayEndAndNothingFollows) {
   const std::unique_ptr<TokenMatcher> matcher = MatcherOf(Grammar::Kind::kRegex, "ab?");
   EXPECT_FALSE(*matcher->Accept(kEos));
   EXPECT_TRUE(*matcher->Accept('a'));
   EXPECT_FALSE(matcher->HasEnded());
   EXPECT_TRUE(*matcher->Accept(kEos));
   EXPECT_TRUE(matcher->HasEnded());
-  EXPECT_TRUE(*matcher->Accept('z'));
+  std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize), ~uint32_t{0});
+  EXPECT_TRUE(matcher->FillMask(absl::MakeSpan(mask)).ok());
+  for (int id = 0; id < kVocabSize; ++id) EXPECT_EQ(mask[id / 32] >> (id % 32) & 1, id == kEos);
 }
 
 TEST_F(TokenGrammarTest, AllowsTokensThatCrossTheGrammarsParts) {

@@ -43,7 +43,8 @@ class EndpointTest : public ::testing::Test {
 };
 
 TEST_F(EndpointTest, RefusesWhatIsNoAddress) {
-  for (const char* address : {"", "here", ":80", "host:", "unix:"}) {
+  for (const char* address :
+       {"", "here", ":80", "host:", "host:70000", "host:http", "host:-1", "unix:"}) {
     EXPECT_EQ(ConnectTo(address, {}).status().code(), absl::StatusCode::kInvalidArgument)
         << "'" << address << "'";
   }

@@ -293,7 +293,7 @@ TEST_F(SamplerTest, AllowedTokensThatAreAllBadWordsAreAFault) {
   Sampler sampler(3);
   const std::vector<float> logits = {0.0f, 1.0f, 2.0f};
   EXPECT_EQ(sampler.Sample(logits, {.params = params, .counts = counts}).status().code(),
-            absl::StatusCode::kInternal);
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(SamplerTest, ABannedTokenStaysBannedUnderPenalties) {
@@ -340,13 +340,13 @@ TEST_F(SamplerTest, WhatAGrammarDoesNotAllowIsNeverSampled) {
   EXPECT_GT(seen.size(), 1);
 
   mask.assign(3, 0);
-  EXPECT_TRUE(absl::IsInternal(sampler
-                                   .Sample(logits, {.params = params,
-                                                    .counts = counts,
-                                                    .output_token_ids = {},
-                                                    .position = 5,
-                                                    .allowed = mask})
-                                   .status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(sampler
+                                          .Sample(logits, {.params = params,
+                                                           .counts = counts,
+                                                           .output_token_ids = {},
+                                                           .position = 5,
+                                                           .allowed = mask})
+                                          .status()));
 }
 
 TEST_F(SamplerTest, WhereTheGrammarEndsMinTokensGivesWay) {
@@ -371,7 +371,7 @@ TEST_F(SamplerTest, BanningTheWholeVocabularyIsAFault) {
   Sampler sampler(2);
   const std::vector<float> logits = {0.0f, 1.0f};
   EXPECT_EQ(sampler.Sample(logits, {.params = params, .counts = counts}).status().code(),
-            absl::StatusCode::kInternal);
+            absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(SamplerTest, APenaltyThatOverflowsIsAFault) {
