@@ -46,9 +46,9 @@ class BatchIndex {
   std::vector<int> index_of_slot_;  // up to the highest one that was scheduled
 };
 
-absl::Status TakeFaults(const Step& step, BatchIndex& batch, v1::StepResult& result,
+absl::Status TakeFaults(const Step& step, BatchIndex& batch, const v1::StepResult& result,
                         StepAnswer& answer) {
-  for (v1::SlotFault& fault : *result.mutable_faults()) {
+  for (const v1::SlotFault& fault : result.faults()) {
     ASSIGN_OR_RETURN(const size_t i, batch.Of(fault.slot()));
     SequenceOutcome& outcome = answer.outcome.sequences[i];
     if (outcome.fault != nullptr) {

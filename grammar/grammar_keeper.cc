@@ -262,14 +262,15 @@ absl::StatusOr<std::shared_ptr<GrammarProcess>> GrammarKeeper::Find(const Gramma
       continue;
     }
     Kept& kept = *found->second;
-    if (kept.process != nullptr && (kept.process->WasRefused() || kept.process->HasEnded())) {
-      if (!kept.process->WasRefused()) {
-        Erase(found->second);
-        continue;
-      }
+    if (kept.process != nullptr && kept.process->WasRefused()) {
+      kept_bytes_ -= kept.process->memory_bytes();
+      kept.bytes -= kept.process->memory_bytes();
       kept.process.reset();
       kept.refusal = absl::InvalidArgumentError(
           "the grammar is too complex: it was ended while it found out which tokens it allows");
+    } else if (kept.process != nullptr && kept.process->HasEnded()) {
+      Erase(found->second);
+      continue;
     }
     if (!kept.is_compiling) {
       kept_.splice(kept_.begin(), kept_, found->second);
