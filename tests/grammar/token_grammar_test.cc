@@ -215,12 +215,15 @@ TEST_F(TokenGrammarTest, AStructuralTagPutsTokensBetweenTexts) {
   EXPECT_THAT(allowed(), testing::ElementsAre("EOS"));
 }
 
+// Any tokens, the mark, "x".
+constexpr char kThoughtsThenX[] =
+    R"({"type":"structural_tag","format":{"type":"sequence","elements":[
+        {"type":"any_tokens","exclude_tokens":[298]},{"type":"token","token":298},
+        {"type":"const_string","value":"x"}]}})";
+
 TEST_F(TokenGrammarTest, AnyTokensButSomeMayComeFirst) {
   const std::unique_ptr<TokenMatcher> matcher =
-      MatcherOf(Grammar::Kind::kStructuralTag,
-                R"({"type":"structural_tag","format":{"type":"sequence","elements":[
-          {"type":"any_tokens","exclude_tokens":[298]},{"type":"token","token":298},
-          {"type":"const_string","value":"x"}]}})");
+      MatcherOf(Grammar::Kind::kStructuralTag, kThoughtsThenX);
   std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize));
   EXPECT_TRUE(matcher->FillMask(absl::MakeSpan(mask)).ok());
   EXPECT_NE(mask['z' / 32] >> ('z' % 32) & 1, 0u);
@@ -235,10 +238,7 @@ TEST_F(TokenGrammarTest, AnyTokensButSomeMayComeFirst) {
 
 TEST_F(TokenGrammarTest, AMarkMayFollowABrokenCharacter) {
   const std::unique_ptr<TokenMatcher> matcher =
-      MatcherOf(Grammar::Kind::kStructuralTag,
-                R"({"type":"structural_tag","format":{"type":"sequence","elements":[
-          {"type":"any_tokens","exclude_tokens":[298]},{"type":"token","token":298},
-          {"type":"const_string","value":"x"}]}})");
+      MatcherOf(Grammar::Kind::kStructuralTag, kThoughtsThenX);
   std::vector<uint32_t> mask(GrammarMaskWords(kVocabSize));
   EXPECT_TRUE(*matcher->Accept(0xe4));
   EXPECT_TRUE(*matcher->Accept(kNoText));
