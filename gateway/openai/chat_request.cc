@@ -1,10 +1,13 @@
 #include "gateway/openai/chat_request.h"
 
+#include <algorithm>
+#include <array>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
+#include "gateway/openai/unread_fields.h"
 
 namespace fathom {
 namespace {
@@ -84,6 +87,10 @@ absl::Status ReadMore(const JsonFields& fields, ChatMessage& message) {
   message.name = name.value_or("");
   message.tool_call_id = tool_call_id.value_or("");
   if (message.role != ChatMessage::Role::kAssistant) return absl::OkStatus();
+  if (fields.Find("function_call")) {
+    const std::string field = fields.NameOf("function_call");
+    return InvalidParameter(field, absl::StrCat(field, " is not supported: use tool_calls"));
+  }
   RETURN_IF_ERROR(fields.Read("reasoning", reasoning));
   RETURN_IF_ERROR(fields.Read("reasoning_content", reasoning));
   message.reasoning = reasoning.value_or("");
@@ -112,6 +119,7 @@ absl::Status ReadTemplateFields(const JsonFields& fields, ChatOptions& options) 
                             "Chat template is passed with request, but the server uses only its "
                             "own encoding of the served model.");
   }
+  RETURN_IF_ERROR(ReadEffort(fields, "reasoning_effort", options.thinking).status());
   const std::optional<dom::element> value = fields.Find("chat_template_kwargs");
   if (!value) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields kwargs, JsonFields::Of(*value, "chat_template_kwargs"));
@@ -176,6 +184,24 @@ absl::StatusOr<uint32_t> ReadTopLogprobs(const JsonFields& fields, const ApiLimi
   return static_cast<uint32_t>(top_logprobs);
 }
 
+absl::StatusOr<std::optional<std::string>> ReadEffort(const JsonFields& fields,
+                                                      std::string_view key, bool& thinking) {
+  constexpr std::array<std::string_view, 7> kEfforts = {"none", "minimal", "low", "medium",
+                                                        "high", "xhigh",   "max"};
+  std::optional<std::string> effort;
+  RETURN_IF_ERROR(fields.Read(key, effort));
+  if (!effort) return effort;
+  if (std::find(kEfforts.begin(), kEfforts.end(), *effort) == kEfforts.end()) {
+    const std::string name = fields.NameOf(key);
+    return InvalidParameter(name, absl::StrCat(name,
+                                               " must be none, minimal, low, medium, high, xhigh "
+                                               "or max, got '",
+                                               *effort, "'."));
+  }
+  thinking = *effort != "none";
+  return effort;
+}
+
 absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLimits& limits) {
   ChatPrompt prompt;
   RETURN_IF_ERROR(ReadTemplateFields(fields, prompt.options));
@@ -219,6 +245,7 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   ChatRequest request;
+  RETURN_IF_ERROR(CheckUnreadFields(fields, ApiRoute::kChat));
   RETURN_IF_ERROR(fields.Read("model", request.model));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   ASSIGN_OR_RETURN(request.prompt, ReadChatPrompt(fields, limits));

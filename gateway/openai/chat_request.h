@@ -51,6 +51,11 @@ absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request);
 // `top_logprobs`: how many besides the token itself; 0 when absent. Refused beyond the limit.
 absl::StatusOr<uint32_t> ReadTopLogprobs(const JsonFields& fields, const ApiLimits& limits);
 
+// How hard the model is to think. It knows only whether: anything but `none` sets `thinking`.
+// Leaves it when absent; returns what was said.
+absl::StatusOr<std::optional<std::string>> ReadEffort(const JsonFields& fields,
+                                                      std::string_view key, bool& thinking);
+
 // `messages`, `tools` and what says how to encode them. Contents are strings or lists of text
 // parts, joined by newlines; the role `developer` is a system message. A last message by the
 // assistant with `prefix` is continued.

@@ -7,6 +7,7 @@
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/json_fields.h"
+#include "gateway/openai/unread_fields.h"
 
 namespace fathom {
 namespace {
@@ -100,6 +101,7 @@ absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   CompletionRequest request;
+  RETURN_IF_ERROR(CheckUnreadFields(fields, ApiRoute::kCompletions));
   RETURN_IF_ERROR(fields.Read("model", request.model));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   ASSIGN_OR_RETURN(request.prompts, ReadPrompts(fields, limits));

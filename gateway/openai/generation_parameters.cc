@@ -1,7 +1,6 @@
 #include "gateway/openai/generation_parameters.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <utility>
 
@@ -22,47 +21,6 @@ constexpr double kGreedyBelow = 1e-5;  // proto/sampling.proto
 
 // A number of the request as its message says it.
 std::string Shown(double value) { return absl::StrCat(value); }
-
-// Fields that would change the answer, refused unless absent, null, false, empty or 0.
-constexpr std::array kUnsupportedFields = {
-    "documents",
-    "ec_transfer_params",
-    "kv_transfer_params",
-    "logits_processors",
-    "mm_processor_kwargs",
-    "prompt_embeds",
-    "suffix",
-    "use_beam_search",
-    "vllm_xargs",
-};
-
-bool SaysNothing(dom::element value) {
-  switch (value.type()) {
-    case dom::element_type::NULL_VALUE:
-      return true;
-    case dom::element_type::BOOL:
-      return !bool(value);
-    case dom::element_type::STRING:
-      return std::string_view(value).empty();
-    case dom::element_type::ARRAY:
-      return dom::array(value).size() == 0;
-    case dom::element_type::OBJECT:
-      return dom::object(value).size() == 0;
-    default:
-      return AsInteger(value) == 0;
-  }
-}
-
-absl::Status RefuseUnsupported(const JsonFields& fields) {
-  for (const char* name : kUnsupportedFields) {
-    const std::optional<dom::element> value = fields.Find(name);
-    if (value && !SaysNothing(*value)) return NotSupportedYet(name, name);
-  }
-  int64_t best_of = 1;
-  RETURN_IF_ERROR(fields.Read("best_of", best_of));
-  if (best_of > 1) return NotSupportedYet("best_of", "best_of above 1");
-  return absl::OkStatus();
-}
 
 // The interval a number must lie in.
 struct Range {
@@ -295,6 +253,8 @@ absl::Status ReadStreaming(const JsonFields& fields, GenerationParameters& param
   parameters.include_usage = true;
   RETURN_IF_ERROR(options.Read("include_usage", parameters.include_usage));
   RETURN_IF_ERROR(options.Read("continuous_usage_stats", parameters.continuous_usage_stats));
+  bool ignored = false;
+  RETURN_IF_ERROR(options.Read("include_obfuscation", ignored));
   // As in vLLM: without the final usage there is none on the way either.
   parameters.continuous_usage_stats &= parameters.include_usage;
   return absl::OkStatus();
@@ -331,6 +291,9 @@ absl::Status ReadCount(const JsonFields& fields, const ApiLimits& limits,
                             absl::StrCat("n must be 1 when using greedy sampling, got ", n, "."));
   }
   parameters.n = static_cast<int>(n);
+  int64_t best_of = 1;
+  RETURN_IF_ERROR(fields.Read("best_of", best_of));
+  if (best_of > 1) return NotSupportedYet("best_of", "best_of above 1");
   int64_t min_tokens = 0;
   RETURN_IF_ERROR(fields.Read("min_tokens", min_tokens));
   if (min_tokens < 0 || min_tokens > std::numeric_limits<int32_t>::max()) {
@@ -353,7 +316,6 @@ absl::Status OutOfVocabulary(std::string_view param, uint32_t token_id, uint32_t
 absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
                                                               const SamplingDefaults& defaults,
                                                               const ApiLimits& limits) {
-  RETURN_IF_ERROR(RefuseUnsupported(fields));
   GenerationParameters parameters;
   RETURN_IF_ERROR(ReadStreaming(fields, parameters));
   RETURN_IF_ERROR(ReadSampling(fields, defaults, parameters.sampling));

@@ -43,8 +43,7 @@ struct GenerationParameters {
   TokenNames::Style token_names = TokenNames::Style::kText;  // return_tokens_as_token_ids
 };
 
-// Reads and checks them. Also refuses, by name, what is not supported yet and would change the
-// answer. Token ids are checked by CheckTokenIds, once the vocabulary is known.
+// Reads and checks them. Token ids are checked by CheckTokenIds, once the vocabulary is known.
 absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
                                                               const SamplingDefaults& defaults,
                                                               const ApiLimits& limits);

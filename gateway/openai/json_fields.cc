@@ -123,6 +123,23 @@ std::optional<int64_t> AsInteger(dom::element element) {
   return std::nullopt;
 }
 
+bool SaysNothing(dom::element value) {
+  switch (value.type()) {
+    case dom::element_type::NULL_VALUE:
+      return true;
+    case dom::element_type::BOOL:
+      return !bool(value);
+    case dom::element_type::STRING:
+      return std::string_view(value).empty();
+    case dom::element_type::ARRAY:
+      return dom::array(value).size() == 0;
+    case dom::element_type::OBJECT:
+      return dom::object(value).size() == 0;
+    default:
+      return AsInteger(value) == 0;
+  }
+}
+
 std::string_view TypeNameOf(dom::element element) {
   switch (element.type()) {
     case dom::element_type::ARRAY:

@@ -59,6 +59,9 @@ class JsonFields {
 // An integer, also when written 1.0; nullopt for anything else or beyond int64.
 std::optional<int64_t> AsInteger(simdjson::dom::element element);
 
+// Whether it is null, false, "", [], {} or 0: what clients send for what they do not ask for.
+bool SaysNothing(simdjson::dom::element element);
+
 // "a string", "null", …
 std::string_view TypeNameOf(simdjson::dom::element element);
 

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
+#include "gateway/openai/unread_fields.h"
 #include "gateway/text/python_json.h"
 
 namespace fathom {
@@ -204,23 +205,25 @@ absl::Status ReadThinking(const JsonFields& fields, bool& thinking) {
   std::optional<std::string> type;
   RETURN_IF_ERROR(said.Read("type", type));
   if (!type) return said.WrongType("type", "a string");
+  int64_t ignored = 0;
+  RETURN_IF_ERROR(said.Read("budget_tokens", ignored));
   thinking = *type != "disabled";
   return absl::OkStatus();
 }
 
-// What would change the answer and cannot be done.
-absl::Status RefuseMessageFormats(const JsonFields& fields) {
-  for (const char* name : {"output_format", "mcp_servers"}) {
-    if (fields.Find(name)) return NotSupportedYet(name, name);
-  }
+// How hard to think is for the model to know, as above.
+absl::Status ReadOutputConfig(const JsonFields& fields) {
   const std::optional<dom::element> value = fields.Find("output_config");
   if (!value) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields config, JsonFields::Of(*value, "output_config"));
   if (config.Find("format")) return NotSupportedYet("output_config", "output_config.format");
-  return absl::OkStatus();
+  std::optional<std::string> ignored;
+  return config.Read("effort", ignored);
 }
 
 absl::Status ReadPrompt(const JsonFields& fields, const ApiLimits& limits, ChatRequest& request) {
+  RETURN_IF_ERROR(CheckUnreadFields(fields, ApiRoute::kMessages));
+  RETURN_IF_ERROR(ReadOutputConfig(fields));
   RETURN_IF_ERROR(fields.Read("model", request.model));
   RETURN_IF_ERROR(ReadToolUse(fields, request));
   RETURN_IF_ERROR(ReadThinking(fields, request.prompt.options.thinking));
@@ -258,7 +261,6 @@ absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonDocument document, JsonDocument::Parse(body, limits.json_depth));
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   ChatRequest request;
-  RETURN_IF_ERROR(RefuseMessageFormats(fields));
   RETURN_IF_ERROR(ReadPrompt(fields, limits, request));
   ASSIGN_OR_RETURN(request.parameters, ReadGenerationParameters(fields, defaults, limits));
   request.parameters.n = 1;

@@ -7,6 +7,7 @@
 #include "gateway/openai/errors.h"
 #include "gateway/openai/json_writer.h"
 #include "gateway/openai/structured_output.h"
+#include "gateway/openai/unread_fields.h"
 
 namespace fathom {
 namespace {
@@ -165,29 +166,12 @@ absl::Status ReadInput(const JsonFields& fields, const ApiLimits& limits,
   return absl::OkStatus();
 }
 
-// What would change the answer and cannot be done.
-absl::Status RefuseState(const JsonFields& fields) {
-  for (const char* name : {"previous_response_id", "conversation", "prompt"}) {
-    if (fields.Find(name)) {
-      return InvalidParameter(name, absl::StrCat(name,
-                                                 " is not supported: this server keeps no "
-                                                 "responses; send the whole input"));
-    }
-  }
-  bool background = false;
-  RETURN_IF_ERROR(fields.Read("background", background));
-  if (background) {
-    return InvalidParameter("background",
-                            "background is not supported: this server keeps no "
-                            "responses");
-  }
-  return absl::OkStatus();
-}
-
 absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request) {
   const std::optional<dom::element> text = fields.Find("text");
   if (!text) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields options, JsonFields::Of(*text, "text"));
+  std::optional<std::string> ignored;
+  RETURN_IF_ERROR(options.Read("verbosity", ignored));
   const std::optional<dom::element> format = options.Find("format");
   if (!format) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*format, "text.format"));
@@ -214,17 +198,17 @@ absl::Status ReadIncludedLogprobs(const JsonFields& fields, const ApiLimits& lim
 
 absl::Status ReadEchoes(const JsonFields& fields, ResponsesRequest& request) {
   if (const std::optional<dom::element> metadata = fields.Find("metadata")) {
-    if (!metadata->is_object()) return fields.WrongType("metadata", "an object");
     request.metadata = simdjson::minify(*metadata);
   }
-  std::optional<std::string> user, effort;
+  std::optional<std::string> user, ignored;
   RETURN_IF_ERROR(fields.Read("user", user));
   request.user = Quoted(user);
   if (const std::optional<dom::element> value = fields.Find("reasoning")) {
     ASSIGN_OR_RETURN(const JsonFields reasoning, JsonFields::Of(*value, "reasoning"));
-    RETURN_IF_ERROR(reasoning.Read("effort", effort));
+    RETURN_IF_ERROR(reasoning.Read("summary", ignored));
+    ASSIGN_OR_RETURN(const std::optional<std::string> effort,
+                     ReadEffort(reasoning, "effort", request.chat.prompt.options.thinking));
     request.reasoning_effort = Quoted(effort);
-    if (effort) request.chat.prompt.options.thinking = *effort != "none";
   }
   return absl::OkStatus();
 }
@@ -250,8 +234,8 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
   ASSIGN_OR_RETURN(const JsonFields fields, JsonFields::Of(document.root(), ""));
   ResponsesRequest request;
   ChatRequest& chat = request.chat;
+  RETURN_IF_ERROR(CheckUnreadFields(fields, ApiRoute::kResponses));
   RETURN_IF_ERROR(fields.Read("model", chat.model));
-  RETURN_IF_ERROR(RefuseState(fields));
   ASSIGN_OR_RETURN(chat.parameters, ReadGenerationParameters(fields, defaults, limits));
   RETURN_IF_ERROR(ReadTextFormat(fields, request));
   chat.parameters.n = 1;

@@ -101,6 +101,9 @@ absl::Status AddFormat(const JsonFields& format, const std::string& name, const 
   ASSIGN_OR_RETURN(const JsonFields named, schema_of());
   bool strict = false;
   RETURN_IF_ERROR(named.Read("strict", strict));
+  std::optional<std::string> ignored;
+  RETURN_IF_ERROR(named.Read("name", ignored));
+  RETURN_IF_ERROR(named.Read("description", ignored));
   if (!named.Find("schema")) return named.WrongType("schema", "a JSON schema");
   return AddSchema(named, "schema", wish);
 }

@@ -110,6 +110,20 @@ TEST_F(ChatToolsTest, GivesThoughtsUnderBothNames) {
   EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"stop")"));
 }
 
+TEST_F(ChatToolsTest, AnyReasoningEffortButNoneLetsTheModelThink) {
+  CoordinatorSays("Hello");
+  for (const char* effort : {"low", "high"}) {
+    EXPECT_EQ(Chat(absl::StrCat(R"("reasoning_effort":")", effort, "\"")).status, 200);
+    EXPECT_THAT(LastPrompt(), EndsWith("<｜Assistant｜><think>")) << effort;
+  }
+  for (const char* none :
+       {R"("reasoning_effort":"none")", R"("reasoning_effort":null)",
+        R"("reasoning_effort":"high","chat_template_kwargs":{"thinking":false})"}) {
+    EXPECT_EQ(Chat(none).status, 200);
+    EXPECT_THAT(LastPrompt(), EndsWith("<｜Assistant｜></think>")) << none;
+  }
+}
+
 TEST_F(ChatToolsTest, AnAnswerThatIsAllThoughtsHasNoContent) {
   CoordinatorSays("Hmm, let me");
   const HttpResponse response =

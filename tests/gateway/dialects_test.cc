@@ -147,6 +147,11 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
       {R"({"input":"x","tools":[{"type":"function","name":"f"}],)"
        R"("include":["message.output_text.logprobs"]})",
        "not supported with tools"},
+      {R"({"input":"x","store":"no"})", "store must be true or false, got a string."},
+      {R"({"input":"x","truncation":7})", "truncation must be a string, got a number."},
+      {R"({"input":"x","text":{"verbosity":7}})", "text.verbosity must be a string"},
+      {R"({"input":"x","reasoning":{"effort":"a bit"}})", "reasoning.effort must be none, minimal"},
+      {R"({"input":"x","conversation":"c"})", "this server keeps no responses"},
       {R"({"input":"x","metadata":7})", "metadata must be an object"}};
   for (const auto& [json, message] : cases) {
     const HttpResponse response = PostResponses(json);
@@ -220,6 +225,10 @@ TEST_F(DialectsTest, AMessagesErrorsAreInItsOwnWords) {
       {R"({"max_tokens":9,"output_config":{"format":{"type":"json_schema","schema":{}}},)"
        R"("messages":[{"role":"user","content":"x"}]})",
        "output_config.format is not supported yet"},
+      {R"({"max_tokens":9,"metadata":7,"messages":[{"role":"user","content":"x"}]})",
+       "metadata must be an object, got a number."},
+      {R"({"max_tokens":9,"mcp_servers":[{}],"messages":[{"role":"user","content":"x"}]})",
+       "mcp_servers is not supported: offer the model tools of your own"},
       {R"({"max_tokens":9,"stop_sequences":[""],"messages":[{"role":"user","content":"x"}]})",
        "stop_sequences cannot contain an empty string."}};
   for (const auto& [json, message] : cases) {

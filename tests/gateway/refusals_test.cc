@@ -179,6 +179,56 @@ TEST_F(RefusalsTest, FieldsOfTheWrongType) {
         kMalformed}});
 }
 
+TEST_F(RefusalsTest, FieldsThatNothingReadsAreOfTheirTypeAllTheSame) {
+  const auto chat = [](const std::string& field) {
+    return absl::StrCat(R"({"messages":[{"role":"user","content":"x"}],"max_tokens":4,)", field,
+                        "}");
+  };
+  std::vector<Case> cases;
+  for (const char* name : {"user", "service_tier", "safety_identifier", "prompt_cache_key",
+                           "prompt_cache_retention", "request_id", "verbosity"}) {
+    cases.push_back({chat(absl::StrCat("\"", name, "\":7")), " must be a string, got a number.",
+                     name, kMalformed});
+  }
+  for (const char* name : {"store", "spaces_between_special_tokens", "parallel_tool_calls"}) {
+    cases.push_back({chat(absl::StrCat("\"", name, "\":\"x\"")),
+                     " must be true or false, got a string.", name, kMalformed});
+  }
+  cases.push_back(
+      {chat(R"("metadata":[])"), "must be an object, got a list", "metadata", kMalformed});
+  cases.push_back({chat(R"("prediction":7)"), "must be an object", "prediction", kMalformed});
+  cases.push_back({chat(R"("modalities":"text")"), "must be a list", "modalities", kMalformed});
+  cases.push_back(
+      {chat(R"("length_penalty":"x")"), "must be a number", "length_penalty", kMalformed});
+  ExpectAllRefused("/v1/chat/completions", cases);
+  ExpectAllRefused("/v1/completions",
+                   {{R"({"prompt":[5],"user":7})", "must be a string", "user", kMalformed}});
+  // Of their type, or null, they change nothing.
+  const HttpResponse response = PostChat(
+      chat(R"("user":"u","service_tier":"auto","safety_identifier":"s","prompt_cache_key":"k",)"
+           R"("verbosity":"low","store":true,"parallel_tool_calls":true,"metadata":{"a":"b"},)"
+           R"("prediction":{"type":"content","content":"x"},"modalities":["text"],"audio":null,)"
+           R"("functions":null,"prompt_cache_retention":null,"nobody_knows":[7])"));
+  EXPECT_EQ(response.status, 200) << response.body;
+}
+
+TEST_F(RefusalsTest, FieldsThatWouldChangeAChatSayWhatToUseInstead) {
+  const auto chat = [](const std::string& field) {
+    return absl::StrCat(R"({"messages":[{"role":"user","content":"x"}],)", field, "}");
+  };
+  ExpectAllRefused(
+      "/v1/chat/completions",
+      {{chat(R"("functions":[])"), "use tools", "functions"},
+       {chat(R"("function_call":"auto")"), "use tool_choice", "function_call"},
+       {chat(R"("web_search_options":{})"), "searches nothing", "web_search_options"},
+       {chat(R"("audio":{"voice":"x"})"), "answers are text", "audio"},
+       {chat(R"("documents":[{}])"), "put them into the messages", "documents"},
+       {chat(R"("reasoning_effort":7)"), "must be a string", "reasoning_effort", kMalformed},
+       {chat(R"("reasoning_effort":"a bit")"), "must be none, minimal, low", "reasoning_effort"},
+       {R"({"messages":[{"role":"assistant","content":"x","function_call":{"name":"f"}}]})",
+        "use tool_calls", "messages[0].function_call"}});
+}
+
 TEST_F(RefusalsTest, ListsBeyondTheirLimits) {
   std::string stops = "\"a\"", ids = "1", biases = "\"0\":1";
   for (int i = 1; i <= 16; ++i) stops += ",\"a\"";
@@ -218,7 +268,7 @@ TEST_F(RefusalsTest, WhatIsNotSupportedYetAndContradictions) {
   const auto with = [](const std::string& field) {
     return absl::StrCat("{\"prompt\":[5],", field, "}");
   };
-  const std::string yet = "is not supported yet";
+  const std::string yet = "is not supported";
   ExpectAllRefused(
       "/v1/completions",
       {{with(R"("suffix":"x")"), yet, "suffix"},
