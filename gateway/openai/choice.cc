@@ -53,30 +53,33 @@ ChoiceDelta Choice::Take(v1::GenerateResponse&& response) {
     if (hidden) break;
     PushToken(token_id, delta);
     if (const std::optional<size_t> stop = stop_matcher_.stopped()) {
-      EndWith("stop", delta);
-      delta.stop_reason = options_.stop[*stop];
+      EndWith("stop", options_.stop[*stop], delta);
       return delta;
     }
   }
   if (response.finish_reason() == v1::FINISH_REASON_UNSPECIFIED) return delta;
   Flush(delta);
   if (const std::optional<size_t> stop = stop_matcher_.stopped()) {
-    EndWith("stop", delta);
-    delta.stop_reason = options_.stop[*stop];
+    EndWith("stop", options_.stop[*stop], delta);
     return delta;
   }
-  EndWith(stopped_by_token ? "stop" : "length", delta);
-  if (response.has_stop_token_id()) delta.stop_reason = response.stop_token_id();
+  StopReason reason;
+  if (response.has_stop_token_id()) reason = response.stop_token_id();
+  EndWith(stopped_by_token ? "stop" : "length", std::move(reason), delta);
   return delta;
 }
 
-void Choice::EndWith(std::string_view finish_reason, ChoiceDelta& delta) {
+void Choice::EndWith(std::string_view finish_reason, StopReason stop_reason, ChoiceDelta& delta) {
   finished_ = true;
   delta.finish_reason = finish_reason;
+  delta.stop_reason = std::move(stop_reason);
   if (parser_ == nullptr) return;
+  // A call that was cut short must not look complete: "length" stays, and so does a stop of the
+  // client's own within it. A model that ends there has written what it wanted to.
+  const bool was_cut =
+      parser_->is_in_call() && !std::holds_alternative<std::monostate>(delta.stop_reason);
   parser_->Finish(delta.message);
-  // A call that was cut short must not look complete: "length" stays.
-  const bool is_call = options_.ends_as_call && parser_->has_called();
+  const bool is_call = options_.ends_as_call && parser_->has_called() && !was_cut;
   if (finish_reason == "stop" && is_call) delta.finish_reason = "tool_calls";
 }
 

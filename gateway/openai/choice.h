@@ -74,7 +74,7 @@ class Choice {
   void PushToken(uint32_t token_id, ChoiceDelta& delta);
   // The text that was held back; the choice ends without a stop string.
   void Flush(ChoiceDelta& delta);
-  void EndWith(std::string_view finish_reason, ChoiceDelta& delta);
+  void EndWith(std::string_view finish_reason, StopReason stop_reason, ChoiceDelta& delta);
   // `text` may be shown.
   void Show(const std::string& text, ChoiceDelta& delta);
   // What stop strings let out of `text`.

@@ -48,6 +48,8 @@ class OutputParser : private ToolCallSink {
   bool thinks() const { return thinks_; }
   // Whether a call has begun.
   bool has_called() const { return num_calls_ > 0; }
+  // Whether what comes next belongs to a call that has not ended.
+  bool is_in_call() const { return tools_ != nullptr && tools_->is_in_call(); }
 
  private:
   void PlainText(std::string_view text) override;

@@ -187,6 +187,25 @@ TEST_F(ChatToolsTest, ACallThatIsCutShortSaysSo) {
   EXPECT_THAT(response.body, HasSubstr(R"("finish_reason":"length")"));
 }
 
+TEST_F(ChatToolsTest, ACallThatAStopStringCutsEndsWithStop) {
+  for (const char* choice : {R"("required")", R"("auto")"}) {
+    const std::string ask = absl::StrCat(kTools, R"(,"tool_choice":)", choice);
+    CoordinatorSays(kCall);
+    const std::string cut = R"(,"stop":["\"b\""])";
+    const std::string end = R"("finish_reason":"stop","stop_reason":"\"b\"")";
+    const HttpResponse whole = Chat(ask + cut);
+    EXPECT_THAT(whole.body, HasSubstr(R"("arguments":"{\"a\": 1,\n "}}])"));
+    EXPECT_THAT(whole.body, HasSubstr(end));
+    EXPECT_THAT(Chat(ask + cut + R"(,"stream":true)").body, HasSubstr(end));
+    // Behind a call it cuts none.
+    CoordinatorSays(absl::StrCat(kCall, "done"));
+    const std::string behind = ask + R"(,"stop":["done"])";
+    const std::string called = R"("finish_reason":"tool_calls","stop_reason":"done")";
+    EXPECT_THAT(Chat(behind).body, HasSubstr(called));
+    EXPECT_THAT(Chat(behind + R"(,"stream":true)").body, HasSubstr(called));
+  }
+}
+
 TEST_F(ChatToolsTest, StopStringsCountInThoughtsAndMayEndAtATag) {
   CoordinatorSays("one two</think>three");
   const std::string thinking = R"("chat_template_kwargs":{"thinking":true},)";
