@@ -5,6 +5,7 @@
 #include "base/status_macros.h"
 #include "gateway/access_log.h"
 #include "gateway/api_keys.h"
+#include "gateway/drain_guard.h"
 #include "gateway/http/io_thread.h"
 #include "gateway/http/router.h"
 #include "gateway/openai/api.h"
@@ -35,7 +36,8 @@ struct Gateway::Parts {
       : options(std::move(options)),
         text(std::move(text)),
         defaults(defaults),
-        api_keys(this->options.api_keys) {}
+        api_keys(this->options.api_keys),
+        drain_guard(api_keys) {}
 
   void Stop();    // I/O thread
   void Reload();  // I/O thread
@@ -47,6 +49,7 @@ struct Gateway::Parts {
   const ModelText text;
   const SamplingDefaults defaults;
   ApiKeys api_keys;
+  DrainGuard drain_guard;
   AccessLog access_log;
   LoadHistory load_history;
   IoThread io_thread;
@@ -83,7 +86,7 @@ absl::StatusOr<std::unique_ptr<Gateway>> Gateway::Create(GatewayOptions options)
   AddRoutes({*p.coordinator, *p.model, p.text, p.defaults, p.options.limits, *p.text_threads,
              *p.metrics, p.load_history, p.options.version},
             p.router);
-  p.server = std::make_unique<Server>(p.options.server, p.io_thread, p.router, p.api_keys,
+  p.server = std::make_unique<Server>(p.options.server, p.io_thread, p.router, p.drain_guard,
                                       *p.request_log, HttpErrorResponse);
   RETURN_IF_ERROR(p.api_keys.Load());
   RETURN_IF_ERROR(p.OpenAccessLog());
@@ -103,16 +106,17 @@ void Gateway::Run() { parts_->io_thread.Run(); }
 Task<> Gateway::Parts::Drain() {
   spdlog::info("draining: {} connections, at most {} s", server->num_connections(),
                options.drain_timeout.count() / 1000);
+  drain_guard.BeginDraining();
   server->Drain();
-  co_await server->WaitUntilIdle(options.drain_timeout);
+  co_await server->WaitUntilDrained(options.drain_timeout);
   co_await End();
-  co_await server->WaitUntilIdle(kCloseTimeout);
+  co_await server->WaitUntilClosed(kCloseTimeout);
   spdlog::info("stopped");
 }
 
 Task<> Gateway::Parts::End() {
   server->EndAll(kShuttingDown);
-  co_await server->WaitUntilIdle(kEndTimeout);
+  co_await server->WaitUntilClosed(kEndTimeout);
   server->CloseAll();
 }
 

@@ -49,9 +49,9 @@ class Gateway {
   // used is logged and changes nothing. Thread-safe.
   void Reload();
 
-  // Accepts no more, lets running requests finish until the drain timeout, ends the others with an
-  // error, then Run returns. The second call ends them at once; the third closes everything.
-  // Thread-safe.
+  // Takes no more work, lets running requests finish until the drain timeout, ends the others with
+  // an error, then Run returns. Until then drain_guard.h says what is still answered. The second
+  // call ends them at once; the third closes everything. Thread-safe.
   void Stop();
 
  private:

@@ -248,8 +248,8 @@ class HttpConnection : public Connection {
     terms.write_timeout = environment_.options.write_timeout;
     terms.head_only = parser.request().method == "HEAD";
     terms.chunked = !parser.is_http_1_0();
-    terms.keep_alive =
-        parser.keep_alive() && parser.done() && !parser.problem() && !verdict_.refusal && !closing_;
+    terms.keep_alive = parser.keep_alive() && parser.done() && !parser.problem() &&
+                       !verdict_.refusal && !closing_ && !environment_.draining;
     terms.request_id = parser.request().id;
     Exchange exchange(socket_, std::move(terms));
     exchange_ = &exchange;

@@ -22,6 +22,7 @@ struct ConnectionEnvironment {
   AccessGuard& guard;
   RequestObserver& observer;
   const ErrorFormatter& error_formatter;
+  const bool& draining;  // a connection closes after its next response
 };
 
 class Connection {

@@ -1,5 +1,6 @@
 #include "gateway/http/server.h"
 
+#include <functional>
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
@@ -31,22 +32,25 @@ struct Server::State {
       : options(std::move(options)),
         io_thread(io_thread),
         error_formatter(std::move(error_formatter)),
-        environment{this->options, router, guard, observer, this->error_formatter},
+        environment{this->options, router, guard, observer, this->error_formatter, draining},
         acceptor(io_thread.context()) {}
 
   const ServerOptions options;
   IoThread& io_thread;
   const ErrorFormatter error_formatter;
+  bool draining = false;
   const ConnectionEnvironment environment;
   tcp::acceptor acceptor;
   std::shared_ptr<const TlsContext> tls;  // null: plain HTTP
   absl::flat_hash_set<std::shared_ptr<Connection>> connections;
-  bool draining = false;
+  size_t num_from_before_drain = 0;  // of them, those that were accepted before
 
   static Task<> AcceptAll(std::shared_ptr<State> state);
   static void Serve(std::shared_ptr<State> state, tcp::socket socket);
   bool EvictLongestWaiting();
   void TurnAway(tcp::socket socket) const;
+  void StopAccepting();
+  Task<> WaitUntilZero(std::function<size_t()> count, std::chrono::milliseconds timeout);
 };
 
 Task<> Server::State::AcceptAll(std::shared_ptr<State> state) {
@@ -71,11 +75,14 @@ void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
   std::shared_ptr<Connection> connection =
       Connection::Create(std::move(socket), state->tls, state->environment);
   state->connections.insert(connection);
+  const size_t counts_for_drain = state->draining ? 0 : 1;
+  state->num_from_before_drain += counts_for_drain;
   IoThread& io_thread = state->io_thread;
   // What is called at the end keeps the connection alive until its coroutine is gone.
-  io_thread.Spawn(connection->Run(), [state = std::move(state), connection] {
+  io_thread.Spawn(connection->Run(), [state = std::move(state), connection, counts_for_drain] {
     connection->Close();
     state->connections.erase(connection);
+    state->num_from_before_drain -= counts_for_drain;
   });
 }
 
@@ -101,6 +108,19 @@ void Server::State::TurnAway(tcp::socket socket) const {
   socket.non_blocking(true, ignored);
   socket.write_some(asio::buffer(bytes), ignored);
   socket.shutdown(tcp::socket::shutdown_send, ignored);
+}
+
+void Server::State::StopAccepting() {
+  error_code ignored;
+  acceptor.close(ignored);
+}
+
+Task<> Server::State::WaitUntilZero(std::function<size_t()> count,
+                                    std::chrono::milliseconds timeout) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  while (count() > 0 && std::chrono::steady_clock::now() < deadline) {
+    co_await io_thread.Sleep(kIdlePollInterval);
+  }
 }
 
 Server::Server(ServerOptions options, IoThread& io_thread, const Router& router, AccessGuard& guard,
@@ -154,24 +174,21 @@ uint16_t Server::port() const {
 
 void Server::Drain() {
   state_->draining = true;
-  error_code ignored;
-  state_->acceptor.close(ignored);
   for (const std::shared_ptr<Connection>& connection : state_->connections) {
     connection->CloseWhenIdle();
   }
 }
 
-bool Server::draining() const { return state_->draining; }
+Task<> Server::WaitUntilDrained(std::chrono::milliseconds timeout) {
+  return state_->WaitUntilZero([this] { return state_->num_from_before_drain; }, timeout);
+}
 
-Task<> Server::WaitUntilIdle(std::chrono::milliseconds timeout) {
-  const auto deadline = std::chrono::steady_clock::now() + timeout;
-  while (!state_->connections.empty() && std::chrono::steady_clock::now() < deadline) {
-    co_await state_->io_thread.Sleep(kIdlePollInterval);
-  }
+Task<> Server::WaitUntilClosed(std::chrono::milliseconds timeout) {
+  return state_->WaitUntilZero([this] { return state_->connections.size(); }, timeout);
 }
 
 void Server::EndAll(std::string_view why) {
-  Drain();
+  state_->StopAccepting();
   const Response error = state_->error_formatter(503, why);
   for (const std::shared_ptr<Connection>& connection : state_->connections) {
     connection->EndWith(error);
@@ -179,7 +196,7 @@ void Server::EndAll(std::string_view why) {
 }
 
 void Server::CloseAll() {
-  Drain();
+  state_->StopAccepting();
   for (const std::shared_ptr<Connection>& connection : state_->connections) connection->Close();
 }
 

@@ -63,8 +63,8 @@ class Server {
          RequestObserver& observer, ErrorFormatter error_formatter);
   ~Server();
 
-  // Binds and listens; AlreadyExists when the port is in use. Accepting begins when the I/O thread
-  // runs. Reads the files of TLS.
+  // Binds and listens; InvalidArgument when an option is wrong, AlreadyExists when the port is in
+  // use. Accepting begins when the I/O thread runs. Reads the files of TLS.
   absl::Status Start();
 
   // Reads them again, for new connections; those that cannot be used change nothing.
@@ -73,19 +73,21 @@ class Server {
   // The port it listens on.
   uint16_t port() const;
 
-  // Accepts no more, closes idle connections, and lets the requests that run finish.
+  // Closes idle connections and lets the requests that run finish. New connections are still
+  // accepted, for one request each: what may be asked now is for the guard to know.
   void Drain();
-  bool draining() const;
 
-  // Returns when no connection is left, or when the timeout is over.
-  Task<> WaitUntilIdle(std::chrono::milliseconds timeout);
+  // Returns when no connection from before Drain is left, or when the timeout is over.
+  Task<> WaitUntilDrained(std::chrono::milliseconds timeout);
+  // The same of all connections.
+  Task<> WaitUntilClosed(std::chrono::milliseconds timeout);
 
-  // As Drain, and ends every response that is under way with a 503 that says why: as a whole
+  // Accepts no more, and ends every response that is under way with a 503 that says why: as a whole
   // response, or as the last event of its stream. The handlers see their clients gone. Returns
   // before slow readers have taken it.
   void EndAll(std::string_view why);
 
-  // Closes every connection; the handlers see their clients gone.
+  // Accepts no more and closes every connection; the handlers see their clients gone.
   void CloseAll();
 
   size_t num_connections() const;

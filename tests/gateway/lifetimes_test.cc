@@ -278,6 +278,47 @@ TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
   Join();
 }
 
+TEST_F(LifetimesTest, SaysThatItDrainsWhileItDoes) {
+  std::atomic<bool> go{false};
+  coordinator_.SetScript([&go](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.SendTokens({100});
+    while (!go && !stream.cancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    stream.SendEnd({101}, v1::FINISH_REASON_LENGTH);
+    return grpc::Status::OK;
+  });
+  HttpClient idle(port()), busy(port());
+  busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+  EXPECT_EQ(busy.ReadHead().status, 200);
+  busy.ReadChunk();
+  StopOnce();
+  EXPECT_TRUE(idle.ReadsEnd());
+  for (const std::string& request :
+       {Get("/health"), Get("/ready"), Get("/ping"), Get("/v1/models"), Get("/nowhere"),
+        Post("/v1/completions", R"({"prompt":[5]})"), Post("/v1/messages", "{}")}) {
+    SCOPED_TRACE(request);
+    const HttpResponse refused = Ask(request);
+    EXPECT_EQ(refused.status, 503);
+    EXPECT_THAT(refused.body, HasSubstr("draining"));
+    EXPECT_EQ(refused.headers.at("retry-after"), "1");
+    EXPECT_EQ(refused.headers.at("connection"), "close");
+  }
+  for (const char* path : {"/live", "/metrics", "/load", "/version", "/"}) {
+    HttpClient client(port());
+    client.Send(Get(path));
+    const HttpResponse answer = client.Read();
+    EXPECT_EQ(answer.status, 200) << path;
+    EXPECT_EQ(answer.headers.at("connection"), "close") << path;
+    EXPECT_TRUE(client.ReadsEnd()) << path;
+  }
+  HttpClient silent(port());  // nobody waits for one that asks nothing
+  go = true;
+  EXPECT_THAT(busy.ReadChunk().value(), HasSubstr(R"("finish_reason":"length")"));
+  EXPECT_EQ(busy.ReadChunk().value(), "data: [DONE]\n\n");
+  EXPECT_FALSE(busy.ReadChunk().has_value());
+  Join();
+  EXPECT_TRUE(silent.ReadsEnd());
+}
+
 TEST_F(LifetimesTest, AnswersWhatOutlastsTheDrainTimeoutWithAnError) {
   options_.drain_timeout = std::chrono::milliseconds(50);
   CoordinatorStalls();
