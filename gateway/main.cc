@@ -11,8 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "base/flag_parser.h"
+#include "base/status_macros.h"
 #include "gateway/gateway.h"
+#include "gateway/openai/json_fields.h"
 #include "gateway/openai/model_text.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
@@ -28,6 +32,8 @@ constexpr std::chrono::seconds kCoordinatorLead{2};
 
 struct Flags {
   GatewayOptions gateway;
+  // JSON lists, as with vLLM.
+  std::string allowed_origins = "[]", allowed_methods = "[\"*\"]", allowed_headers = "[\"*\"]";
   std::string log_level = "info";
   bool check = false;
 };
@@ -98,7 +104,8 @@ void AddCoordinatorFlags(FlagParser& parser, CoordinatorClientOptions& coordinat
                    "Speak to a coordinator on another host without TLS");
 }
 
-void AddAccessFlags(FlagParser& parser, GatewayOptions& gateway) {
+void AddAccessFlags(FlagParser& parser, Flags& flags) {
+  GatewayOptions& gateway = flags.gateway;
   parser
       .Add("--api-key", gateway.api_keys.keys,
            "Keys that may ask; also from VLLM_API_KEY. Without any, everybody may")
@@ -112,6 +119,15 @@ void AddAccessFlags(FlagParser& parser, GatewayOptions& gateway) {
   Flag key = parser.Add("--ssl-keyfile", https.private_key_file, "PEM: its private key");
   certificate.Needs(key);
   key.Needs(certificate);
+  parser.Add("--allowed-origins", flags.allowed_origins,
+             "JSON list of the origins whose web pages may ask, e.g. [\"https://app.example\"], or "
+             "[\"*\"]; none unless given");
+  parser.Add("--allowed-methods", flags.allowed_methods, "JSON list of the methods they may use")
+      .ShowDefault();
+  parser.Add("--allowed-headers", flags.allowed_headers, "JSON list of the headers they may send")
+      .ShowDefault();
+  parser.AddSwitch("--allow-credentials", gateway.server.cross_origin.credentials,
+                   "They may use credentials that the browser holds");
   parser.Add("--access-log-file", gateway.access_log_file,
              "One JSON line a request is appended to it; opened anew at SIGHUP");
 }
@@ -135,7 +151,7 @@ void AddFlags(FlagParser& parser, Flags& flags) {
       .OneOf(encodings)
       .ShowDefault();
   AddServerFlags(parser, gateway.server);
-  AddAccessFlags(parser, gateway);
+  AddAccessFlags(parser, flags);
   AddApiFlags(parser, gateway.limits);
   parser.Add("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
       .Between(1, 64)
@@ -149,6 +165,29 @@ void AddFlags(FlagParser& parser, Flags& flags) {
   parser.AddSwitch("--check", flags.check,
                    "Try flags, files and addresses, the coordinator's for its form only; exit");
   parser.AddVersion(FATHOM_VERSION);
+}
+
+absl::StatusOr<std::vector<std::string>> StringsOf(const std::string& flag,
+                                                   const std::string& json) {
+  const absl::Status wrong = absl::InvalidArgumentError(absl::StrCat(
+      flag, " is '", json, "', expected a JSON list of strings such as [\"https://app.example\"]"));
+  const absl::StatusOr<JsonDocument> document = JsonDocument::Parse(json, /*max_depth=*/4);
+  simdjson::dom::array list;
+  if (!document.ok() || document->root().get(list)) return wrong;
+  std::vector<std::string> strings;
+  for (const simdjson::dom::element element : list) {
+    std::string_view text;
+    if (element.get(text)) return wrong;
+    strings.emplace_back(text);
+  }
+  return strings;
+}
+
+absl::Status ReadCrossOrigin(const Flags& flags, CrossOriginOptions& options) {
+  ASSIGN_OR_RETURN(options.origins, StringsOf("--allowed-origins", flags.allowed_origins));
+  ASSIGN_OR_RETURN(options.methods, StringsOf("--allowed-methods", flags.allowed_methods));
+  ASSIGN_OR_RETURN(options.headers, StringsOf("--allowed-headers", flags.allowed_headers));
+  return absl::OkStatus();
 }
 
 bool IsLoopback(const std::string& host) {
@@ -201,6 +240,11 @@ int Main(int argc, char** argv) {
   RaiseFileLimit();
   std::signal(SIGPIPE, SIG_IGN);
 
+  const absl::Status cross_origin = ReadCrossOrigin(flags, options.server.cross_origin);
+  if (!cross_origin.ok()) {
+    spdlog::error("{}", std::string(cross_origin.message()));
+    return kExitUsage;
+  }
   WarnOfOpenDoors(options);
   const std::string host = options.server.host;
   const bool https = options.server.https.enabled();

@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/algorithm/container.h"
@@ -115,10 +116,34 @@ void AddAccessFlags(CLI::App& app, ServeOptions& options) {
   app.get_option("--ssl-keyfile")->needs("--ssl-certfile");
 }
 
+// Which web pages may ask. The gateway reads the lists, in its own check.
+void AddCrossOriginFlags(CLI::App& app, ServeOptions& options) {
+  constexpr std::pair<const char*, const char*> kLists[] = {
+      {"--allowed-origins", "JSON list of origins whose web pages may ask [none]"},
+      {"--allowed-methods", "JSON list of the methods they may use [all]"},
+      {"--allowed-headers", "JSON list of the headers they may send [all]"},
+  };
+  for (const auto& [name, description] : kLists) {
+    const auto pass_on = [&options, name = name](const std::string& json) {
+      options.gateway_flags.insert(options.gateway_flags.end(), {name, json});
+    };
+    app.add_option_function<std::string>(name, pass_on, description)
+        ->group("Access")
+        ->type_name("JSON");
+  }
+  const auto pass_on = [&options](int64_t) {
+    options.gateway_flags.emplace_back("--allow-credentials");
+  };
+  app.add_flag_function("--allow-credentials", pass_on,
+                        "They may use credentials that the browser holds")
+      ->group("Access");
+}
+
 }  // namespace
 
 void AddGatewayFlags(CLI::App& app, ServeOptions& options) {
   AddAccessFlags(app, options);
+  AddCrossOriginFlags(app, options);
   AddGatewayLimits(app, options);
 }
 

@@ -30,6 +30,7 @@ class Exchange : public ResponseWriter {
     bool chunked = true;      // not understood by HTTP/1.0
     bool keep_alive = false;  // what the client would like
     std::string request_id;
+    ResponseHeaders headers;  // of whatever is answered
   };
 
   Exchange(ClientSocket& socket, Terms terms) : socket_(socket), terms_(std::move(terms)) {}
@@ -129,10 +130,14 @@ class Exchange : public ResponseWriter {
     if (on_gone_) std::exchange(on_gone_, nullptr)();
   }
 
+  std::string HeadWith(const Response& response, const Framing& framing) const {
+    return HeadOf(response, framing, persistence(), terms_.request_id, terms_.headers);
+  }
+
   std::string WholeResponse(const Response& response) {
     status_ = response.status;
     const Framing framing{Framing::Kind::kContentLength, response.body.size()};
-    std::string bytes = HeadOf(response, framing, persistence(), terms_.request_id);
+    std::string bytes = HeadWith(response, framing);
     if (!terms_.head_only) bytes += response.body;
     return bytes;
   }
@@ -148,7 +153,7 @@ class Exchange : public ResponseWriter {
     if (!terms_.chunked) terms_.keep_alive = false;
     Framing framing;
     framing.kind = terms_.chunked ? Framing::Kind::kChunked : Framing::Kind::kUntilClose;
-    return HeadOf(response, framing, persistence(), terms_.request_id);
+    return HeadWith(response, framing);
   }
 
   void AppendChunk(std::initializer_list<std::string_view> parts, std::string& bytes) const {
@@ -251,6 +256,7 @@ class HttpConnection : public Connection {
     terms.keep_alive = parser.keep_alive() && parser.done() && !parser.problem() &&
                        !verdict_.refusal && !closing_ && !environment_.draining;
     terms.request_id = parser.request().id;
+    terms.headers = environment_.cross_origin.HeadersFor(parser.request());
     Exchange exchange(socket_, std::move(terms));
     exchange_ = &exchange;
     const Clock::time_point start = Clock::now();
@@ -293,7 +299,10 @@ class HttpConnection : public Connection {
         buffer_.erase(0, parser.Parse(buffer_));
         if (parser.problem()) co_return true;
         if (phase == Phase::kHead && parser.head_done()) {
-          verdict_ = environment_.guard.Check(parser.request(), PatternOf(parser.request()));
+          // A browser asks without keys whether it may ask with them.
+          if (!environment_.cross_origin.IsPreflight(parser.request())) {
+            verdict_ = environment_.guard.Check(parser.request(), PatternOf(parser.request()));
+          }
           if (verdict_.refusal) co_return true;
           phase = Phase::kBody;
           deadline = Clock::now() + options.body_timeout;
@@ -314,6 +323,14 @@ class HttpConnection : public Connection {
   }
 
   Task<> Dispatch(const HttpRequest& request, const Router::Match& match, Exchange& exchange) {
+    const CrossOriginPolicy& cross_origin = environment_.cross_origin;
+    if (cross_origin.IsPreflight(request)) {
+      const std::optional<std::string> refusal = cross_origin.RefusalOf(request);
+      Response answer =
+          refusal ? environment_.error_formatter(403, *refusal) : cross_origin.AnswerTo(request);
+      co_await exchange.Send(std::move(answer));
+      co_return;
+    }
     if (match.handler == nullptr) {
       const int status = match.allowed_methods.empty() ? 404 : 405;
       Response response = environment_.error_formatter(status, PhraseOf(status));

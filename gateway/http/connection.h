@@ -20,6 +20,7 @@ struct ConnectionEnvironment {
   const ServerOptions& options;
   const Router& router;
   AccessGuard& guard;
+  const CrossOriginPolicy& cross_origin;
   RequestObserver& observer;
   const ErrorFormatter& error_formatter;
   const bool& draining;  // a connection closes after its next response

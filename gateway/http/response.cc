@@ -41,7 +41,7 @@ void AppendNamedEvent(std::string_view name, std::string_view payload, std::stri
 }
 
 std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence,
-                   std::string_view request_id) {
+                   std::string_view request_id, const ResponseHeaders& more) {
   std::string head =
       absl::StrCat("HTTP/1.1 ", response.status, " ", std::string(PhraseOf(response.status)),
                    "\r\nDate: ", DateNow(), "\r\nServer: fathom\r\n");
@@ -64,8 +64,8 @@ std::string HeadOf(const Response& response, const Framing& framing, Persistence
   absl::StrAppend(&head,
                   "Connection: ", persistence == Persistence::kKeepAlive ? "keep-alive" : "close",
                   "\r\n");
-  for (const auto& [name, value] : response.headers) {
-    absl::StrAppend(&head, name, ": ", value, "\r\n");
+  for (const ResponseHeaders* headers : {&response.headers, &more}) {
+    for (const auto& [name, value] : *headers) absl::StrAppend(&head, name, ": ", value, "\r\n");
   }
   absl::StrAppend(&head, "\r\n");
   return head;

@@ -11,10 +11,12 @@
 
 namespace fathom {
 
+using ResponseHeaders = std::vector<std::pair<std::string, std::string>>;
+
 struct Response {
   int status = 200;
   std::string content_type = "application/json";
-  std::vector<std::pair<std::string, std::string>> headers;  // besides those that HeadOf writes
+  ResponseHeaders headers;  // besides those that HeadOf writes
   std::string body;
 };
 
@@ -32,9 +34,9 @@ struct Framing {
 };
 
 // The status line and headers up to and with the empty line: Date, Server, X-Request-Id unless it
-// is empty, Content-Type, framing, Connection, and the response's own.
+// is empty, Content-Type, framing, Connection, the response's own and `more`.
 std::string HeadOf(const Response& response, const Framing& framing, Persistence persistence,
-                   std::string_view request_id);
+                   std::string_view request_id, const ResponseHeaders& more);
 
 // Appends an event of a text/event-stream that has a name: `event: NAME`, `data: PAYLOAD`.
 void AppendNamedEvent(std::string_view name, std::string_view payload, std::string& events);

@@ -32,12 +32,15 @@ struct Server::State {
       : options(std::move(options)),
         io_thread(io_thread),
         error_formatter(std::move(error_formatter)),
-        environment{this->options, router, guard, observer, this->error_formatter, draining},
+        cross_origin(this->options.cross_origin),
+        environment{this->options,         router,  guard, cross_origin, observer,
+                    this->error_formatter, draining},
         acceptor(io_thread.context()) {}
 
   const ServerOptions options;
   IoThread& io_thread;
   const ErrorFormatter error_formatter;
+  const CrossOriginPolicy cross_origin;
   bool draining = false;
   const ConnectionEnvironment environment;
   tcp::acceptor acceptor;
@@ -103,7 +106,7 @@ void Server::State::TurnAway(tcp::socket socket) const {
   const Response response = error_formatter(
       503, absl::StrCat("the server has ", options.max_connections, " connections, its limit"));
   const Framing framing{Framing::Kind::kContentLength, response.body.size()};
-  const std::string bytes = HeadOf(response, framing, Persistence::kClose, "") + response.body;
+  const std::string bytes = HeadOf(response, framing, Persistence::kClose, "", {}) + response.body;
   error_code ignored;  // it fits an empty socket buffer; if not, the client sees a plain close
   socket.non_blocking(true, ignored);
   socket.write_some(asio::buffer(bytes), ignored);
@@ -138,6 +141,7 @@ absl::Status Server::ReloadTls() {
 
 absl::Status Server::Start() {
   const ServerOptions& options = state_->options;
+  RETURN_IF_ERROR(CrossOriginPolicy::Check(options.cross_origin));
   RETURN_IF_ERROR(ReloadTls());
   error_code error;
   tcp::resolver resolver(state_->io_thread.context());

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "gateway/http/access_guard.h"
+#include "gateway/http/cross_origin.h"
 #include "gateway/http/handler.h"
 #include "gateway/http/io_thread.h"
 #include "gateway/http/request_parser.h"
@@ -25,6 +26,7 @@ struct ServerOptions {
   std::string host = "0.0.0.0";
   uint16_t port = 8000;  // 0: any free one
   HttpsOptions https;
+  CrossOriginOptions cross_origin;
   RequestLimits request_limits;
   // A further one takes the place of the one that has waited longest without a request being
   // answered; when there is none, it gets a 503.

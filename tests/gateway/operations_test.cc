@@ -98,6 +98,68 @@ TEST_F(OperationsTest, WhoMayNotAskMakesTheServerReadNoBody) {
   EXPECT_TRUE(client.ReadsEnd());
 }
 
+constexpr char kPreflight[] =
+    "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: a\r\nAccess-Control-Request-Method: POST\r\n"
+    "Access-Control-Request-Headers: authorization, content-type\r\n";
+
+std::string PreflightFrom(const std::string& origin) {
+  return absl::StrCat(kPreflight, "Origin: ", origin, "\r\n\r\n");
+}
+
+TEST_F(OperationsTest, WebPagesOfOtherOriginsMayNotAskUnlessTheyAreNamed) {
+  EXPECT_EQ(StatusOf(PreflightFrom("https://evil.example")), 405);
+  const HttpResponse response = Ask(With("Origin: https://evil.example", Get("/v1/models")));
+  EXPECT_EQ(response.headers.count("access-control-allow-origin"), 0u);
+}
+
+TEST_F(OperationsTest, NamedWebPagesMayAskAndSayBeforehandThatTheyWillWithoutAKey) {
+  options_.api_keys.keys = {"one"};
+  options_.server.cross_origin.origins = {"https://app.example"};
+  options_.server.cross_origin.headers = {"Authorization", "Content-Type"};
+  options_.server.cross_origin.credentials = true;
+  const HttpResponse allowed = Ask(PreflightFrom("https://app.example"));
+  EXPECT_EQ(allowed.status, 204);
+  EXPECT_EQ(allowed.headers.at("access-control-allow-origin"), "https://app.example");
+  EXPECT_EQ(allowed.headers.at("access-control-allow-methods"), "GET, HEAD, POST");
+  EXPECT_EQ(allowed.headers.at("access-control-allow-headers"), "Authorization, Content-Type");
+  EXPECT_EQ(allowed.headers.at("access-control-allow-credentials"), "true");
+  EXPECT_EQ(allowed.headers.at("vary"), "Origin");
+  const HttpResponse refused = Ask(PreflightFrom("https://evil.example"));
+  EXPECT_EQ(refused.status, 403);
+  EXPECT_THAT(refused.body, HasSubstr("not among --allowed-origins"));
+  EXPECT_EQ(refused.headers.count("access-control-allow-origin"), 0u);
+  // What follows wants the key, and can be read whatever it says.
+  const std::string post = Post("/v1/completions", R"({"prompt":[5],"stream":true})");
+  const HttpResponse without = Ask(With("Origin: https://app.example", post));
+  EXPECT_EQ(without.status, 401);
+  EXPECT_EQ(without.headers.at("access-control-allow-origin"), "https://app.example");
+  const HttpResponse with =
+      Ask(With("Origin: https://app.example\r\nAuthorization: Bearer one", post));
+  EXPECT_EQ(with.status, 200);
+  EXPECT_EQ(with.headers.at("access-control-allow-origin"), "https://app.example");
+  EXPECT_THAT(with.headers.at("access-control-expose-headers"), HasSubstr("X-Request-Id"));
+}
+
+TEST_F(OperationsTest, AStarLetsEveryWebPageAskAndMirrorsTheHeadersItWants) {
+  options_.server.cross_origin.origins = {"*"};
+  const HttpResponse allowed = Ask(PreflightFrom("https://any.example"));
+  EXPECT_EQ(allowed.status, 204);
+  EXPECT_EQ(allowed.headers.at("access-control-allow-origin"), "*");
+  EXPECT_EQ(allowed.headers.at("access-control-allow-headers"), "authorization, content-type");
+}
+
+TEST_F(OperationsTest, OriginsThatNoBrowserSendsKeepTheGatewayFromStarting) {
+  const auto message_of = [&](CrossOriginOptions options) {
+    options_.server.cross_origin = std::move(options);
+    return std::string(Gateway::Create(options_).status().message());
+  };
+  for (const char* wrong : {"https://app.example/", "app.example", "https://App.example", ""}) {
+    EXPECT_THAT(message_of({.origins = {wrong}}), HasSubstr("is no origin")) << wrong;
+  }
+  EXPECT_THAT(message_of({.origins = {"*"}, .credentials = true}), HasSubstr("name the pages"));
+  EXPECT_THAT(message_of({.origins = {"*"}, .methods = {"A B"}}), HasSubstr("'A B' is no name"));
+}
+
 TEST_F(OperationsTest, AKeyFileHoldsHashesAndIsReadAgain) {
   Write("keys", absl::StrCat("# ours\n\n", kSesameHash, " ali\n"));
   options_.api_keys.file = File("keys");

@@ -68,6 +68,18 @@ class GatewayProgramTest(unittest.TestCase):
         self.expect_refused(64, "no address of this machine", COORDINATOR, MODEL,
                             "--host=256.1.1.1", "--port=0")
 
+    def test_reads_lists_of_origins_as_vllm_does(self):
+        _, port = self.start("--allowed-origins", '["https://a.example", "https://b.example"]')
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/version",
+                                         headers={"Origin": "https://b.example"})
+        self.assertEqual(urllib.request.urlopen(request).headers["Access-Control-Allow-Origin"],
+                         "https://b.example")
+        for wrong in ("https://a.example", '["https://a.example"', "[7]", '{"a": 1}'):
+            self.expect_refused(64, "expected a JSON list of strings", COORDINATOR, MODEL,
+                                "--host=127.0.0.1", "--port=0", "--allowed-origins", wrong)
+        self.expect_refused(64, "'nonsense' is no origin", COORDINATOR, MODEL, "--host=127.0.0.1",
+                            "--port=0", "--allowed-origins", '["nonsense"]')
+
     def test_refuses_a_model_it_cannot_use_with_78(self):
         with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
             model = pathlib.Path(folder)
