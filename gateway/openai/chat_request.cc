@@ -228,11 +228,10 @@ absl::StatusOr<ChatPrompt> ReadChatPrompt(const JsonFields& fields, const ApiLim
 
 absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request) {
   std::vector<ChatTool>& tools = request.prompt.options.tools;
-  ASSIGN_OR_RETURN(request.tool_calls, ToolCallsOf(choice, tools));
-  if (request.tool_calls == ToolCalls::kNone) tools.clear();
+  ASSIGN_OR_RETURN(request.tool_calls, ApplyToolChoice(choice, tools));
   for (const ChatTool& tool : tools) {
     if (choice.kind == ToolChoice::Kind::kRequired ||
-        (choice.kind == ToolChoice::Kind::kNamed && choice.name == tool.name)) {
+        (choice.kind == ToolChoice::Kind::kNamed && choice.chosen.front().name == tool.name)) {
       request.required_tools.push_back(tool);
     }
   }

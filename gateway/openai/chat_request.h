@@ -45,7 +45,7 @@ absl::StatusOr<ChatRequest> ParseChatRequest(std::string_view body,
                                              const ApiLimits& limits);
 
 // Lets the model call the prompt's tools as the client chose, makes it, or hides them. Errors as of
-// ToolCallsOf.
+// ApplyToolChoice.
 absl::Status AllowTools(const ToolChoice& choice, ChatRequest& request);
 
 // `top_logprobs`: how many besides the token itself; 0 when absent. Refused beyond the limit.

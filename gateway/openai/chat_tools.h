@@ -13,8 +13,8 @@
 
 namespace fathom {
 
-// `tools`: functions with a name, a description if they like, and parameters. An absent schema is
-// that of no parameters.
+// `tools`: functions with a name of their own, a description if they like, and parameters, a
+// schema of objects. An absent schema is that of no parameters.
 absl::StatusOr<std::vector<ChatTool>> ReadTools(const JsonFields& fields);
 
 // The same where no "function" is around a function: its schema is at `schema_key`, and the only
@@ -34,15 +34,23 @@ enum class ToolCalls {
 struct ToolChoice {
   enum class Kind { kUnsaid, kNone, kAuto, kRequired, kNamed };
   Kind kind = Kind::kUnsaid;
-  std::string name;      // of the tool that is to be called
+  struct Chosen {
+    std::string name;
+    std::string field;  // where it was said
+  };
+  // kNamed: the one that is to be called. Else: the others are as if they were not there; empty:
+  // there are no others.
+  std::vector<Chosen> chosen;
   bool parallel = true;  // more than one call
 };
 
-// InvalidArgument: a choice without `tools`, or of a tool that is not among them.
-absl::StatusOr<ToolCalls> ToolCallsOf(const ToolChoice& choice, const std::vector<ChatTool>& tools);
+// Leaves in `tools` those that the model is told of. InvalidArgument: a choice without `tools`, or
+// of a tool that is not among them.
+absl::StatusOr<ToolCalls> ApplyToolChoice(const ToolChoice& choice, std::vector<ChatTool>& tools);
 
 // The choice that `tool_choice` and `parallel_tool_calls` make: a word, or an object with
-// `type: function`. With `FunctionName::kWrapped` the name of the function is within `function`.
+// `type` function or allowed_tools. With `FunctionName::kWrapped` the name of the function is
+// within `function`.
 enum class FunctionName { kWrapped, kBare };
 absl::StatusOr<ToolChoice> ReadToolChoice(const JsonFields& fields, FunctionName name);
 

@@ -179,7 +179,7 @@ absl::StatusOr<ToolChoice> ReadChoice(const JsonFields& fields) {
     choice.kind = ToolChoice::Kind::kRequired;
   } else if (type == "tool" && name) {
     choice.kind = ToolChoice::Kind::kNamed;
-    choice.name = *std::move(name);
+    choice.chosen.push_back({*std::move(name), said.NameOf("name")});
   } else if (type == "tool") {
     return said.WrongType("name", "a string");
   } else {

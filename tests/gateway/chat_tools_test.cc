@@ -77,6 +77,30 @@ TEST_F(ChatToolsTest, CallsThatMustComeAreAGrammar) {
   EXPECT_EQ(grammar_of(R"("auto")").text(), "");
 }
 
+TEST_F(ChatToolsTest, OnlyAllowedToolsAreToldOfAndMayBeCalled) {
+  const std::string tools =
+      R"("tools":[{"type":"function","function":{"name":"get"}},)"
+      R"({"type":"function","function":{"name":"put"}}],"tool_choice":{"type":"allowed_tools",)"
+      R"("allowed_tools":{"tools":[{"type":"function","function":{"name":"put"}}],"mode":)";
+  CoordinatorSays(kCall);
+  EXPECT_EQ(Chat(tools + R"("auto"}})").status, 200);
+  EXPECT_THAT(LastPrompt(), HasSubstr("### put"));
+  EXPECT_THAT(LastPrompt(), Not(HasSubstr("### get")));
+  EXPECT_FALSE(coordinator_.requests().back().sampling().has_grammar());
+  EXPECT_EQ(Chat(tools + R"("required"}})").status, 200);
+  const std::string grammar = coordinator_.requests().back().sampling().grammar().text();
+  EXPECT_THAT(grammar, HasSubstr(R"("value":"put")"));
+  EXPECT_THAT(grammar, Not(HasSubstr(R"("value":"get")")));
+  // The Responses API has it one level flatter.
+  const std::string response =
+      R"({"input":"hi","tools":[{"type":"function","name":"get"},{"type":"function","name":"put"}],)"
+      R"("tool_choice":{"type":"allowed_tools","mode":"auto",)"
+      R"("tools":[{"type":"function","name":"put"}]}})";
+  EXPECT_EQ(Ask(Post("/v1/responses", response)).status, 200);
+  EXPECT_THAT(LastPrompt(), HasSubstr("### put"));
+  EXPECT_THAT(LastPrompt(), Not(HasSubstr("### get")));
+}
+
 TEST_F(ChatToolsTest, ACallThatTheClientHasNamedEndsWithStop) {
   CoordinatorSays(kCall);
   const std::string chosen =

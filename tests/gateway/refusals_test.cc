@@ -331,7 +331,7 @@ TEST_F(RefusalsTest, ChatsThatAreNone) {
        {with(kTool + R"(,"tool_choice":{"type":"function","function":{"name":"f"}})"),
         "no tokens for tool calls", "messages"},
        {with(kTool + R"(,"tool_choice":{"type":"function","function":{"name":"g"}})"),
-        "does not match any of the specified `tools`", "tool_choice"},
+        "does not match any of the specified `tools`", "tool_choice.function.name"},
        {with(kTool + R"(,"tool_choice":"maybe")"), "got 'maybe'", "tool_choice"},
        {with(kTool + R"(,"tool_choice":7)"), "a string or an object", "tool_choice", kMalformed},
        {with(kTool), "tools: the model's tokenizer has no tokens for tool calls", "messages"},
@@ -348,6 +348,52 @@ TEST_F(RefusalsTest, ChatsThatAreNone) {
         "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
         "continue_final_message"},
        {with(R"("max_completion_tokens":0)"), "max_tokens must be at least 1", "max_tokens"}});
+}
+
+TEST_F(RefusalsTest, ToolsThatAreNone) {
+  const auto tool = [](const std::string& function) {
+    return absl::StrCat(R"({"type":"function","function":{)", function, "}}");
+  };
+  const auto with = [](const std::string& tools, const std::string& choice) {
+    return absl::StrCat(R"({"messages":[{"role":"user","content":"x"}],"tools":[)", tools, "]",
+                        choice.empty() ? "" : ",\"tool_choice\":", choice, "}");
+  };
+  const auto schema = [&](const std::string& parameters) {
+    return with(tool(absl::StrCat(R"("name":"f","parameters":)", parameters)), "");
+  };
+  const std::string f = tool(R"("name":"f")");
+  const std::string parameters = "tools[0].function.parameters";
+  ExpectAllRefused(
+      "/v1/chat/completions",
+      {{schema("[]"), "must be an object, got a list", parameters, kMalformed},
+       {schema(R"({"type":"string"})"), "must be 'object'", parameters + ".type"},
+       {schema(R"({"type":["string","null"]})"), "must be 'object'", parameters + ".type"},
+       {schema(R"({"type":7})"), "must be 'object'", parameters + ".type"},
+       {schema(R"({"properties":[]})"), "must be an object", parameters + ".properties",
+        kMalformed},
+       {schema(R"({"required":true})"), "must be a list of strings", parameters + ".required",
+        kMalformed},
+       {with(tool(R"("name":"")"), ""), "has 0 bytes, expected 1 to 256", "tools[0].function.name"},
+       {with(tool(absl::StrCat(R"("name":")", std::string(257, 'f'), "\"")), ""), "has 257 bytes",
+        "tools[0].function.name"},
+       {with(tool(R"("name":"f","strict":"yes")"), ""), "must be true or false",
+        "tools[0].function.strict", kMalformed},
+       {with(absl::StrCat(f, ",", f), ""), "is 'f', which an earlier tool is called too",
+        "tools[1].function.name"},
+       {with(f, "{}"), "must be an object", "tool_choice.function", kMalformed},
+       {with(f, R"({"type":"custom","custom":{"name":"f"}})"),
+        "must be 'function' or 'allowed_tools', got 'custom'", "tool_choice.type"},
+       {with(f, R"({"type":"function","function":{"name":""}})"), "does not match any",
+        "tool_choice.function.name"},
+       {with(f, R"({"type":"allowed_tools"})"), "must be an object", "tool_choice.allowed_tools",
+        kMalformed},
+       {with(f, R"({"type":"allowed_tools","allowed_tools":{"mode":"all","tools":[]}})"),
+        "must be 'auto' or 'required', got 'all'", "tool_choice.allowed_tools.mode"},
+       {with(f, R"({"type":"allowed_tools","allowed_tools":{"mode":"auto","tools":[]}})"),
+        "must name a tool", "tool_choice.allowed_tools.tools"},
+       {with(f, R"({"type":"allowed_tools","allowed_tools":{"mode":"auto","tools":)"
+                R"([{"type":"function","function":{"name":"g"}}]}})"),
+        "does not match any", "tool_choice.allowed_tools.tools[0].function.name"}});
 }
 
 TEST_F(RefusalsTest, TokensAndTextsThatAreNone) {
