@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -60,6 +62,20 @@ constexpr std::array<std::string_view, 6> kImplyType = {
 constexpr std::array<std::string_view, 9> kUnsupported = {
     "not",      "if",          "dependentRequired", "dependentSchemas", "dependencies",
     "contains", "$dynamicRef", "$recursiveRef",     "additionalItems"};
+
+constexpr std::array<std::string_view, 7> kTypes = {"string", "number", "integer", "boolean",
+                                                    "null",   "object", "array"};
+
+constexpr std::array<std::string_view, 5> kNumbers = {"minimum", "maximum", "exclusiveMinimum",
+                                                      "exclusiveMaximum", "multipleOf"};
+
+struct Counts {
+  std::string_view least;
+  std::string_view most;
+};
+constexpr Counts kCounts[] = {
+    {"minLength", "maxLength"}, {"minItems", "maxItems"}, {"minProperties", "maxProperties"}};
+constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();
 
 using Fields = std::vector<std::pair<std::string_view, dom::element>>;
 
@@ -162,24 +178,65 @@ class Checker {
     });
     if (alone != kAlone.end()) return CheckAlone(fields, *alone, place);
     RETURN_IF_ERROR(CheckTypes(fields, place));
+    RETURN_IF_ERROR(CheckNumbers(fields, place));
+    RETURN_IF_ERROR(CheckCounts(fields, place));
     RETURN_IF_ERROR(CheckPatterns(fields, place));
     return CheckParts(fields, place);
   }
 
-  absl::Status CheckPatterns(const Fields& fields, const std::string& place) {
-    constexpr std::string_view kWhat = " that may match control characters, quotes or backslashes";
+  static absl::Status CheckNumbers(const Fields& fields, const std::string& place) {
+    for (const std::string_view keyword : kNumbers) {
+      const dom::element* const found = Find(fields, keyword);
+      if (found == nullptr) continue;
+      double number = 0;
+      if (found->get(number)) return Refuse(place, std::string(keyword), " must be a number");
+      if (keyword == "multipleOf" && number <= 0) {
+        return Refuse(place, "multipleOf must be above 0, got ", number);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status CheckCounts(const Fields& fields, const std::string& place) {
+    for (const Counts& counts : kCounts) {
+      int64_t least = 0, most = kMostCounted;
+      for (const auto& [keyword, value] : {std::pair(counts.least, &least), {counts.most, &most}}) {
+        const dom::element* const found = Find(fields, keyword);
+        if (found != nullptr && (found->get(*value) || *value < 0)) {
+          return Refuse(place, std::string(keyword), " must be a whole number of at least 0, got ",
+                        simdjson::minify(*found));
+        }
+      }
+      if (least > kMostCounted) {
+        return Refuse(place, std::string(counts.least), " must be at most ", kMostCounted);
+      }
+      if (least > most) {
+        return Refuse(place, std::string(counts.least), " ", least, " is above ",
+                      std::string(counts.most), " ", most);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  static absl::Status Unwieldy(const std::string& place, std::string_view pattern) {
+    return Refuse(place, "the pattern '", std::string(pattern),
+                  "' has characters beyond ASCII; beside those '.', '[', '\"' and escapes other "
+                  "than \\d, \\w and of punctuation are not supported");
+  }
+
+  static absl::Status CheckPatterns(const Fields& fields, const std::string& place) {
     std::string_view text;
-    const dom::element* const pattern = Find(fields, "pattern");
-    if (pattern != nullptr && !pattern->get(text) && MayLeaveJson(text)) {
-      return NotSupported(place, absl::StrCat("a pattern", std::string(kWhat)));
+    for (const std::string_view keyword : {"pattern", "format"}) {
+      const dom::element* const found = Find(fields, keyword);
+      if (found == nullptr) continue;
+      if (found->get(text)) return Refuse(place, std::string(keyword), " must be a string");
+      if (keyword == "pattern" && MayLeaveJson(text)) return Unwieldy(place, text);
     }
     dom::object properties;
     const dom::element* const names = Find(fields, "patternProperties");
     if (names == nullptr || names->get(properties)) return absl::OkStatus();
     for (const dom::key_value_pair field : properties) {
-      if (!MayLeaveJson(field.key)) continue;
-      return NotSupported(place,
-                          absl::StrCat("patternProperties with a pattern", std::string(kWhat)));
+      if (MayLeaveJson(field.key)) return Unwieldy(place, field.key);
     }
     return absl::OkStatus();
   }
@@ -257,6 +314,11 @@ class Checker {
       }
     }
     if (types.empty()) return Refuse(place, "type must be a string or a list of strings");
+    for (const std::string_view each : types) {
+      if (std::find(kTypes.begin(), kTypes.end(), each) != kTypes.end()) continue;
+      return Refuse(place, "'", std::string(each), "' is no type, expected string, number, ",
+                    "integer, boolean, null, object or array");
+    }
     return types;
   }
 

@@ -29,7 +29,7 @@ void LogMessageImpl(const std::string&, int, int level, const std::string& messa
   constexpr int kWarning = 2;
   if (level < kWarning) return;
   if (!warnings.empty()) warnings += "; ";
-  warnings += message;
+  warnings += message.substr(0, message.find("; ignoring"));  // it is refused
 }
 
 }  // namespace xgrammar
@@ -43,6 +43,20 @@ constexpr int kMaxWhitespace = 64;
 // Begins what stands for a token without text: no text has these bytes.
 constexpr char kNoText[] = "\xff\xfe";
 
+// What an error of xgrammar's says to whoever wrote the grammar, without the condition in its code
+// that failed.
+std::string InWordsOfClients(std::string_view message) {
+  constexpr std::string_view kCheck = "Check failed: ", kFailed = " is false: ";
+  if (message.substr(0, kCheck.size()) == kCheck) {
+    const size_t end = message.find(kFailed);
+    message = end == std::string_view::npos ? "" : message.substr(end + kFailed.size());
+  }
+  while (!message.empty() && message.back() <= ' ') message.remove_suffix(1);
+  // picojson's word for a value that is, say, a number where a string was expected.
+  if (message.substr(0, 13) == "type mismatch") message = "a value is of the wrong type";
+  return message.empty() ? "the grammar cannot be compiled" : std::string(message);
+}
+
 // Runs `work`, which returns a Status; xgrammar's exceptions become one.
 template <typename Work>
 absl::Status Guarded(const Work& work) {
@@ -51,7 +65,7 @@ absl::Status Guarded(const Work& work) {
   } catch (const std::bad_alloc&) {
     return absl::InvalidArgumentError("the grammar needs too much memory");
   } catch (const std::exception& error) {
-    return absl::InvalidArgumentError(error.what());
+    return absl::InvalidArgumentError(InWordsOfClients(error.what()));
   }
 }
 
