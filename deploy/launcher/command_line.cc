@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "absl/algorithm/container.h"
@@ -18,6 +19,7 @@
 #include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "deploy/launcher/gateway_flags.h"
+#include "deploy/launcher/vllm_flags.h"
 
 namespace fathom {
 namespace {
@@ -58,63 +60,19 @@ Validator Between(int64_t low, int64_t high) {
   };
 }
 
-// A flag of vLLM for what cannot be had here.
-struct RefusedFlag {
-  const char* name;
-  const char* reason;
-};
-
-constexpr RefusedFlag kRefusedFlags[] = {
-    {"--no-enable-chunked-prefill", "prompts are always cut to the token budget"},
-    {"--speculative-config", "speculative decoding comes with a later version"},
-    {"--tokenizer", "the tokenizer is the tokenizer.json of the model folder"},
-    {"--chat-template", "encodings are built in, no template is executed; see --chat-encoding"},
-    {"--ssl-ca-certs", "clients are known by their keys, see --api-key-file"},
-    {"--ssl-cert-reqs", "clients are known by their keys, see --api-key-file"},
-};
-
-// A flag of vLLM that asks for what happens anyway.
-struct NeedlessFlag {
-  const char* name;
-  const char* values;  // that ask for it, as "a|b"; others are refused. "": it takes no value
-  const char* reason;
-};
-
-constexpr NeedlessFlag kNeedlessFlags[] = {
-    {"--trust-remote-code", "", "the architecture is built in, no model's code is run"},
-    {"--enable-chunked-prefill", "", "prompts are always cut to the token budget"},
-    {"--enforce-eager", "", "there are no graphs to capture on this device"},
-    {"--disable-log-requests", "",
-     "prompts and parameters are never logged; one line per request is, see --log-level"},
-    {"--tokenizer-mode", "auto|deepseek_v32",
-     "tokenizer and encoding are chosen by the model folder, see --chat-encoding"},
-    {"--enable-auto-tool-choice", "", "requests with tools may call them"},
-    {"--tool-call-parser", "deepseek_v3|deepseek_v31|deepseek_v32|kimi_k2",
-     "tool calls are read as the chat encoding writes them, see --chat-encoding"},
-    {"--reasoning-parser", "deepseek_r1|deepseek_v3|deepseek_v32|kimi_k2",
-     "thoughts are read as the chat encoding writes them, see --chat-encoding"},
-    {"--distributed-executor-backend", "mp", "workers are processes of this host"},
-    {"--pipeline-parallel-size", "1",
-     "layers are not split over workers, see --tensor-parallel-size"},
-    {"--nnodes", "1", "this runs on one host; deploy/systemd has units for several"},
-    {"--cpu-offload-gb", "0", "weights are held in the workers' own memory"},
-    {"--swap-space", "0", "preempted requests are recomputed, not swapped"},
-};
-
 // Before parsing, so that no message repeats what stands behind such a flag: it may be a secret.
 absl::Status RefuseForeignFlags(const std::vector<std::string>& arguments) {
   for (const std::string& argument : arguments) {
     const std::string name = argument.substr(0, argument.find('='));
-    for (const RefusedFlag& flag : kRefusedFlags) {
-      if (name != flag.name) continue;
-      return absl::InvalidArgumentError(absl::StrCat(name, " is refused: ", flag.reason));
+    if (const std::optional<std::string> reason = ReasonToRefuse(name)) {
+      return absl::InvalidArgumentError(absl::StrCat(name, " is refused: ", *reason));
     }
   }
   return absl::OkStatus();
 }
 
 void AddNeedlessFlags(CLI::App& app) {
-  for (const NeedlessFlag& flag : kNeedlessFlags) {
+  for (const NeedlessFlag& flag : NeedlessFlags()) {
     const bool is_switch = *flag.values == '\0';
     CLI::Option* option = is_switch ? app.add_flag(flag.name) : app.add_option(flag.name);
     option->group("");  // not in --help
@@ -122,7 +80,7 @@ void AddNeedlessFlags(CLI::App& app) {
 }
 
 absl::Status NoteNeedlessFlags(const CLI::App& app, std::vector<std::string>& notes) {
-  for (const NeedlessFlag& flag : kNeedlessFlags) {
+  for (const NeedlessFlag& flag : NeedlessFlags()) {
     const CLI::Option* option = app.get_option(flag.name);
     if (option->count() == 0) continue;
     std::string given = flag.name;
@@ -344,6 +302,8 @@ std::vector<std::string> Normalized(const std::vector<std::string>& arguments) {
     std::string name = argument.substr(0, end);
     if (name == "-tp") name = "--tensor-parallel-size";
     if (name == "-dp") name = "--data-parallel-size";
+    if (name == "-pp") name = "--pipeline-parallel-size";
+    if (name == "-ep") name = "--enable-expert-parallel";
     if (name == "-q") name = "--quantization";
     if (absl::StartsWith(name, "--")) std::replace(name.begin(), name.end(), '_', '-');
     normalized.push_back(name + argument.substr(end));

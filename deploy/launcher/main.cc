@@ -139,6 +139,9 @@ absl::StatusOr<int> Serve(const CommandLine& command_line, LogOutput& log) {
   ASSIGN_OR_RETURN(const std::string program_dir, ProgramDir());
   RETURN_IF_ERROR(CheckModelFolder(options));
   RETURN_IF_ERROR(CheckReadyFile(options.ready_file));
+  if (!options.run_directory.empty()) {
+    RETURN_IF_ERROR(RunDirectory::Check(options.run_directory, LongestSocketPath(options, "")));
+  }
   ASSIGN_OR_RETURN(options.port, FindFreePort(options.host, options.port));
   ASSIGN_OR_RETURN(const MemoryPlan plan, CheckPrograms(options, program_dir));
   for (const std::string& line : DescribeMemoryPlan(plan, options)) log.Own(line);

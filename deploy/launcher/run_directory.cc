@@ -63,21 +63,31 @@ absl::StatusOr<RunDirectory> RunDirectory::Create(const std::string& parent, siz
       absl::StrCat("cannot make ", path, ": ", std::strerror(errno), "; give --run-directory"));
 }
 
-absl::StatusOr<RunDirectory> RunDirectory::Use(const std::string& path, size_t longest_name) {
+absl::Status RunDirectory::Check(const std::string& path, size_t longest_name) {
+  const auto wrong = [&path](const auto&... what) {
+    return absl::InvalidArgumentError(absl::StrCat("--run-directory ", path, what...));
+  };
   if (path.size() + longest_name > kMaxSocketPath) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--run-directory ", path, " is too long for a socket's address: expected at ",
-                     "most ", kMaxSocketPath - longest_name, " bytes"));
+    return wrong(" is too long for a socket's address: expected at most ",
+                 kMaxSocketPath - longest_name, " bytes");
   }
-  const bool made = mkdir(path.c_str(), 0700) == 0;
   struct stat info = {};
-  if (stat(path.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
-    return absl::InvalidArgumentError(absl::StrCat("--run-directory ", path, " is no directory"));
+  if (stat(path.c_str(), &info) != 0) {
+    const std::string parent = std::filesystem::absolute(path).parent_path().string();
+    const bool can_make = errno == ENOENT && access(parent.c_str(), W_OK | X_OK) == 0;
+    return can_make ? absl::OkStatus() : wrong(" cannot be made: ", std::strerror(errno));
   }
+  if (!S_ISDIR(info.st_mode)) return wrong(" is no directory");
   if (info.st_uid != geteuid() || (info.st_mode & 0077) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--run-directory ", path, " is open to others: expected our own, with mode 0700"));
+    return wrong(" is open to others: expected our own, with mode 0700");
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RunDirectory> RunDirectory::Use(const std::string& path, size_t longest_name) {
+  RETURN_IF_ERROR(Check(path, longest_name));
+  const bool made = mkdir(path.c_str(), 0700) == 0;
+  RETURN_IF_ERROR(Check(path, longest_name));  // it may have been another's in the meantime
   return RunDirectory(path, made);
 }
 

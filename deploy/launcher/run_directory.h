@@ -19,8 +19,11 @@ class RunDirectory {
   // long that `longest_name` bytes more would not fit a socket's address.
   static absl::StatusOr<RunDirectory> Create(const std::string& parent, size_t longest_name);
 
-  // This directory itself, made if need be. InvalidArgument when its name is too long, or when it
-  // is another user's or open to others.
+  // Whether Use would: InvalidArgument when its name is too long, it is another user's or open to
+  // others, or it is not there and cannot be made. Leaves everything as it is.
+  static absl::Status Check(const std::string& path, size_t longest_name);
+
+  // This directory itself, made if need be. Errors as of Check.
   static absl::StatusOr<RunDirectory> Use(const std::string& path, size_t longest_name);
 
   RunDirectory(RunDirectory&& other) noexcept;

@@ -56,6 +56,21 @@ class CheckTest(unittest.TestCase):
         self.refused(64, "^fathom: --ready-file: cannot write '/nowhere/ready'", "--ready-file",
                      "/nowhere/ready")
 
+    def test_refuses_a_run_directory_that_cannot_be_used(self):
+        self.refused(64, "^fathom: --run-directory /nowhere/run cannot be made: No such file",
+                     "--run-directory", "/nowhere/run")
+        with tempfile.TemporaryDirectory(prefix="fathom-") as folder:
+            path = pathlib.Path(folder)
+            path.chmod(0o755)
+            self.refused(64, "is open to others", "--run-directory", folder)
+            self.refused(64, "too long", "--run-directory", f"{folder}/{'x' * 100}")
+            path.chmod(0o700)
+            (path / "worker.sock").touch()  # of one that runs
+            for name in (folder, f"{folder}/new"):
+                result = self.fathom("check", "--run-directory", name)
+                self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual([each.name for each in path.iterdir()], ["worker.sock"])
+
     def test_refuses_tls_files_that_do_not_exist(self):
         self.refused(78, "cannot read '/nowhere/authority'", "--grpc-listen", "0.0.0.0:0",
                      "--tls-certificate", "/nowhere/certificate", "--tls-private-key",

@@ -3,6 +3,9 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_split.h"
+#include "deploy/launcher/vllm_flags.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -208,6 +211,33 @@ TEST(CommandLineTest, PassesKeysAndCertificatesOnToTheGateway) {
   EXPECT_TRUE(options.gateway_reloads);
   EXPECT_FALSE(Served({"--api-key", "a"}).gateway_reloads) << "it names no file";
   EXPECT_THAT(Refusal({"--ssl-certfile", "c"}), HasSubstr("--ssl-keyfile"));
+}
+
+TEST(CommandLineTest, SaysOfVllmsOwnFlagsWhyTheyAreRefused) {
+  EXPECT_THAT(Refusal({"--enable-lora"}), HasSubstr("--enable-lora is refused: adapters"));
+  EXPECT_THAT(Refusal({"--kv-transfer-config", "{}"}), HasSubstr("stays with the workers"));
+  EXPECT_THAT(Refusal({"--limit_mm_per_prompt={}"}), HasSubstr("read text only"));
+  EXPECT_THAT(Refusal({"-pp", "2"}), HasSubstr("--pipeline-parallel-size 2 is refused"));
+  EXPECT_THAT(Refusal({"--frobnicate"}), HasSubstr("unknown flag --frobnicate"));
+}
+
+TEST(CommandLineTest, RefusesNoFlagOfItsOwn) {
+  const absl::StatusOr<CommandLine> help = ParseCommandLine({"serve", "--help"}, "1");
+  int num_flags = 0;
+  for (const absl::string_view word : absl::StrSplit(help->text, absl::ByAnyChar(" ,\n"))) {
+    if (!absl::StartsWith(word, "--")) continue;
+    ++num_flags;
+    EXPECT_EQ(ReasonToRefuse(word), std::nullopt) << word;
+  }
+  EXPECT_GT(num_flags, 60);
+}
+
+TEST(CommandLineTest, PassesListsOfOriginsOnAsTheyAre) {
+  EXPECT_THAT(Served({"--allowed-origins", "[\"https://a\", \"https://b\"]", "--allowed_methods",
+                      "[\"POST\"]", "--allow-credentials"})
+                  .gateway_flags,
+              ElementsAre("--allowed-origins", "[\"https://a\", \"https://b\"]",
+                          "--allowed-methods", "[\"POST\"]", "--allow-credentials"));
 }
 
 TEST(CommandLineTest, PassesLimitsOnToTheGateway) {
