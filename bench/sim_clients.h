@@ -103,7 +103,10 @@ class SimClients {
         !steady_until_.has_value()) {
       steady_until_ = {last_event_, num_tokens_};
     }
-    if (error.empty() && client.num_tokens == OutputTokens(index)) return;
+    if (error.empty() && client.num_tokens == OutputTokens(index)) {
+      ++num_answered_;
+      return;
+    }
     if (++num_failed_ <= 10) {
       std::fprintf(stderr, "stream %d ended after %d tokens: %s\n", index, client.num_tokens,
                    error.empty() ? "it is not complete" : error.c_str());
@@ -113,6 +116,8 @@ class SimClients {
   bool all_done() const { return num_done_ == options_.streams; }
   bool all_right() const { return num_wrong_ == 0 && num_failed_ == 0; }
   int64_t num_tokens() const { return num_tokens_; }
+  // Requests with a whole answer.
+  int64_t num_answered() const { return num_answered_; }
 
   Figures Measure() {
     const double seconds = SecondsBetween(first_request_, last_event_);
@@ -186,6 +191,7 @@ class SimClients {
   int num_done_ = 0;
   int num_ready_ = 0;
   int64_t num_tokens_ = 0;
+  int64_t num_answered_ = 0;
   int64_t num_events_ = 0;
   int num_wrong_ = 0;
   int num_failed_ = 0;

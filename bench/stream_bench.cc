@@ -26,7 +26,8 @@
 // step, which hides whatever delays a request by less than the rest of the step: with --pause-ms it
 // waits before, for a random time of at most that.
 //
-// Exit code 1 when a token is wrong, or a request fails or is not complete.
+// Exit code 1 when a token is wrong, or a request fails or is not complete; without figures when
+// none is complete.
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -36,6 +37,7 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
@@ -323,18 +325,17 @@ class Bench {
     if (!flags_.http.empty()) address_ = AddressOf(flags_.http);
     absl::c_sort(options_.eos_ids);
     for (int i = 0; i < flags_.repeat; ++i) {
-      if (stub_ != nullptr) {
-        grpc_.push_back(Measure("grpc", [&](SimClients& clients) {
-          GrpcStreams(options_.streams, *stub_, clients).Run();
-        }));
-      }
+      const auto run_grpc = [&](SimClients& clients) {
+        GrpcStreams(options_.streams, *stub_, clients).Run();
+      };
+      if (stub_ != nullptr && !Measure("grpc", run_grpc, grpc_)) return 1;
       const auto run_http = [&](SimClients& clients) {
         HttpStreams(options_.streams, address_, clients).Run();
       };
-      if (!flags_.http.empty()) http_.push_back(Measure("http", run_http));
+      if (!flags_.http.empty() && !Measure("http", run_http, http_)) return 1;
       if (flags_.slow_clients == 0) continue;
       const SlowClients slow_clients(address_, flags_.slow_clients);
-      beside_slow_.push_back(Measure("http beside slow clients", run_http));
+      if (!Measure("http beside slow clients", run_http, beside_slow_)) return 1;
     }
     Compare();
     return all_right_ ? 0 : 1;
@@ -359,7 +360,9 @@ class Bench {
     return true;
   }
 
-  Figures Measure(const std::string& way, const std::function<void(SimClients&)>& run) {
+  // Adds the figures of a run to `measured`. False when there is nothing to measure.
+  bool Measure(const std::string& way, const std::function<void(SimClients&)>& run,
+               std::vector<Figures>& measured) {
     std::vector<std::pair<std::string, std::string>> processes = {{"clients", "self"}};
     for (const std::string& process : flags_.processes) {
       processes.push_back(absl::StrSplit(process, absl::MaxSplits('=', 1)));
@@ -369,6 +372,13 @@ class Bench {
     SimClients clients(options_);
     ++options_.seed;  // of the next run
     run(clients);
+    if (clients.num_answered() == 0) {
+      std::fprintf(stderr,
+                   "stream_bench: %s: none of %d requests was answered; the lines above say why "
+                   "(is it a server of simulated workers, with this --vocab-size?)\n",
+                   way.c_str(), options_.streams * options_.rounds);
+      return false;
+    }
     Figures figures = clients.Measure();
     for (size_t i = 0; i < processes.size(); ++i) {
       const auto& [name, pid] = processes[i];
@@ -379,7 +389,8 @@ class Bench {
     }
     all_right_ = all_right_ && clients.all_right();
     Print(way, figures);
-    return figures;
+    measured.push_back(std::move(figures));
+    return true;
   }
 
   // Medians over the turns of what a way changes within a turn.
@@ -407,6 +418,7 @@ class Bench {
   void Print(const std::string& way, const Figures& figures) const {
     std::vector<std::string> words;
     for (const auto& [name, value] : figures) {
+      if (!std::isfinite(value)) continue;  // of too few answers
       words.push_back(flags_.json ? absl::StrCat("\"", name, "\": ", value)
                                   : absl::StrCat(name, " ", value));
     }
