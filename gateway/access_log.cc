@@ -25,6 +25,30 @@ std::string TimeText(int64_t unix_milliseconds) {
   return absl::StrFormat("%s.%03dZ", std::string(text, size), unix_milliseconds % 1000);
 }
 
+// Within a JSON text: whatever some reader takes for the end of a line, or a terminal for a
+// command, beyond what JSON itself escapes: DEL, U+0080 to U+009F, U+2028 and U+2029.
+std::string WithoutControls(std::string_view json) {
+  std::string line;
+  for (size_t i = 0; i < json.size(); ++i) {
+    const auto byte_at = [&](size_t at) {
+      return at < json.size() ? static_cast<unsigned char>(json[at]) : 0;
+    };
+    const int byte = byte_at(i), next = byte_at(i + 1), third = byte_at(i + 2);
+    if (byte == 0x7f) {
+      line += "\\u007f";
+    } else if (byte == 0xc2 && next >= 0x80 && next <= 0x9f) {
+      absl::StrAppendFormat(&line, "\\u%04x", next);
+      ++i;
+    } else if (byte == 0xe2 && next == 0x80 && (third == 0xa8 || third == 0xa9)) {
+      absl::StrAppendFormat(&line, "\\u%04x", 0x2028 + third - 0xa8);
+      i += 2;
+    } else {
+      line += json[i];
+    }
+  }
+  return line;
+}
+
 }  // namespace
 
 std::string AccessLogLine(const RequestRecord& record, int64_t unix_milliseconds) {
@@ -45,7 +69,7 @@ std::string AccessLogLine(const RequestRecord& record, int64_t unix_milliseconds
     json.Key("completion_tokens").Int(notes.completion_tokens);
   }
   json.EndObject();
-  return absl::StrCat(json.text(), "\n");
+  return WithoutControls(json.text()) + "\n";
 }
 
 AccessLog::~AccessLog() {

@@ -4,9 +4,10 @@
 //    "method":…,"path":…,"route":…,"status":200,"duration_ms":12.3,"complete":true,
 //    "response_id":…,"prompt_tokens":…,"completion_tokens":…}
 //
-// Whatever a client sends is a JSON string here, control characters escaped: it cannot forge a
-// line. No prompt, no answer and no key is ever written. A line that cannot be written (disk full)
-// is dropped and counted; requests go on. I/O thread only.
+// Whatever a client sends is a JSON string here, with everything escaped that anybody takes for
+// a control character or the end of a line: it cannot forge one. No prompt, no answer and no key is
+// ever written. A line that cannot be written (disk full) is dropped and counted; requests go on.
+// I/O thread only.
 #pragma once
 
 #include <cstdint>

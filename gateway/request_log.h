@@ -16,7 +16,8 @@ class RequestLog : public RequestObserver {
   RequestLog(GatewayMetrics& metrics, AccessLog& access_log)
       : metrics_(metrics), access_log_(access_log) {}
 
-  // Logs at info; probes and scrapes that succeed at debug. They are not in the series either.
+  // Logs at info; probes and scrapes at debug, and only those that fail in the access log. They are
+  // not in the series either.
   void OnRequestEnd(const RequestRecord& record) override;
 
  private:

@@ -250,6 +250,14 @@ TEST_F(OperationsTest, TheAccessLogHasALineOfJsonForEachRequest) {
   EXPECT_THAT(log, Not(HasSubstr("secret")));
 }
 
+TEST_F(OperationsTest, NothingInTheAccessLogLooksLikeTheEndOfALine) {
+  options_.access_log_file = File("log");
+  // Next line, CSI, line separator, paragraph separator, DEL; and a dash that is none of them.
+  Ask("GET /%C2%85%C2%9B%E2%80%A8%E2%80%A9%7F%E2%80%94 HTTP/1.1\r\nHost: x\r\n\r\n");
+  Ask(Get("/live"));
+  EXPECT_THAT(Read("log"), HasSubstr(R"("path":"/\u0085\u009b\u2028\u2029\u007f—","route":"")"));
+}
+
 TEST_F(OperationsTest, TheAccessLogFollowsAFileThatWasMovedAway) {
   options_.access_log_file = File("log");
   Ask(Get("/nowhere"));
