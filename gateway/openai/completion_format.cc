@@ -21,7 +21,9 @@ void CompletionFormat::WriteLogprobs(size_t choice, const ChoiceDelta& delta, Pa
     const std::vector<uint32_t>& prompt = options_.prompts[choice / options_.n];
     for (size_t i = 0; i < prompt.size(); ++i) {
       const bool known = i > 0 && i <= delta.prompt_logprobs.size();
-      tokens.push_back({prompt[i], known ? &delta.prompt_logprobs[i - 1] : nullptr});
+      tokens.push_back({.token_id = prompt[i],
+                        .logprobs = known ? &delta.prompt_logprobs[i - 1] : nullptr,
+                        .is_in_text = i >= options_.num_hidden});
     }
   }
   for (size_t i = 0; i < delta.token_ids.size(); ++i) {

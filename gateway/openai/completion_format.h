@@ -19,7 +19,8 @@ struct CompletionFormatOptions {
   ResponseHeader header;
   std::vector<std::vector<uint32_t>> prompts;  // token ids, for echo and return_token_ids
   std::vector<std::string> echo_texts;         // [prompt], empty without echo
-  int n = 1;                                   // choices of each prompt
+  size_t num_hidden = 0;  // tokens at the front of each prompt that its echo does not show
+  int n = 1;              // choices of each prompt
   bool echo = false;
   bool has_logprobs = false;
   bool has_prompt_logprobs = false;

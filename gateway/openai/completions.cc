@@ -30,9 +30,14 @@ CompletionFormatOptions FormatOptionsOf(const CompletionRequest& request, Respon
     // As in vLLM, who takes the ids needs no text of the prompt.
     if (tokenizer != nullptr && !parameters.return_token_ids) {
       const std::string* sent = std::get_if<std::string>(&request.prompts[i]);
-      text = sent != nullptr && !parameters.truncate_prompt_tokens
-                 ? *sent
-                 : Decode(*tokenizer, options.prompts[i], {.skip_special_tokens = false});
+      if (sent != nullptr && !parameters.truncate_prompt_tokens) {
+        text = *sent;
+        if (request.add_special_tokens) {
+          options.num_hidden = tokenizer->Encode("", BosPolicy::kAsConfigured).size();
+        }
+      } else {
+        text = Decode(*tokenizer, options.prompts[i], {.skip_special_tokens = false});
+      }
     }
     options.echo_texts.push_back(std::move(text));
   }

@@ -56,7 +56,7 @@ int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t fi
   int64_t offset = first_offset;
   for (const TokenRecord& token : tokens) {
     json.Int(offset);
-    offset += CountCharacters(names.NameOf(token.token_id));
+    if (token.is_in_text) offset += CountCharacters(names.NameOf(token.token_id));
   }
   json.EndArray().Key("token_logprobs").BeginArray();
   for (const TokenRecord& token : tokens) {

@@ -18,11 +18,14 @@ struct TokenRecord {
   uint32_t token_id = 0;
   // Null for the first token of a prompt, which has none.
   const v1::TokenLogprobs* logprobs = nullptr;
+  // False: it was added to the client's text, which does not show it.
+  bool is_in_text = true;
 };
 
 // {"text_offset":[…],"token_logprobs":[…],"tokens":[…],"top_logprobs":[{token: logprob, …}, …]}
-// Offsets count the characters of the tokens' names, from `first_offset`; returns the one after the
-// last. Each map holds the token itself first, then the best ones.
+// Offsets count the characters of the tokens' names as far as they are in the text, from
+// `first_offset`; returns the one after the last. Each map holds the token itself first, then the
+// best ones.
 int64_t WriteCompletionLogprobs(absl::Span<const TokenRecord> tokens, int64_t first_offset,
                                 const TokenNames& names, JsonWriter& json);
 

@@ -148,6 +148,19 @@ TEST_F(CompletionsTest, EchoesWithoutGeneratingWhenMaxTokensIsZero) {
   EXPECT_THAT(response.body, HasSubstr(R"("completion_tokens":0)"));
 }
 
+TEST_F(CompletionsTest, TextOffsetsLeaveOutATokenThatTheEchoDoesNotShow) {
+  const std::string end = R"("echo":true,"max_tokens":0,"logprobs":0})";
+  const HttpResponse text = PostCompletion(R"({"prompt":"ab",)" + end);
+  EXPECT_THAT(text.body, HasSubstr(R"("text":"ab","logprobs":{"text_offset":[0,0,1],)"));
+  // Sent as ids it is shown.
+  std::vector<uint32_t> ids = tokenizer_->Encode("ab", BosPolicy::kAsConfigured);
+  ASSERT_EQ(ids.size(), 3u);
+  const HttpResponse shown =
+      PostCompletion(absl::StrCat("{\"prompt\":[", ids[0], ",", ids[1], ",", ids[2], "],", end));
+  EXPECT_THAT(shown.body, ::testing::Not(HasSubstr(R"("text_offset":[0,0,1],)")));
+  EXPECT_THAT(shown.body, HasSubstr(R"(ab","logprobs":{"text_offset":[0,)"));
+}
+
 TEST_F(CompletionsTest, StreamsTheEchoInTheFirstEventOfEachChoice) {
   coordinator_.SetScript(Saying(Ids("cd"), v1::FINISH_REASON_LENGTH));
   const HttpResponse response = PostCompletion(
