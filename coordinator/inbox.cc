@@ -49,8 +49,9 @@ absl::Status Inbox::CheckRoom(int num_tokens) const {
   } else {
     return absl::OkStatus();
   }
-  constexpr double kLeastSeconds = 1, kMostSeconds = 600;
-  double seconds = kLeastSeconds;
+  // A server that has just started, or reads long prompts, has begun nothing lately.
+  constexpr double kLeastSeconds = 1, kMostSeconds = 600, kSecondsIfUnknown = 10;
+  double seconds = kSecondsIfUnknown;
   if (waiting_.tokens_per_second > 0) {
     seconds = std::clamp(static_cast<double>(waiting_.num_tokens) / waiting_.tokens_per_second,
                          kLeastSeconds, kMostSeconds);

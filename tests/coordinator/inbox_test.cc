@@ -67,7 +67,7 @@ TEST_F(InboxTest, SaysWhenToTryAgain) {
     inbox_->SetLoad(load);
     return RetryAfterOf(Submit(1));
   };
-  EXPECT_EQ(retry_after({.num_tokens = 5000}), 1) << "the rate is unknown";
+  EXPECT_EQ(retry_after({.num_tokens = 5000}), 10) << "the rate is unknown";
   EXPECT_EQ(retry_after({.num_tokens = 5000, .tokens_per_second = 400}), 13);
   EXPECT_EQ(retry_after({.num_tokens = 5000, .tokens_per_second = 1e6}), 1);
   EXPECT_EQ(retry_after({.num_tokens = 5000, .tokens_per_second = 1e-3}), 600);
