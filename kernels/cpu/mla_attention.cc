@@ -1,6 +1,6 @@
 // Attention over the latent cache with a running softmax, and the steps around it: queries are
-// rotated and taken into the latent space by w_uk, what they gather out of it by w_uv. Each of
-// these steps rounds to act.
+// rotated and taken into the latent space by w_uk, what they gather out of it by w_uv (absorption:
+// MLA's keys and values are never made). Each of these steps rounds to act.
 //
 // A row is one head of one token. It walks its positions in tiles of 64 from position 0: scores of
 // a tile (AddProducts, as in a linear layer), then the largest so far, then the sums. What it adds
@@ -438,7 +438,7 @@ void CpuOps::MlaAttention(const Tensor& q, const MlaWeights& weights, const Tens
     const Tensor queries = q.Slice(0, begin, end);
     RotateHeads(queries.Slice(2, sizes.nope_dim, sizes.nope_dim + sizes.rope_dim),
                 positions.Slice(0, begin, end), cos_sin, q_rope);
-    MultiplyHeads(queries.Slice(2, 0, sizes.nope_dim), weights.w_uk, latent);
+    MultiplyHeads(queries.Slice(2, 0, sizes.nope_dim), weights.w_uk, latent);  // absorption
 
     task.q_latent = latent.raw();
     task.q_rope = q_rope.raw();
