@@ -16,11 +16,8 @@ constexpr int kStepsBetweenLookups = 8;
 constexpr size_t kAhead = 8;
 
 constexpr double kNoLimit = std::numeric_limits<double>::infinity();
-// Of the time that decoding takes: what prompts get at least, when the server is full, and when it
-// has this vacancy or more, of its slots and of its blocks.
-constexpr double kShareWhenFull = 0.30;
-constexpr double kShareWhenVacant = 0.42;
-constexpr double kVacancy = 0.1;
+// Of the time that decoding takes: what prompts get whatever the target is.
+constexpr double kPromptShare = 1.0 / 3;
 
 // That may follow each other before one must only decode.
 constexpr uint64_t kMostStepsWithPrompts = 64;
@@ -140,7 +137,7 @@ Step Scheduler::Schedule() {
   const StepLoad decoding = budget.load;
   if (options_.target_step_us > 0 && !step.scheduled.empty()) {
     budget.microseconds =
-        std::max(options_.target_step_us, (1 + PromptShare()) * step_cost_.Predict(decoding));
+        std::max(options_.target_step_us, (1 + kPromptShare) * step_cost_.Predict(decoding));
     if (last_step_ - last_step_without_prompts_ >= kMostStepsWithPrompts) budget.tokens = 0;
   }
   ReadPrompts(std::move(prompts), step, budget);
@@ -189,14 +186,6 @@ std::vector<Sequence*> Scheduler::Decode(Step& step, Budget& budget) {
     Place(sequence, 1, step, budget);
   }
   return prompts;
-}
-
-// Of the time that decoding takes: what prompts get whatever the target is.
-double Scheduler::PromptShare() const {
-  const double free_slots = static_cast<double>(free_slots_.size()) / options_.max_sequences;
-  const double free_blocks = static_cast<double>(num_free_blocks()) / num_blocks();
-  const double vacancy = std::min({free_slots / kVacancy, free_blocks / kVacancy, 1.0});
-  return kShareWhenFull + vacancy * (kShareWhenVacant - kShareWhenFull);
 }
 
 // In the order and with the shares that the header tells of. `prompts` are the oldest first.

@@ -9,14 +9,14 @@
 //
 // Prompts get what is left of the step's tokens, kLeastPromptTokens or half of them at least, and,
 // while others decode and a target is set, of the time that the step may take (step_cost): until
-// the target, or kLeastPromptTokens, or a share of what decoding takes if that is more: 30 % on a
-// full server, and up to 42 % when a tenth of the slots and blocks is free. So as many sequences
-// start as end; reading them evenly costs least, because the more tokens a step has the more it
-// waits for arithmetic instead of memory. One step in some tens reads nothing: no other tells what
-// decoding costs alone, and a wrong idea of it would keep a server half empty.
+// the target, or kLeastPromptTokens, or a third of what decoding takes if that is more. So about as
+// many sequences start as end, and no gap between tokens is half as long again as its neighbours;
+// reading prompts evenly costs least, because the more tokens a step has the more it waits for
+// arithmetic instead of memory. One step in some tens reads nothing: no other tells what decoding
+// costs alone, and a wrong idea of it would keep a server half empty.
 //
-// Prompts make a gap between tokens longer than the target only when decoding alone takes 70 % of
-// it, and never by half. They share it so:
+// Prompts make a gap between tokens longer than the target only when decoding alone takes three
+// quarters of it. They share it so:
 //   - the oldest prompt comes first, then the running ones with the fewest pending tokens, then the
 //     waiting ones in order of arrival;
 //   - each takes all it can, unless it cannot finish in this step and one behind it is at most half
@@ -196,7 +196,6 @@ class Scheduler {
   std::vector<int> RoomOfDomains() const;
 
   int LeastPromptTokens() const;
-  double PromptShare() const;
   std::vector<Sequence*> Decode(Step& step, Budget& budget);
   void ReadPrompts(std::vector<Sequence*> prompts, Step& step, Budget& budget);
   void AdmitWaiting(Step& step, Budget& budget);

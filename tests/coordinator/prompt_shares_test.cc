@@ -150,8 +150,8 @@ TEST_F(PromptSharesTest, PromptsGoOnWhenDecodingAloneTakesTooLong) {
   while (scheduler_->num_waiting() > 0) MakeStep();
   for (int i = 0; i < 20; ++i) MakeStep();
   const SequenceId prompt = Add(1000);
-  // 400 that decode take 5,000 us; 42 % of that are 210 tokens.
-  EXPECT_NEAR(TokensOf(prompt, MakeStep()), 210, 10);
+  // 400 that decode take 5,000 us; a third of that are 167 tokens.
+  EXPECT_NEAR(TokensOf(prompt, MakeStep()), 167, 10);
 }
 
 TEST_F(PromptSharesTest, CountsByHowMuchPromptsMakeStepsLonger) {
@@ -164,16 +164,6 @@ TEST_F(PromptSharesTest, CountsByHowMuchPromptsMakeStepsLonger) {
   Add(500, 2);
   EXPECT_EQ(MakeStep().num_prefill_tokens, 500);
   EXPECT_NEAR(scheduler_->prefill_us(), 11000 + 5000, 100);
-}
-
-TEST_F(PromptSharesTest, PromptsGetLessOnAFullServer) {
-  Start({.max_tokens_per_step = 2048, .max_sequences = 401, .target_step_us = 1});
-  for (int i = 0; i < 400; ++i) Add(20, 1000);
-  while (scheduler_->num_waiting() > 0) MakeStep();
-  for (int i = 0; i < 20; ++i) MakeStep();
-  const SequenceId prompt = Add(1000);
-  // 30 % of the same.
-  EXPECT_NEAR(TokensOf(prompt, MakeStep()), 150, 10);
 }
 
 // Were there no steps that only decode, it would believe that decoding takes 12 % to 22 % less
