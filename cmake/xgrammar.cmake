@@ -29,14 +29,20 @@ set(stamp ${unpacked}/xgrammar.${sha256}.${recipe})
 if(NOT EXISTS ${stamp})
   file(ARCHIVE_EXTRACT INPUT ${archive_path} DESTINATION ${unpacked})
   # Strings with minLength or maxLength may not hold control characters either (0.2.9 forgets it), and a
-  # pattern that no JSON string matches is not to be expanded into what is no JSON.
+  # pattern that no JSON string matches is not to be expanded into what is no JSON, but refused by name.
   set(converter ${folder}/cpp/json_schema_converter.cc)
   file(READ ${converter} before)
   string(REPLACE [[AddCharacterClass({{'"', '"'}, {'\\', '\\'}, {'\r', '\r'}, {'\n', '\n'}}, true)]]
     [[AddCharacterClass({{0, 0x1f}, {'"', '"'}, {'\\', '\\'}}, true)]] mended "${before}")
   string(REPLACE [[  return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]]
     [[  if (json_string && can_use_fsm) {
-    throw std::runtime_error("pattern " + regex + ": no JSON string matches it, or it is no regular expression");
+    try {
+      RegexToEBNF(regex);
+    } catch (const std::exception& error) {
+      throw std::runtime_error("the pattern '" + regex + "': " + error.what());
+    }
+    throw std::runtime_error("the pattern '" + regex + "' matches no string as it stands in JSON, where quotes, "
+                             "backslashes and control characters are escaped");
   }
   return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]] after "${mended}")
   if(before STREQUAL mended OR mended STREQUAL after)

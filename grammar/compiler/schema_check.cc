@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -75,6 +76,7 @@ struct Counts {
 };
 constexpr Counts kCounts[] = {
     {"minLength", "maxLength"}, {"minItems", "maxItems"}, {"minProperties", "maxProperties"}};
+constexpr double kTooLarge = 9223372036854775808.0;  // 2^63
 constexpr int64_t kMostCounted = std::numeric_limits<int32_t>::max();
 
 using Fields = std::vector<std::pair<std::string_view, dom::element>>;
@@ -185,6 +187,9 @@ class Checker {
   }
 
   static absl::Status CheckNumbers(const Fields& fields, const std::string& place) {
+    const dom::element* const type = Find(fields, "type");
+    std::string_view word;
+    const bool may_be_integer = type != nullptr && (type->get(word) || word == "integer");
     for (const std::string_view keyword : kNumbers) {
       const dom::element* const found = Find(fields, keyword);
       if (found == nullptr) continue;
@@ -193,6 +198,17 @@ class Checker {
       if (keyword == "multipleOf" && number <= 0) {
         return Refuse(place, "multipleOf must be above 0, got ", number);
       }
+      if (may_be_integer && std::abs(number) >= kTooLarge) {
+        return Refuse(place, std::string(keyword), " of integers must be within 64 bits, got ",
+                      number);
+      }
+    }
+    double minimum = 0, maximum = 0;
+    const dom::element* const least = Find(fields, "minimum");
+    const dom::element* const most = Find(fields, "maximum");
+    if (least == nullptr || most == nullptr) return absl::OkStatus();
+    if (!least->get(minimum) && !most->get(maximum) && minimum > maximum) {
+      return Refuse(place, "minimum ", minimum, " is above maximum ", maximum);
     }
     return absl::OkStatus();
   }

@@ -19,7 +19,9 @@ std::string MessageOf(std::string_view schema) {
 
 TEST(SchemaCheckTest, AcceptsWhatToolsAreDescribedWith) {
   for (const char* schema : {
-           "true", "{}", R"({"type": "object"})",
+           "true",
+           "{}",
+           R"({"type": "object"})",
            R"({"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "T",
                "type": "object", "properties": {"a": {"type": "string", "format": "date"},
                "b": {"type": ["integer", "null"], "minimum": 0, "x-own": 1}}, "required": ["a"]})",
@@ -30,6 +32,7 @@ TEST(SchemaCheckTest, AcceptsWhatToolsAreDescribedWith) {
            R"({"enum": [1, 2.0, -3], "type": "integer"})",
            R"({"enum": [1, "a", null], "type": ["integer", "string", "null"]})",
            R"({"type": "string", "minimum": 3})",  // it is not about strings
+           R"({"type": "number", "minimum": 1e300})",
        }) {
     EXPECT_EQ(MessageOf(schema), "") << schema;
   }
@@ -68,6 +71,10 @@ TEST(SchemaCheckTest, RefusesWhatWouldBeLeftOutByNameAndPlace) {
                 "minItems 3 is above maxItems 2"},
            Case{R"({"type": "object", "maxProperties": "2"})", "at least 0, got \"2\""},
            Case{R"({"type": "number", "minimum": "1"})", "minimum must be a number"},
+           Case{R"({"type": "number", "minimum": 3, "maximum": 1})",
+                "minimum 3 is above maximum 1"},
+           Case{R"({"type": "integer", "maximum": -1e300})",
+                "maximum of integers must be within 64 bits, got -1e+300"},
            Case{R"({"type": "integer", "multipleOf": 0})", "multipleOf must be above 0, got 0"},
            Case{R"({"type": "string", "pattern": 3})", "pattern must be a string"},
            Case{R"({"type": "string", "format": 3})", "format must be a string"},

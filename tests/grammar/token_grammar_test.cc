@@ -272,7 +272,9 @@ TEST_F(TokenGrammarTest, RefusesWhatXgrammarWarnsOf) {
 
 TEST_F(TokenGrammarTest, RefusesPatternsThatJsonCannotSay) {
   EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, R"({"type": "string", "pattern": "^\\t$"})"),
-              HasSubstr("no JSON string matches it"));
+              HasSubstr("the pattern '^\\t$' matches no string as it stands in JSON"));
+  EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, R"({"type": "string", "pattern": "(a"})"),
+              testing::StartsWith("the pattern '(a': Regex parsing error at position "));
   EXPECT_THAT(RefusalOf(Grammar::Kind::kJsonSchema, R"({"type": "string", "pattern": "^é.$"})"),
               HasSubstr("schema at #: the pattern '^é.$' has characters beyond ASCII"));
 }
