@@ -51,14 +51,8 @@ absl::Status CheckIsOfObjects(dom::element schema, std::string name) {
   }
   const std::optional<dom::element> properties = fields.Find("properties");
   if (properties && !properties->is_object()) return fields.WrongType("properties", "an object");
-  const std::optional<dom::element> required = fields.Find("required");
-  if (!required) return absl::OkStatus();
-  dom::array names;
-  if (required->get(names)) return fields.WrongType("required", "a list of strings");
-  for (const dom::element each : names) {
-    if (!each.is_string()) return fields.WrongType("required", "a list of strings");
-  }
-  return absl::OkStatus();
+  std::vector<std::string> required;
+  return fields.ReadStrings("required", required);
 }
 
 // Name, description and, at `schema_key`, the schema of a function; the JSON is not written yet.

@@ -1,6 +1,5 @@
 #include "gateway/openai/completion_request.h"
 
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -16,23 +15,6 @@ namespace dom = simdjson::dom;
 
 constexpr std::string_view kPromptTypes =
     "a string, a list of strings, a list of token ids or a list of lists of token ids";
-
-absl::StatusOr<std::vector<uint32_t>> ReadTokenIds(const dom::array& array,
-                                                   const JsonFields& fields) {
-  std::vector<uint32_t> ids;
-  ids.reserve(array.size());
-  for (const dom::element element : array) {
-    const std::optional<int64_t> id = AsInteger(element);
-    if (!id) return fields.WrongType("prompt", kPromptTypes);
-    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
-      return InvalidParameter("prompt", absl::StrCat("Token id ", *id,
-                                                     " in prompt is no token id, "
-                                                     "expected 0 or more."));
-    }
-    ids.push_back(static_cast<uint32_t>(*id));
-  }
-  return ids;
-}
 
 absl::Status MissingPrompt() {
   return InvalidParameter("prompt",
@@ -54,7 +36,8 @@ absl::StatusOr<std::vector<CompletionPrompt>> ReadPrompts(const JsonFields& fiel
   if (value->get(array)) return fields.WrongType("prompt", kPromptTypes);
   if (array.size() == 0) return MissingPrompt();
   if (array.at(0).is_number()) {  // one prompt of token ids
-    ASSIGN_OR_RETURN(std::vector<uint32_t> ids, ReadTokenIds(array, fields));
+    std::vector<uint32_t> ids;
+    RETURN_IF_ERROR(fields.ReadTokenIds("prompt", array, ids, kPromptTypes));
     prompts.emplace_back(std::move(ids));
     return prompts;
   }
@@ -68,7 +51,8 @@ absl::StatusOr<std::vector<CompletionPrompt>> ReadPrompts(const JsonFields& fiel
     if (!element.get(text)) {
       prompts.emplace_back(std::string(text));
     } else if (!element.get(ids)) {
-      ASSIGN_OR_RETURN(std::vector<uint32_t> prompt, ReadTokenIds(ids, fields));
+      std::vector<uint32_t> prompt;
+      RETURN_IF_ERROR(fields.ReadTokenIds("prompt", ids, prompt, kPromptTypes));
       prompts.emplace_back(std::move(prompt));
     } else {
       return fields.WrongType("prompt", kPromptTypes);

@@ -164,18 +164,6 @@ absl::Status CheckStrings(std::string_view name, const std::vector<std::string>&
   return absl::OkStatus();
 }
 
-absl::Status ReadStrings(const JsonFields& fields, std::string_view name, std::string_view expected,
-                         dom::element value, std::vector<std::string>& strings) {
-  dom::array texts;
-  if (value.get(texts)) return fields.WrongType(name, expected);
-  for (const dom::element element : texts) {
-    std::string_view text;
-    if (element.get(text)) return fields.WrongType(name, expected);
-    strings.emplace_back(text);
-  }
-  return absl::OkStatus();
-}
-
 absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
                       std::vector<std::string>& stop) {
   const std::optional<dom::element> value = fields.Find("stop");
@@ -184,16 +172,14 @@ absl::Status ReadStop(const JsonFields& fields, const ApiLimits& limits,
   if (!value->get(text)) {
     stop.emplace_back(text);
   } else {
-    RETURN_IF_ERROR(ReadStrings(fields, "stop", "a string or a list of strings", *value, stop));
+    RETURN_IF_ERROR(fields.ReadStrings("stop", stop, "a string or a list of strings"));
   }
   return CheckStopStrings("stop", stop, limits);
 }
 
 absl::Status ReadBadWords(const JsonFields& fields, const ApiLimits& limits,
                           std::vector<std::string>& bad_words) {
-  const std::optional<dom::element> value = fields.Find("bad_words");
-  if (!value) return absl::OkStatus();
-  RETURN_IF_ERROR(ReadStrings(fields, "bad_words", "a list of strings", *value, bad_words));
+  RETURN_IF_ERROR(fields.ReadStrings("bad_words", bad_words));
   return CheckStrings("bad_words", bad_words,
                       {limits.bad_words, limits.bad_word_bytes, "bad word"});
 }
@@ -206,18 +192,13 @@ absl::Status ReadTokenIds(const JsonFields& fields, std::string_view name, size_
   if (!value) return absl::OkStatus();
   dom::array ids;
   if (value->get(ids)) return fields.WrongType(name, "a list of token ids");
-  for (const dom::element element : ids) {
-    const std::optional<int64_t> id = AsInteger(element);
-    if (!id) return fields.WrongType(name, "a list of token ids");
-    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
-      return InvalidParameter(name, absl::StrCat(std::string(name), ": ", *id, " is no token id."));
-    }
-    token_ids.Add(static_cast<uint32_t>(*id));
+  std::vector<uint32_t> read;
+  RETURN_IF_ERROR(fields.ReadTokenIds(name, ids, read));
+  if (read.size() > limit) {
+    return InvalidParameter(
+        name, absl::StrCat(std::string(name), " has ", read.size(), " ids, limit ", limit, "."));
   }
-  if (static_cast<size_t>(token_ids.size()) > limit) {
-    return InvalidParameter(name, absl::StrCat(std::string(name), " has ", token_ids.size(),
-                                               " ids, limit ", limit, "."));
-  }
+  token_ids.Assign(read.begin(), read.end());
   return absl::OkStatus();
 }
 

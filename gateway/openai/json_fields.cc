@@ -1,6 +1,7 @@
 #include "gateway/openai/json_fields.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -108,6 +109,38 @@ absl::Status JsonFields::Read(std::string_view key, std::optional<std::string>& 
   std::string_view text;
   if (field->get(text)) return WrongType(key, "a string");
   value = std::string(text);
+  return absl::OkStatus();
+}
+
+absl::Status JsonFields::ReadStrings(std::string_view key, std::vector<std::string>& strings,
+                                     std::string_view expected) const {
+  const std::optional<dom::element> field = Find(key);
+  if (!field) return absl::OkStatus();
+  dom::array list;
+  if (field->get(list)) return WrongType(key, expected);
+  for (const dom::element element : list) {
+    std::string_view text;
+    if (element.get(text)) return WrongType(key, expected);
+    strings.emplace_back(text);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status JsonFields::ReadTokenIds(std::string_view key, dom::array list,
+                                      std::vector<uint32_t>& token_ids,
+                                      std::string_view expected) const {
+  constexpr int64_t kLargest = std::numeric_limits<uint32_t>::max();
+  token_ids.reserve(token_ids.size() + list.size());
+  for (const dom::element element : list) {
+    const std::optional<int64_t> id = AsInteger(element);
+    if (!id) return WrongType(key, expected);
+    if (*id < 0 || *id > kLargest) {
+      const std::string name = NameOf(key);
+      return InvalidParameter(name, absl::StrCat("Token id ", *id, " in ", name,
+                                                 " is no token id, expected 0 to ", kLargest, "."));
+    }
+    token_ids.push_back(static_cast<uint32_t>(*id));
+  }
   return absl::OkStatus();
 }
 

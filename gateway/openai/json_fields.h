@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
@@ -44,6 +45,14 @@ class JsonFields {
   absl::Status Read(std::string_view key, std::optional<int64_t>& value) const;
   absl::Status Read(std::string_view key, std::optional<double>& value) const;
   absl::Status Read(std::string_view key, std::optional<std::string>& value) const;
+
+  // `strings` gains those of a list, `token_ids` those of `list`, an element of the field or
+  // itself.
+  absl::Status ReadStrings(std::string_view key, std::vector<std::string>& strings,
+                           std::string_view expected = "a list of strings") const;
+  absl::Status ReadTokenIds(std::string_view key, simdjson::dom::array list,
+                            std::vector<uint32_t>& token_ids,
+                            std::string_view expected = "a list of token ids") const;
 
   // "stream_options.include_usage"
   std::string NameOf(std::string_view key) const;

@@ -241,15 +241,7 @@ absl::Status ReadPrompt(const JsonFields& fields, const ApiLimits& limits, ChatR
 
 absl::Status ReadStopSequences(const JsonFields& fields, const ApiLimits& limits,
                                std::vector<std::string>& stop) {
-  const std::optional<dom::element> value = fields.Find("stop_sequences");
-  if (!value) return absl::OkStatus();
-  dom::array strings;
-  if (value->get(strings)) return fields.WrongType("stop_sequences", "a list of strings");
-  for (const dom::element element : strings) {
-    std::string_view text;
-    if (element.get(text)) return fields.WrongType("stop_sequences", "a list of strings");
-    stop.emplace_back(text);
-  }
+  RETURN_IF_ERROR(fields.ReadStrings("stop_sequences", stop));
   return CheckStopStrings("stop_sequences", stop, limits);
 }
 

@@ -184,13 +184,9 @@ absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request)
 absl::Status ReadIncludedLogprobs(const JsonFields& fields, const ApiLimits& limits,
                                   ChatRequest& chat) {
   ASSIGN_OR_RETURN(const uint32_t top_logprobs, ReadTopLogprobs(fields, limits));
-  const std::optional<dom::element> value = fields.Find("include");
-  if (!value) return absl::OkStatus();
-  dom::array names;
-  if (value->get(names)) return fields.WrongType("include", "a list of strings");
-  for (const dom::element element : names) {
-    std::string_view name;
-    if (element.get(name)) return fields.WrongType("include", "a list of strings");
+  std::vector<std::string> included;
+  RETURN_IF_ERROR(fields.ReadStrings("include", included));
+  for (const std::string& name : included) {
     if (name == kLogprobs) chat.num_logprobs = top_logprobs;
   }
   return absl::OkStatus();

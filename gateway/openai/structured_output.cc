@@ -68,16 +68,9 @@ absl::Status AddText(const JsonFields& fields, std::string_view key, v1::Grammar
 }
 
 absl::Status AddChoices(const JsonFields& fields, std::string_view key, Wish& wish) {
-  const std::optional<dom::element> value = fields.Find(key);
-  if (!value) return absl::OkStatus();
-  dom::array list;
-  if (value->get(list)) return fields.WrongType(key, "a list of strings");
+  if (!fields.Find(key)) return absl::OkStatus();
   std::vector<std::string> choices;
-  for (const dom::element element : list) {
-    std::string_view choice;
-    if (element.get(choice)) return fields.WrongType(key, "a list of strings");
-    choices.emplace_back(choice);
-  }
+  RETURN_IF_ERROR(fields.ReadStrings(key, choices));
   const std::string name = fields.NameOf(key);
   if (choices.empty() || choices.size() > kMaxChoices) {
     return InvalidParameter(name, absl::StrCat(name, " has ", choices.size(),

@@ -1,7 +1,6 @@
 #include "gateway/openai/tokenize.h"
 
 #include <array>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -71,14 +70,7 @@ absl::StatusOr<DetokenizeRequest> ParseDetokenizeRequest(std::string_view body,
   const std::optional<dom::element> tokens = fields.Find("tokens");
   dom::array ids;
   if (!tokens || tokens->get(ids)) return fields.WrongType("tokens", "a list of token ids");
-  for (const dom::element element : ids) {
-    const std::optional<int64_t> id = AsInteger(element);
-    if (!id) return fields.WrongType("tokens", "a list of token ids");
-    if (*id < 0 || *id > std::numeric_limits<uint32_t>::max()) {
-      return InvalidParameter("tokens", absl::StrCat("Token id ", *id, " is no token id."));
-    }
-    request.tokens.push_back(static_cast<uint32_t>(*id));
-  }
+  RETURN_IF_ERROR(fields.ReadTokenIds("tokens", ids, request.tokens));
   return request;
 }
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 
 import checkpoints
-from fathom_server import HOST, FathomServer
+from fathom_server import HOST, FathomServer, free_port
 
 STREAMS, ROUNDS, OUTPUT_TOKENS, SLOW_CLIENTS = 64, 3, 40, 100
 
@@ -27,3 +27,11 @@ def test_streams_beside_clients_that_only_wait(tmp_path, report):
     for run in runs:
         assert (run["requests"], run["failed"], run["wrong_tokens"]) == (ROUNDS * STREAMS, 0, 0)
     report(f"the gateway added {compared['added_ttft_ms_p50']:.1f} ms of TTFT")
+
+
+def test_a_bench_without_answers_has_no_figures():
+    """A reason and an exit code instead."""
+    done = subprocess.run([FathomServer.binaries / "stream_bench", "--http", f"{HOST}:{free_port()}",
+                           "--streams", "4", "--json"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert "none of 4 requests was answered" in done.stderr
