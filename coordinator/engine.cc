@@ -64,6 +64,7 @@ Engine::Next Engine::Advance(absl::Duration now) {
   absl::Status status = is_serving_ ? CommitAnsweredSteps(now) : absl::OkStatus();
   if (status.ok()) status = group_->Check(now);
   if (!status.ok()) return AdvanceWithBrokenGroup(status, now);
+  LookForSilence();
 
   if (IsIdle()) throughput_log_.Wake(now);
   ExpireWaiting(now);
@@ -121,11 +122,26 @@ void Engine::BeginServing(absl::Duration now) {
   board_.SetGroup(last_epoch_, {.model = plan.model, .kv_cache_tokens = plan.kv_cache_tokens()},
                   plan.block_size, plan.num_kv_blocks);
   metrics_.SetGroup(last_epoch_, plan);
+  silent_workers_.clear();
   is_serving_ = true;
   inbox_.Open();
   board_.SetState(v1::ServerInfo::STATE_SERVING, "");
   metrics_.SetServing(true);
   spdlog::info("serving, epoch {}", last_epoch_);
+}
+
+void Engine::LookForSilence() {
+  const std::string silent = group_->SilentWorkers();
+  if (silent == silent_workers_) return;
+  silent_workers_ = silent;
+  metrics_.SetServing(silent.empty());
+  if (silent.empty()) {
+    spdlog::info("all workers answer again");
+    board_.SetState(v1::ServerInfo::STATE_SERVING, "");
+  } else {
+    spdlog::warn("no answer from {}", silent);
+    board_.SetState(v1::ServerInfo::STATE_STARTING, absl::StrCat("no answer from ", silent));
+  }
 }
 
 // At once, before anything that takes time: who asks must not be told that steps can be made.

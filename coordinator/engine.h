@@ -20,6 +20,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -101,6 +102,8 @@ class Engine {
   Next AdvanceWithoutGroup(absl::Duration now);
   Next AdvanceWithBrokenGroup(const absl::Status& failure, absl::Duration now);
   void BeginServing(absl::Duration now);
+  // Says that no steps can be made while a worker is silent.
+  void LookForSilence();
   void StopServing(const absl::Status& cause);
   void LoseGroup(const absl::Status& cause, absl::Duration now);
   std::vector<Inbox::Submission> TakeUnfinished(absl::Duration now);
@@ -135,6 +138,7 @@ class Engine {
 
   std::unique_ptr<WorkerGroup> group_;
   bool is_serving_ = false;      // the group was whole when last looked at
+  std::string silent_workers_;   // of it, when last looked at
   bool has_made_steps_ = false;  // with it
   std::unique_ptr<Scheduler> scheduler_;
   std::unordered_map<SequenceId, Client> clients_;

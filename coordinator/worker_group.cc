@@ -19,7 +19,8 @@ constexpr absl::Duration kCauseGrace = absl::Milliseconds(50);
 WorkerGroup::WorkerGroup(Options options, std::function<void()> on_event)
     : options_(std::move(options)),
       on_event_(std::move(on_event)),
-      last_step_answered_(options_.worker_names.size()) {
+      last_step_answered_(options_.worker_names.size()),
+      is_silent_(options_.worker_names.size()) {
   CHECK(!options_.worker_names.empty());
 }
 
@@ -90,6 +91,15 @@ std::optional<absl::Status> WorkerGroup::Cause(absl::Duration now) {
   return failures_.front();
 }
 
+std::string WorkerGroup::SilentWorkers() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> silent;
+  for (size_t rank = 0; rank < is_silent_.size(); ++rank) {
+    if (is_silent_[rank]) silent.push_back(options_.worker_names[rank]);
+  }
+  return absl::StrJoin(silent, ", ");
+}
+
 absl::Duration WorkerGroup::deadline() const {
   return cause_deadline_ == absl::InfiniteDuration() ? step_deadline_ : cause_deadline_;
 }
@@ -127,6 +137,14 @@ void WorkerGroup::OnStreamEnded(int rank, const absl::Status& status) {
     return Break(absl::Status(status.code(), absl::StrCat(name, " failed: ", status.message())));
   }
   Break(absl::UnavailableError(absl::StrCat(name, " left the group")));
+}
+
+void WorkerGroup::OnSilence(int rank, bool is_silent) {
+  {
+    const std::lock_guard lock(mutex_);
+    is_silent_[rank] = is_silent;
+  }
+  on_event_();
 }
 
 }  // namespace fathom

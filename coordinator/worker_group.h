@@ -47,8 +47,8 @@ class WorkerGroup {
     absl::Duration step_timeout = absl::Seconds(30);
   };
 
-  // `on_event` is called, from whichever thread reports, when all have answered a step and when
-  // something is wrong. It must not call the group.
+  // `on_event` is called, from whichever thread reports, when all have answered a step, when
+  // something is wrong, and when SilentWorkers changes. It must not call the group.
   WorkerGroup(Options options, std::function<void()> on_event);
   ~WorkerGroup();
 
@@ -77,12 +77,16 @@ class WorkerGroup {
   // this is absent for a moment after Check found it broken, until a lost connection is seen.
   std::optional<absl::Status> Cause(absl::Duration now);
 
+  // The workers that do not answer at the moment, by name; "" when all do. Nothing breaks by it.
+  std::string SilentWorkers() const;
+
   // When to call again if nothing is reported until then: Check, or Cause once it is broken.
   absl::Duration deadline() const;
 
   // For the transport.
   void OnResult(int rank, v1::StepResult result);
   void OnStreamEnded(int rank, const absl::Status& status);
+  void OnSilence(int rank, bool is_silent);
 
  private:
   bool AllAnswered(uint64_t step) const;  // requires mutex_
@@ -101,6 +105,7 @@ class WorkerGroup {
   uint64_t last_step_sent_ = 0;
   std::vector<uint64_t> last_step_answered_;  // by rank
   std::deque<v1::StepResult> results_;        // of rank 0, oldest first
+  std::vector<bool> is_silent_;               // by rank
   std::vector<absl::Status> failures_;  // in the order seen; the group is whole while it is empty
 };
 

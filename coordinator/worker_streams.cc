@@ -103,9 +103,11 @@ WorkerStreams::WorkerStreams(WorkerGroup& group, std::vector<WorkerPeer> peers,
     : epoch_(group.epoch()), abort_timeout_(abort_timeout), peers_(std::move(peers)) {
   for (const WorkerPeer& peer : peers_) streams_.push_back(std::make_unique<Stream>(group, peer));
   for (const auto& stream : streams_) stream->Open();
+  watch_.emplace(peers_, [&group](int rank, bool is_silent) { group.OnSilence(rank, is_silent); });
 }
 
 WorkerStreams::~WorkerStreams() {
+  watch_.reset();
   AbortAll(peers_, epoch_, abort_timeout_);
   for (const auto& stream : streams_) stream->Cancel();
   for (const auto& stream : streams_) stream->WaitUntilDone();

@@ -1,15 +1,18 @@
-// The Run streams to the workers of a group: steps out, as the same bytes to all; results in.
+// The Run streams to the workers of a group: steps out, as the same bytes to all; results in; and
+// whether they are there.
 //
 // Only group_formation makes one; the group owns it.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/time/time.h"
 #include "coordinator/worker_group.h"
 #include "coordinator/worker_group_calls.h"
+#include "coordinator/worker_watch.h"
 
 namespace fathom {
 
@@ -30,6 +33,7 @@ class WorkerStreams final : public WorkerGroup::Transport {
   const absl::Duration abort_timeout_;
   const std::vector<WorkerPeer> peers_;
   std::vector<std::unique_ptr<Stream>> streams_;
+  std::optional<WorkerWatch> watch_;
 };
 
 }  // namespace fathom

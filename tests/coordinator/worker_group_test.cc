@@ -76,6 +76,18 @@ TEST_F(WorkerGroupTest, GivesTheResultOfRank0OnceAllHaveAnswered) {
   EXPECT_TRUE(group_.Check({}).ok());
 }
 
+TEST_F(WorkerGroupTest, SaysWhoIsSilentAndDoesNotBreak) {
+  group_.OnSilence(1, true);
+  EXPECT_EQ(group_.SilentWorkers(), "worker 1");
+  group_.OnSilence(0, true);
+  EXPECT_EQ(group_.SilentWorkers(), "worker 0, worker 1");
+  EXPECT_TRUE(group_.Check({}).ok());
+  group_.OnSilence(0, false);
+  group_.OnSilence(1, false);
+  EXPECT_EQ(group_.SilentWorkers(), "");
+  EXPECT_EQ(num_events_, 4);
+}
+
 TEST_F(WorkerGroupTest, BreaksWhenAnAnswerIsOutOfTurn) {
   Send(1);
   Answer(1, 1);

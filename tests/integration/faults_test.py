@@ -242,6 +242,20 @@ def test_a_silent_worker_is_noticed_and_taken_back(model):
         assert stopped in server.pids("fathom-worker")
 
 
+def test_a_worker_that_freezes_while_idle_is_noticed_before_anything_breaks(model):
+    """SIGSTOP: /health says 503; SIGCONT: it says 200 again, and the group is the same."""
+    with FathomServer(model, tensor_parallel_size=4) as server:
+        stopped = random.choice(server.pids("fathom-worker"))
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            while server.is_healthy():
+                time.sleep(0.01)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        wait_until_back(server)
+        assert "no answer from" in server.log() and "broke" not in server.log(), server.log()[-4000:]
+
+
 def test_kills_at_random_times_are_healed_too(model, long):
     """One to three kills within a second, in the middle of recovering as well."""
     seed = random.randrange(1 << 30)
