@@ -8,6 +8,7 @@
 #include "gateway/openai/chat_grammar.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/generate_calls.h"
+#include "gateway/openai/model_limits.h"
 
 namespace fathom {
 namespace {
@@ -80,14 +81,9 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& reque
   }
   const absl::StatusOr<v1::ModelInfo> info = co_await api.model.Info();
   if (!info.ok()) co_return info.status();
-  absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
+  absl::Status status = CheckTokenIds(request.parameters, *info);
   if (status.ok()) status = FitGrammar(request, api.text);
-  if (status.ok()) {
-    status = TruncatePrompt(request.parameters, request.max_tokens, info->max_model_len(), *prompt);
-  }
-  if (status.ok()) {
-    status = CheckPrompt(*prompt, request.max_tokens, info->vocab_size(), info->max_model_len());
-  }
+  if (status.ok()) status = FitPrompt(request.parameters, request.max_tokens, *info, *prompt);
   if (!status.ok()) co_return status;
   co_return prompt;
 }

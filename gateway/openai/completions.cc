@@ -7,6 +7,7 @@
 #include "gateway/openai/completion_format.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/generate_calls.h"
+#include "gateway/openai/model_limits.h"
 #include "gateway/text/detokenizer.h"
 
 namespace fathom {
@@ -98,12 +99,9 @@ Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::Enc
   }
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
-  absl::Status status = CheckTokenIds(request.parameters, info->vocab_size());
+  absl::Status status = CheckTokenIds(request.parameters, *info);
   for (std::vector<uint32_t>& prompt : prompts) {
-    if (!status.ok()) co_return status;
-    status = TruncatePrompt(request.parameters, request.max_tokens, info->max_model_len(), prompt);
-    if (!status.ok()) co_return status;
-    status = CheckPrompt(prompt, request.max_tokens, info->vocab_size(), info->max_model_len());
+    if (status.ok()) status = FitPrompt(request.parameters, request.max_tokens, *info, prompt);
   }
   if (!status.ok()) co_return status;
   co_return prompts;

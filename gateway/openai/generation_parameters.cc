@@ -286,12 +286,6 @@ absl::Status ReadCount(const JsonFields& fields, const ApiLimits& limits,
   return absl::OkStatus();
 }
 
-absl::Status OutOfVocabulary(std::string_view param, uint32_t token_id, uint32_t vocab_size) {
-  return InvalidParameter(param,
-                          absl::StrCat("Token id ", token_id, " in ", std::string(param),
-                                       " is out of vocabulary. Vocabulary size: ", vocab_size));
-}
-
 }  // namespace
 
 absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
@@ -360,26 +354,6 @@ absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,
   return absl::OkStatus();
 }
 
-absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size) {
-  for (const v1::LogitBias& entry : parameters.sampling.logit_bias()) {
-    if (entry.token_id() >= vocab_size) {
-      return OutOfVocabulary("logit_bias", entry.token_id(), vocab_size);
-    }
-  }
-  for (const uint32_t token_id : parameters.sampling.stop_token_ids()) {
-    if (token_id >= vocab_size) return OutOfVocabulary("stop_token_ids", token_id, vocab_size);
-  }
-  for (const uint32_t token_id : parameters.sampling.allowed_token_ids()) {
-    if (token_id >= vocab_size) return OutOfVocabulary("allowed_token_ids", token_id, vocab_size);
-  }
-  for (const v1::TokenSequence& word : parameters.sampling.bad_words()) {
-    for (const uint32_t token_id : word.token_ids()) {
-      if (token_id >= vocab_size) return OutOfVocabulary("bad_words", token_id, vocab_size);
-    }
-  }
-  return absl::OkStatus();
-}
-
 void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters) {
   const auto add = [&parameters](const std::vector<uint32_t>& token_ids) {
     parameters.sampling.add_bad_words()->mutable_token_ids()->Assign(token_ids.begin(),
@@ -396,45 +370,6 @@ void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters) {
       add(spaced);
     }
   }
-}
-
-absl::Status TruncatePrompt(const GenerationParameters& parameters,
-                            std::optional<uint32_t> max_tokens, uint32_t max_model_len,
-                            std::vector<uint32_t>& prompt) {
-  if (!parameters.truncate_prompt_tokens) return absl::OkStatus();
-  const int64_t fits = int64_t{max_model_len} - max_tokens.value_or(1);
-  const int64_t wanted =
-      *parameters.truncate_prompt_tokens == -1 ? fits : *parameters.truncate_prompt_tokens;
-  if (wanted > fits) {
-    return InvalidParameter(
-        "truncate_prompt_tokens",
-        absl::StrCat("truncate_prompt_tokens=", wanted, " cannot be greater than ", fits,
-                     ", the model's context length less max_tokens. Please request a smaller "
-                     "truncation size."));
-  }
-  if (static_cast<int64_t>(prompt.size()) > wanted && wanted > 0) {
-    prompt.erase(prompt.begin(), prompt.end() - wanted);
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckPrompt(const std::vector<uint32_t>& prompt, std::optional<uint32_t> max_tokens,
-                         uint32_t vocab_size, uint32_t max_model_len) {
-  if (prompt.empty()) {
-    return InvalidParameter("prompt", "The prompt has no tokens, expected at least one.");
-  }
-  for (const uint32_t token_id : prompt) {
-    if (token_id >= vocab_size) return OutOfVocabulary("prompt", token_id, vocab_size);
-  }
-  const uint64_t requested = max_tokens.value_or(1);
-  if (prompt.size() + requested <= max_model_len) return absl::OkStatus();
-  const uint64_t longest = max_model_len - std::min<uint64_t>(requested, max_model_len);
-  return InvalidParameter(
-      "input_tokens",
-      absl::StrCat("You passed ", prompt.size(), " input tokens and requested ", requested,
-                   " output tokens. However, the model's context length is only ", max_model_len,
-                   " tokens, resulting in a maximum input length of ", longest,
-                   " tokens. Please reduce the length of the input prompt, or max_tokens."));
 }
 
 }  // namespace fathom

@@ -43,7 +43,7 @@ struct GenerationParameters {
   TokenNames::Style token_names = TokenNames::Style::kText;  // return_tokens_as_token_ids
 };
 
-// Reads and checks them. Token ids are checked by CheckTokenIds, once the vocabulary is known.
+// Reads and checks them, as far as that can be done without the model (model_limits.h).
 absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& fields,
                                                               const SamplingDefaults& defaults,
                                                               const ApiLimits& limits);
@@ -52,22 +52,8 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
 absl::Status CheckStopStrings(std::string_view name, const std::vector<std::string>& stop,
                               const ApiLimits& limits);
 
-// Token ids that a client names must be below `vocab_size`.
-absl::Status CheckTokenIds(const GenerationParameters& parameters, uint32_t vocab_size);
-
 // Adds the tokens of bad_words to `sampling`, as at the beginning of a text and after a space.
 void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters);
-
-// Leaves the last truncate_prompt_tokens of `prompt`, if the client wants that. InvalidArgument
-// when so many and `max_tokens` exceed the model's length.
-absl::Status TruncatePrompt(const GenerationParameters& parameters,
-                            std::optional<uint32_t> max_tokens, uint32_t max_model_len,
-                            std::vector<uint32_t>& prompt);
-
-// The vocabulary and length of one prompt. `max_tokens` absent: up to the model's limit, at
-// least 1.
-absl::Status CheckPrompt(const std::vector<uint32_t>& prompt, std::optional<uint32_t> max_tokens,
-                         uint32_t vocab_size, uint32_t max_model_len);
 
 // max_tokens of a request: within [at_least, 2^31), and not below min_tokens.
 absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,

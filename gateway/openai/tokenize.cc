@@ -9,6 +9,7 @@
 #include "gateway/openai/chat_completions.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/json_fields.h"
+#include "gateway/openai/model_limits.h"
 #include "gateway/text/detokenizer.h"
 
 namespace fathom {
@@ -158,13 +159,8 @@ Task<absl::StatusOr<std::string>> DetokenizeHandler::Detokenize(const HttpReques
   if (!request.ok()) co_return request.status();
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
-  for (const uint32_t id : request->tokens) {
-    if (id < info->vocab_size()) continue;
-    co_return InvalidParameter("tokens", absl::StrCat("Token id ", id,
-                                                      " in tokens is out of "
-                                                      "vocabulary. Vocabulary size: ",
-                                                      info->vocab_size()));
-  }
+  const absl::Status in_vocabulary = CheckInVocabulary("tokens", request->tokens, *info);
+  if (!in_vocabulary.ok()) co_return in_vocabulary;
   JsonWriter json;
   json.BeginObject().Key("prompt");
   json.String(Decode(*api_.text.tokenizer(), request->tokens, {.skip_special_tokens = false}));
