@@ -33,11 +33,8 @@ class HttpConnection : public Connection {
   Task<> Run() override {
     const ClientSocket::Outcome secured =
         co_await socket_.Handshake(Clock::now() + environment_.options.head_timeout);
-    if (secured != ClientSocket::Outcome::kOk) closing_ = true;
-    while (!closing_) {
-      const bool again = co_await ServeRequest();
-      if (!again) break;
-    }
+    bool again = secured == ClientSocket::Outcome::kOk;
+    while (again) again = co_await ServeRequest();
     co_await Linger();
     socket_.Close();
   }
@@ -45,14 +42,18 @@ class HttpConnection : public Connection {
   void CloseWhenIdle() override {
     closing_ = true;
     if (exchange_ != nullptr) exchange_->CloseAfterwards();
-    if (idle_) socket_.Close();
+    if (idle_ && has_asked_) socket_.Close();
   }
 
+  bool is_idle() const override { return idle_; }
+
   void EndWith(const Response& error) override {
-    CloseWhenIdle();
+    closing_ = true;
     if (exchange_ != nullptr) {
       exchange_->EndWith(error);
-    } else if (!idle_) {
+    } else if (idle_) {
+      socket_.Close();
+    } else {
       end_with_ = error;
     }
   }
@@ -75,6 +76,7 @@ class HttpConnection : public Connection {
     const bool readable = co_await ReadRequest(parser);
     if (!readable) co_return false;
     waiting_since_ = std::nullopt;
+    has_asked_ = true;
 
     parser.request().id = RequestIdOf(parser.request().Header("x-request-id"));
     Exchange::Terms terms;
@@ -216,6 +218,7 @@ class HttpConnection : public Connection {
   Exchange* exchange_ = nullptr;      // while a request is being answered
   std::optional<Response> end_with_;  // for a request that is still arriving
   bool idle_ = true;                  // no byte of the next request is here
+  bool has_asked_ = false;            // a request at least
   bool closing_ = false;
   bool lingers_ = false;
 };

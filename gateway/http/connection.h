@@ -38,11 +38,15 @@ class Connection {
   // Serves until either side closes. The connection lives at least as long as this runs.
   virtual Task<> Run() = 0;
 
-  // Closes now if no request is being handled, else after the current response.
+  // Closes after the response under way, or now if there is none. One that has not asked yet is
+  // about to: it is answered first.
   virtual void CloseWhenIdle() = 0;
 
-  // As CloseWhenIdle, and ends the response that is under way with that error: as a whole response,
-  // or as the last event of its stream. Its handler sees the client gone.
+  // No byte of a request is here, and none is being answered.
+  virtual bool is_idle() const = 0;
+
+  // Closes now if it is idle, else ends the response that is under way with that error: as a whole
+  // response, or as the last event of its stream. Its handler sees the client gone.
   virtual void EndWith(const Response& error) = 0;
 
   // Closes now.

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <utility>
+#include <vector>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
@@ -46,7 +47,7 @@ struct Server::State {
   tcp::acceptor acceptor;
   std::shared_ptr<const TlsContext> tls;  // null: plain HTTP
   absl::flat_hash_set<std::shared_ptr<Connection>> connections;
-  size_t num_from_before_drain = 0;  // of them, those that were accepted before
+  std::vector<std::weak_ptr<Connection>> to_finish;  // those with a request when draining began
 
   static Task<> AcceptAll(std::shared_ptr<State> state);
   static void Serve(std::shared_ptr<State> state, tcp::socket socket);
@@ -78,14 +79,11 @@ void Server::State::Serve(std::shared_ptr<State> state, tcp::socket socket) {
   std::shared_ptr<Connection> connection =
       Connection::Create(std::move(socket), state->tls, state->environment);
   state->connections.insert(connection);
-  const size_t counts_for_drain = state->draining ? 0 : 1;
-  state->num_from_before_drain += counts_for_drain;
   IoThread& io_thread = state->io_thread;
   // What is called at the end keeps the connection alive until its coroutine is gone.
-  io_thread.Spawn(connection->Run(), [state = std::move(state), connection, counts_for_drain] {
+  io_thread.Spawn(connection->Run(), [state = std::move(state), connection] {
     connection->Close();
     state->connections.erase(connection);
-    state->num_from_before_drain -= counts_for_drain;
   });
 }
 
@@ -179,12 +177,17 @@ uint16_t Server::port() const {
 void Server::Drain() {
   state_->draining = true;
   for (const std::shared_ptr<Connection>& connection : state_->connections) {
+    if (!connection->is_idle()) state_->to_finish.push_back(connection);
     connection->CloseWhenIdle();
   }
 }
 
 Task<> Server::WaitUntilDrained(std::chrono::milliseconds timeout) {
-  return state_->WaitUntilZero([this] { return state_->num_from_before_drain; }, timeout);
+  const auto count = [this] {
+    std::erase_if(state_->to_finish, [](const auto& connection) { return connection.expired(); });
+    return state_->to_finish.size();
+  };
+  return state_->WaitUntilZero(count, timeout);
 }
 
 Task<> Server::WaitUntilClosed(std::chrono::milliseconds timeout) {

@@ -75,13 +75,13 @@ class Server {
   // The port it listens on.
   uint16_t port() const;
 
-  // Closes idle connections and lets the requests that run finish. New connections are still
-  // accepted, for one request each: what may be asked now is for the guard to know.
+  // Closes idle connections and lets the requests that run finish. New connections, and those that
+  // have not asked yet, are answered one request each: which, is for the guard to know.
   void Drain();
 
-  // Returns when no connection from before Drain is left, or when the timeout is over.
+  // Returns when the requests from before Drain are answered, or when the timeout is over.
   Task<> WaitUntilDrained(std::chrono::milliseconds timeout);
-  // The same of all connections.
+  // Returns when no connection is left, or when the timeout is over.
   Task<> WaitUntilClosed(std::chrono::milliseconds timeout);
 
   // Accepts no more, and ends every response that is under way with a 503 that says why: as a whole

@@ -265,6 +265,8 @@ TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
     return grpc::Status::OK;
   });
   HttpClient idle(port()), busy(port());
+  idle.Send(Get("/version"));
+  EXPECT_EQ(idle.Read().status, 200);
   busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
   EXPECT_EQ(busy.ReadHead().status, 200);
   busy.ReadChunk();
@@ -287,11 +289,17 @@ TEST_F(LifetimesTest, SaysThatItDrainsWhileItDoes) {
     return grpc::Status::OK;
   });
   HttpClient idle(port()), busy(port());
+  idle.Send(Get("/version"));
+  EXPECT_EQ(idle.Read().status, 200);
   busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
   EXPECT_EQ(busy.ReadHead().status, 200);
   busy.ReadChunk();
+  HttpClient about_to_ask(port());
   StopOnce();
   EXPECT_TRUE(idle.ReadsEnd());
+  about_to_ask.Send(Get("/health"));
+  EXPECT_THAT(about_to_ask.Read().body, HasSubstr("draining"));
+  EXPECT_TRUE(about_to_ask.ReadsEnd());
   for (const std::string& request :
        {Get("/health"), Get("/ready"), Get("/ping"), Get("/v1/models"), Get("/nowhere"),
         Post("/v1/completions", R"({"prompt":[5]})"), Post("/v1/messages", "{}")}) {
