@@ -263,14 +263,11 @@ __device__ void WriteTile(const Arguments& arguments, const Place& place, const 
   int token = place.row_thread % 128 / kPiecesPerToken;
   Out* target = static_cast<Out*>(arguments.out) +
                 int64_t{chunk.begin + token} * arguments.out_stride + row + piece;
-  // Made here: kept from the beginning of the kernel on it costs w2 at 256 tokens 7 µs.
-  [[maybe_unused]] const uint64_t policy =
-      Form::kKeepsOutput ? KeepingPolicy(arguments.kept) : uint64_t{0};
 #pragma unroll 1
   for (; token < chunk.count; token += 128 / kPiecesPerToken) {
     const uint4 values = *reinterpret_cast<const uint4*>(&tile[token][piece]);
     if constexpr (Form::kKeepsOutput) {
-      StoreSixteen(target, values, policy);
+      StoreSixteen(target, values, KeepingPolicy(arguments.kept));
     } else {
       // Read soon and once, and as quickly forgotten as the weights: left to the ordinary policy,
       // outputs fill the L2 (w2 at 256 tokens: 33 MB) and the weights' stream is 8% slower.

@@ -35,20 +35,24 @@ __device__ void StoreHalf(const float (&total)[kFloats<kN>], const Arguments& ar
                             PackBf16(d[6], d[7]));
     }
     SyncThreads(1 + place.group, 128);
-    const int piece = place.thread % 8;
+    constexpr int kAtOnce = 16;  // tokens
+    const int piece = place.thread % 8, first = place.thread / 8;
+    const unsigned char* from =
+        staging + first * sm90::kSwizzledRowBytes + (piece ^ (first & 7)) * 16;
+    __nv_bfloat16* target =
+        arguments.out + (tile.token + pass + first) * arguments.out_stride + row + piece * 8;
+    const int left = tile.count - pass - first;
 #pragma unroll
-    for (int t = place.thread / 8; t < kPassTokens; t += 16) {
-      if (pass + t < tile.count) {
-        auto* target = reinterpret_cast<uint4*>(
-            arguments.out + (tile.token + pass + t) * arguments.out_stride + row + piece * 8);
-        const uint4 values = *reinterpret_cast<const uint4*>(staging + t * sm90::kSwizzledRowBytes +
-                                                             (piece ^ (t & 7)) * 16);
+    for (int t = 0; t < kPassTokens; t += kAtOnce) {
+      if (t < left) {
+        const auto values = *reinterpret_cast<const uint4*>(from + t * sm90::kSwizzledRowBytes);
         if constexpr (S::kWork == Work::kSorted) {  // far more than the L2 holds
-          __stcs(target, values);
+          __stcs(reinterpret_cast<uint4*>(target), values);
         } else {
-          *target = values;
+          *reinterpret_cast<uint4*>(target) = values;
         }
       }
+      target += kAtOnce * arguments.out_stride;
     }
     SyncThreads(1 + place.group, 128);
   }
@@ -127,7 +131,7 @@ __device__ void Prepare(const CUtensorMap& weight_map, const CUtensorMap& x_map,
       sm90::BarrierInit(&shared.full[i], 1 + 32 + S::kGatherThreads);
       sm90::BarrierInit(&shared.empty[i], kConsumers / 32 * S::kPair);
     }
-    if constexpr (S::kIsDealt) {
+    if constexpr (S::kIsQueued) {
       for (int i = 0; i < TileQueue::kTiles; ++i) {
         sm90::BarrierInit(&shared.queue.full[i], 1);
         sm90::BarrierInit(&shared.queue.empty[i], Tiles<S>::kTakers);
@@ -158,6 +162,14 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
                          const CUtensorMap* out_map, const Arguments& arguments) {
   auto& shared = sm90::AtFirstTile<SharedMemory<S>>(dynamic_shared);
   Prepare(weight_map, x_map, shared);
+  if constexpr (S::kIsQueued) {
+    sm90::WaitForPredecessors();
+    if constexpr (S::kIsDealt) {
+      SortChunks(arguments, shared);
+    } else {
+      LoadChunks(arguments, shared);
+    }
+  }
   const Place place = PlaceOfThread();
   const Span span = {0, arguments.k_blocks};
   Ring<S::kStages> ring;
@@ -166,7 +178,7 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
     sm90::TakeRegisters<216>();
     sm90::WaitForPredecessors();
     Tiles<S> tiles(arguments, shared);
-    while (tiles.Take(tile)) {
+    while (tiles.Next(tile)) {
       const auto compute = [&]<int kN>() {
         if (S::kRowBlocks == 2 && tile.narrow) {
           ComputeTile<S, kN, 1>(arguments, out_map, tile, place, ring, shared);
@@ -203,24 +215,28 @@ __device__ void RunTiles(const CUtensorMap& weight_map, const CUtensorMap& x_map
             S::kWork == Work::kDense ? sm90::EvictNormalPolicy() : sm90::EvictFirstPolicy();
         int ahead = 0;
         if constexpr (S::kWork == Work::kDense) {
-          if (Walk<S>(arguments).Next(tile)) {
+          if (DenseTiles<S>(arguments, shared).Next(tile)) {
             ahead = CopyFirstWeights(weight_map, arguments, tile, span, policy, shared);
           }
         }
         sm90::WaitForPredecessors();
-        Tiles<S> tiles(arguments, shared);
-        for (; tiles.Deal(tile); ahead = 0) {
+        TileSource<S> tiles(arguments, shared);
+        for (; tiles.Next(tile); ahead = 0) {
           CopyTile(weight_map, x_map, arguments, tile, span, ahead, policy, ring, shared);
         }
       }
     } else if (place.warp == 1) {
       sm90::WaitForPredecessors();
-      Tiles<S> tiles(arguments, shared);
-      while (tiles.Take(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
+      if constexpr (S::kWork == Work::kSorted) {
+        MultiplySortedFactors(arguments, span, place.lane, ring, shared);
+      } else {
+        Tiles<S> tiles(arguments, shared);
+        while (tiles.Next(tile)) MultiplyFactors(arguments, tile, span, place.lane, ring, shared);
+      }
     } else if constexpr (S::kWork == Work::kGathered) {
       sm90::WaitForPredecessors();
       Tiles<S> tiles(arguments, shared);
-      for (int buffer = 0; tiles.Take(tile); buffer ^= 1) {
+      for (int buffer = 0; tiles.Next(tile); buffer ^= 1) {
         GatherTile(arguments, tile, span, place.thread - 64, buffer, ring, shared);
       }
     }
@@ -462,9 +478,8 @@ bool Fp8TileSm90::Supports(int64_t outputs, int64_t inputs) {
 }
 
 Fp8TileSm90::Fp8TileSm90(int num_multiprocessors) : num_multiprocessors_(num_multiprocessors) {
-  constexpr int kDealtBytes = 2 * sizeof(int);
-  dealt_ = static_cast<int*>(dealt_memory_.Reserve(kDealtBytes));
-  CUDA_CHECK(cudaMemset(dealt_, 0, kDealtBytes));
+  dealt_ = static_cast<fp8_tile::Dealt*>(dealt_memory_.Reserve(sizeof(fp8_tile::Dealt)));
+  CUDA_CHECK(cudaMemset(dealt_, 0, sizeof(fp8_tile::Dealt)));
   CUDA_CHECK(cudaStreamSynchronize(nullptr));
   fp8_tile::AllowShared<Dense>(DenseKernel<Dense>);
   fp8_tile::AllowShared<WideDense>(DenseKernel<WideDense>);

@@ -1,286 +1,14 @@
 // How fp8_tile_sm90.cu's kernels bring a tile of weights and tokens in, stage by stage, and
-// multiply it: a thread runs the copy engine (and deals tiles out), a warp multiplies factors, two
+// multiply it: a thread runs the copy engine (and hands tiles out), a warp multiplies factors, two
 // warps gather rows, two warpgroups compute. Everything here is called by all threads of the part
 // it belongs to.
 #pragma once
 
-#include <type_traits>
-
-#include "kernels/cuda/expert_chunks.h"
+#include "kernels/cuda/fp8_tile_shape_sm90.cuh"
+#include "kernels/cuda/fp8_tile_tiles_sm90.cuh"
 #include "kernels/cuda/sm90.cuh"
 
 namespace fathom::fp8_tile {
-
-using sm90::BarrierWait;
-using sm90::SharedAddress;
-using sm90::SyncThreads;
-using sm90::TileDescriptor;
-
-constexpr int kBlock = 128;      // inputs between promotions; weight rows of a factor
-constexpr int kHalf = 64;        // weight rows of one product
-constexpr int kConsumers = 256;  // two warpgroups
-constexpr int kPassTokens = 64;  // that go through shared memory at once on the way out
-
-enum class Work {
-  kDense,     // token t is row t; tiles enough for all blocks, which come in pairs
-  kSplit,     // the blocks of a cluster share a tile's inputs
-  kSorted,    // chunks of rows of one expert
-  kGathered,  // the same, from anywhere in x
-};
-
-// What a kernel is made for: tiles of 128 · kRowBlocks weight rows by at most kTokens tokens.
-template <Work kWork_, int kRowBlocks_, int kTokens_, int kStages_>
-struct Shape {
-  static constexpr Work kWork = kWork_;
-  static constexpr int kRowBlocks = kRowBlocks_;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kRows = kBlock * kRowBlocks;
-  static_assert(kWork != Work::kSorted || kRowBlocks == 1);
-  // Which side of the products is the long one, 64 rows for each warpgroup. Weights: any number of
-  // tokens will do. Tokens: a thread sees two of them and needs but two factors.
-  static constexpr bool kTokensFirst =
-      kWork == Work::kDense || (kWork == Work::kSplit && kTokens == 128);
-  // Two blocks with the same weight rows (dense) or the same tokens (sorted), each of which brings
-  // half of them for both.
-  static constexpr int kPair = kWork == Work::kDense || kWork == Work::kSorted ? 2 : 1;
-  // Tiles take so different times, and there are so few for each block, that whoever is free takes
-  // the next; which block has computed a tile cannot be seen in it.
-  static constexpr bool kIsDealt = kWork == Work::kGathered;
-  static constexpr int kGatherThreads = kWork == Work::kGathered ? 64 : 0;
-  static constexpr bool kMovesRegisters = kTokens == 128;
-  // One warp runs the copy engine, one multiplies factors, two gather.
-  static constexpr int kProducers = kMovesRegisters || kGatherThreads > 0 ? 128 : 64;
-  static constexpr int kThreads = kConsumers + kProducers;
-  static constexpr int kBoxBytes = kBlock * sm90::kSwizzledRowBytes;
-  static constexpr int kWeightBytes = kRowBlocks * kBoxBytes;
-  static constexpr int kXBytes = kTokens * sm90::kSwizzledRowBytes;
-  static constexpr int kXBoxRows = kWork == Work::kSorted ? 16 : kTokens;
-  // Of a warpgroup's output.
-  static constexpr int kStagingBytes = kWork == Work::kSplit                      ? 16
-                                       : kWork == Work::kDense && kRowBlocks == 1 ? kBoxBytes
-                                                                                  : kBoxBytes / 2;
-};
-
-struct Tile {
-  int expert;
-  int row;      // first weight row, of the expert's
-  int token;    // first row of the output
-  int count;    // of tokens, at most kTokens; may be none
-  bool narrow;  // with half as many weight rows
-};
-
-// Tiles on their way from the copying thread to the warps that work on them.
-struct TileQueue {
-  static constexpr int kTiles = 4;
-  Tile tiles[kTiles];  // no expert: there are no more
-  uint64_t full[kTiles], empty[kTiles];
-};
-struct NoQueue {};
-
-template <typename S>
-struct SharedMemory {
-  alignas(sm90::kTileAlignment) unsigned char weight[S::kStages][S::kWeightBytes];
-  alignas(sm90::kTileAlignment) unsigned char x[S::kStages][S::kXBytes];
-  alignas(sm90::kTileAlignment) unsigned char out[2][S::kStagingBytes];
-  // Token's times weight block's, as PlaceOfFactor orders them.
-  alignas(16) float factors[S::kStages][S::kRowBlocks][S::kTokens];
-  uint32_t x_offsets[2][S::kGatherThreads > 0 ? S::kTokens : 1];
-  uint64_t full[S::kStages], empty[S::kStages];
-  std::conditional_t<S::kIsDealt, TileQueue, NoQueue> queue;
-};
-
-struct Arguments {
-  const float* x_scales = nullptr;
-  int x_scales_stride = 0;
-  const unsigned char* x = nullptr;
-  int64_t x_stride = 0;
-  int x_rows = 0;
-  const float* factors = nullptr;
-  int outputs = 0, k_blocks = 0;
-  const int* notes = nullptr;
-  const int* rows = nullptr;
-  int divisor = 0;
-  int splits = 0;  // blocks of a cluster that share a tile's inputs
-  __nv_bfloat16* out = nullptr;
-  int64_t out_stride = 0;
-  int* dealt = nullptr;  // [2] tiles and blocks without one, zero between kernels
-};
-
-// --- what is to be done
-
-// The tiles of a worker (a block, or a pair), in order; every part of a block walks them on its
-// own.
-template <typename S>
-class Walk {
- public:
-  __device__ explicit Walk(const Arguments& arguments) : arguments_(arguments) {
-    at_ = blockIdx.x / S::kPair;
-    if constexpr (S::kWork == Work::kDense) {
-      constexpr int kPairTokens = S::kTokens * S::kPair;
-      columns_ = (arguments.x_rows + kPairTokens - 1) / kPairTokens;
-      rows_ = arguments.outputs / S::kRows;
-      num_ = whole_ = rows_ * columns_;
-      if constexpr (S::kRowBlocks == 1) {
-        if (arguments.outputs % S::kRows != 0) num_ += (columns_ + 1) / 2;
-      } else {  // as below, a round's worth of halves instead of less than half a round
-        const int workers = gridDim.x / S::kPair, last = num_ % workers;
-        if (last * 2 <= workers) {
-          whole_ -= last;
-          num_ += last;
-        }
-        halves_ = num_;
-        if (arguments.outputs % S::kRows != 0) num_ += columns_;
-      }
-    } else {
-      rows_ = (arguments.outputs + S::kRows * S::kPair - 1) / (S::kRows * S::kPair);
-      num_chunks_ = arguments.notes[0];
-      whole_ = num_ = num_chunks_ * rows_;
-      // If the last round would leave more than half of the blocks idle, two share a tile.
-      const int last = num_ % static_cast<int>(gridDim.x);
-      if (S::kRowBlocks == 2 && last * 2 <= static_cast<int>(gridDim.x)) {
-        whole_ -= last;
-        num_ += last;
-      }
-      if constexpr (!S::kIsDealt) LoadChunk();
-    }
-  }
-
-  // Of tiles that are dealt: number `at` of all.
-  __device__ bool At(int at, Tile& tile) {
-    at_ = at;
-    LoadChunk();
-    return Next(tile);
-  }
-  __device__ bool Next(Tile& tile) {
-    if (at_ >= num_) return false;
-    if constexpr (S::kWork == Work::kDense) {
-      NextDense(tile);
-    } else {
-      const int rank = S::kPair > 1 ? sm90::ClusterRank() : 0;
-      tile = {ahead_.x, (Item() % rows_ * S::kPair + rank) * S::kRows, ahead_.y, ahead_.z,
-              at_ >= whole_};
-      if (tile.narrow) tile.row += (at_ - whole_) % 2 * (S::kRows / 2);
-      if constexpr (!S::kIsDealt) {
-        at_ += static_cast<int>(gridDim.x) / S::kPair;
-        LoadChunk();
-      }
-    }
-    return true;
-  }
-
- private:
-  // Tokens run fastest, so that the blocks at work share weights, but not past what the L2 holds.
-  __device__ void NextDense(Tile& tile) {
-    constexpr int kGroup = 8;
-    const int workers = gridDim.x / S::kPair;
-    int row = rows_, column, half = 0;
-    tile.narrow = at_ >= whole_;
-    if (!tile.narrow || (S::kRowBlocks == 2 && at_ < halves_)) {
-      const int item = Item();
-      const int group = item / (rows_ * kGroup);
-      const int in_group = item - group * rows_ * kGroup;
-      const int width = min(kGroup, columns_ - group * kGroup);
-      row = in_group / width;
-      column = group * kGroup + in_group % width;
-      if (tile.narrow) half = (at_ - whole_) % 2;
-      at_ += workers;
-    } else if (S::kRowBlocks == 2) {  // the last 128 weight rows
-      column = at_ - halves_;
-      at_ += workers;
-    } else {  // two of the last 64 weight rows take as long as another tile
-      column = (at_ - whole_) * 2 + second_;
-      second_ ^= 1;
-      if (second_ == 0 || column + 1 >= columns_) at_ += workers;
-    }
-    const int rank = S::kPair > 1 ? sm90::ClusterRank() : 0;
-    tile.expert = 0;
-    tile.row = row * S::kRows + half * kBlock;
-    tile.token = (column * S::kPair + rank) * S::kTokens;
-    tile.count = max(0, min(S::kTokens, arguments_.x_rows - tile.token));
-  }
-  __device__ int Item() const { return at_ < whole_ ? at_ : whole_ + (at_ - whole_) / 2; }
-  // The last chunks first: those of the shared expert take longest.
-  __device__ void LoadChunk() {
-    if (at_ < num_) {
-      const int chunk = num_chunks_ - 1 - Item() / rows_;
-      ahead_ = *reinterpret_cast<const int4*>(arguments_.notes + kFirstChunkNote + 4 * chunk);
-    }
-  }
-
-  const Arguments& arguments_;
-  int at_, num_, whole_;  // items before `whole_` have all weight rows
-  int rows_, columns_ = 0, second_ = 0, num_chunks_ = 0, halves_ = 0;
-  int4 ahead_ = {};
-};
-
-// The stages in turn. A stage's k-th use is phase k.
-template <int kStages>
-struct Ring {
-  int stage = 0, phase = 0;
-  __device__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// How a warp gets the tiles of a block, and the copying thread deals them out.
-template <typename S>
-class Tiles {
- public:
-  static constexpr int kTakers = kConsumers / 32 + 1 + S::kGatherThreads / 32;  // warps
-
-  __device__ Tiles(const Arguments& arguments, SharedMemory<S>& shared)
-      : arguments_(arguments), shared_(shared), walk_(arguments) {}
-
-  // All threads of a warp.
-  __device__ bool Take(Tile& tile) {
-    if constexpr (S::kIsDealt) {
-      TileQueue& queue = shared_.queue;
-      BarrierWait(&queue.full[place_.stage], place_.phase);
-      tile = queue.tiles[place_.stage];
-      __syncwarp();
-      sm90::BarrierArriveIf(&queue.empty[place_.stage], threadIdx.x % 32 == 0);
-      place_.Advance();
-      return tile.expert >= 0;
-    } else {
-      return walk_.Next(tile);
-    }
-  }
-  // The copying thread, which is far enough ahead of the others to ask for the next tile only when
-  // it needs it.
-  __device__ bool Deal(Tile& tile) {
-    if constexpr (S::kIsDealt) {
-      TileQueue& queue = shared_.queue;
-      BarrierWait(&queue.empty[place_.stage], place_.phase ^ 1);
-      int at = blockIdx.x;
-      if (!is_first_) at = gridDim.x + atomicAdd(&arguments_.dealt[0], 1);
-      is_first_ = false;
-      const bool exists = walk_.At(at, tile);
-      if (!exists) {
-        tile.expert = -1;
-        if (atomicAdd(&arguments_.dealt[1], 1) == static_cast<int>(gridDim.x) - 1) {
-          arguments_.dealt[0] = arguments_.dealt[1] = 0;  // nobody will ask any more
-        }
-      }
-      queue.tiles[place_.stage] = tile;
-      sm90::BarrierArriveIf(&queue.full[place_.stage], true);
-      place_.Advance();
-      return exists;
-    } else {
-      return walk_.Next(tile);
-    }
-  }
-
- private:
-  const Arguments& arguments_;
-  SharedMemory<S>& shared_;
-  Walk<S> walk_;
-  Ring<TileQueue::kTiles> place_;
-  bool is_first_ = true;
-};
 
 // Which blocks of 128 inputs.
 struct Span {
@@ -363,67 +91,124 @@ __device__ constexpr int PlaceOfFactor(int t) {
   return t / 16 * 16 + t % 8 / 2 * 4 + t / 8 % 2 * 2 + t % 2;
 }
 
+// Factors of some blocks of a tile, on their way: of four tokens to a lane, and of weight blocks.
+template <typename S>
+struct Factors {
+  static constexpr int kEach = 4;
+  static constexpr int kBlocks = 2;
+  float x[kBlocks][kEach], weight[kBlocks][S::kRowBlocks];
+
+  // Of block `block`, to the stage of the ring. All lanes.
+  __device__ void Store(int block, int lane, Ring<S::kStages>& ring,
+                        SharedMemory<S>& shared) const {
+    BarrierWait(&shared.empty[ring.stage], ring.phase ^ 1);
+    if (lane * kEach < S::kTokens) {
+#pragma unroll
+      for (int b = 0; b < S::kRowBlocks; ++b) {
+        const float w = weight[block][b];
+        float* target = shared.factors[ring.stage][b];
+        constexpr int kSecond = S::kTokensFirst ? 2 : 4;
+        target += S::kTokensFirst ? lane * kEach : PlaceOfFactor(lane * kEach);
+        *reinterpret_cast<float2*>(target) = make_float2(x[block][0] * w, x[block][1] * w);
+        *reinterpret_cast<float2*>(target + kSecond) =
+            make_float2(x[block][2] * w, x[block][3] * w);
+      }
+    }
+    // Each lane for itself: racecheck does not see that one could arrive for all after
+    // __syncwarp.
+    sm90::BarrierArriveIf(&shared.full[ring.stage], true);
+    ring.Advance();
+  }
+};
+
+// Where a tile's factors are.
+template <typename S>
+class FactorReader {
+ public:
+  __device__ FactorReader(const Arguments& arguments, const Tile& tile, int lane)
+      : arguments_(arguments) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int t = lane * kEach + i;
+      int row = tile.token + min(t, max(tile.count - 1, 0));
+      if (S::kWork == Work::kGathered) row = arguments.rows[row] / arguments.divisor;
+      if (S::kPair > 1) row = min(row, arguments.x_rows - 1);
+      scales_[i] = row * arguments.x_scales_stride;
+    }
+    const int blocks = (arguments.outputs + kBlock - 1) / kBlock;
+    const int block = min(tile.row / kBlock, blocks - 1);
+    weight_ = arguments.factors + (int64_t{tile.expert} * blocks + block) * arguments.k_blocks;
+    next_block_ = block + 1 < blocks ? arguments.k_blocks : 0;
+  }
+  // Blocks from k on; behind the last one it again.
+  __device__ void Load(int k, int end, Factors<S>& to) const {
+#pragma unroll
+    for (int a = 0; a < Factors<S>::kBlocks; ++a) {
+      const int at = min(k + a, end - 1);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) to.x[a][i] = arguments_.x_scales[scales_[i] + at];
+#pragma unroll
+      for (int b = 0; b < S::kRowBlocks; ++b) to.weight[a][b] = weight_[b * next_block_ + at];
+    }
+  }
+
+ private:
+  static constexpr int kEach = Factors<S>::kEach;
+
+  const Arguments& arguments_;
+  uint32_t scales_[kEach];  // where they begin
+  const float* weight_;
+  int next_block_;
+};
+
 template <typename S>
 __device__ void MultiplyFactors(const Arguments& arguments, const Tile& tile, Span span, int lane,
                                 Ring<S::kStages>& ring, SharedMemory<S>& shared) {
-  constexpr int kEach = 4;  // tokens of a lane
-  constexpr int kAhead = 2;
-  uint32_t scales[kEach];  // where they begin
+  constexpr int kBlocks = Factors<S>::kBlocks;
+  const FactorReader<S> reader(arguments, tile, lane);
+  Factors<S> next;
+  reader.Load(span.begin, span.end, next);
+  for (int k = span.begin; k < span.end; k += kBlocks) {
+    const Factors<S> factors = next;
+    reader.Load(k + kBlocks, span.end, next);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int t = lane * kEach + i;
-    int row = tile.token + min(t, max(tile.count - 1, 0));
-    if (S::kWork == Work::kGathered) row = arguments.rows[row] / arguments.divisor;
-    if (S::kPair > 1) row = min(row, arguments.x_rows - 1);
-    scales[i] = row * arguments.x_scales_stride;
-  }
-  const int blocks = (arguments.outputs + kBlock - 1) / kBlock;
-  const int block = min(tile.row / kBlock, blocks - 1);
-  const float* weight =
-      arguments.factors + (int64_t{tile.expert} * blocks + block) * arguments.k_blocks;
-  const int next_block = block + 1 < blocks ? arguments.k_blocks : 0;
-  float next[kAhead][kEach], next_weight[kAhead][S::kRowBlocks];
-  const auto load = [&](int k) {
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int at = min(k + a, span.end - 1);
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) next[a][i] = arguments.x_scales[scales[i] + at];
-#pragma unroll
-      for (int b = 0; b < S::kRowBlocks; ++b) next_weight[a][b] = weight[b * next_block + at];
-    }
-  };
-  load(span.begin);
-  for (int k = span.begin; k < span.end; k += kAhead) {
-    float2 products[kAhead][S::kRowBlocks][2];
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-#pragma unroll
-      for (int b = 0; b < S::kRowBlocks; ++b) {
-        const float w = next_weight[a][b];
-        products[a][b][0] = make_float2(next[a][0] * w, next[a][1] * w);
-        products[a][b][1] = make_float2(next[a][2] * w, next[a][3] * w);
-      }
-    }
-    load(k + kAhead);
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < kBlocks; ++a) {
       if (k + a >= span.end) break;
-      BarrierWait(&shared.empty[ring.stage], ring.phase ^ 1);
-      if (lane * kEach < S::kTokens) {
+      factors.Store(a, lane, ring, shared);
+    }
+  }
+}
+
+// Of all tiles of sorted rows, on its own. Those of tiles with few blocks are asked for three tiles
+// before they are handed on.
+template <typename S>
+__device__ void MultiplySortedFactors(const Arguments& arguments, Span span, int lane,
+                                      Ring<S::kStages>& ring, SharedMemory<S>& shared) {
+  SortedTiles<S> tiles(arguments, shared);
+  if (arguments.k_blocks > Factors<S>::kBlocks) {
+    Tile tile;
+    while (tiles.Next(tile)) MultiplyFactors(arguments, tile, span, lane, ring, shared);
+    return;
+  }
+  constexpr int kAhead = 3;
+  Factors<S> factors[kAhead];
+  bool exists[kAhead];
+  const auto ask = [&](int i) {
+    Tile tile;
+    exists[i] = tiles.Next(tile);
+    if (exists[i]) FactorReader<S>(arguments, tile, lane).Load(0, arguments.k_blocks, factors[i]);
+  };
 #pragma unroll
-        for (int b = 0; b < S::kRowBlocks; ++b) {
-          float* target = shared.factors[ring.stage][b];
-          constexpr int kSecond = S::kTokensFirst ? 2 : 4;
-          target += S::kTokensFirst ? lane * kEach : PlaceOfFactor(lane * kEach);
-          *reinterpret_cast<float2*>(target) = products[a][b][0];
-          *reinterpret_cast<float2*>(target + kSecond) = products[a][b][1];
-        }
+  for (int i = 0; i < kAhead; ++i) ask(i);
+  while (true) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (!exists[i]) return;
+#pragma unroll
+      for (int a = 0; a < Factors<S>::kBlocks; ++a) {
+        if (a < arguments.k_blocks) factors[i].Store(a, lane, ring, shared);
       }
-      // Each lane for itself: racecheck does not see that one could arrive for all after
-      // __syncwarp.
-      sm90::BarrierArriveIf(&shared.full[ring.stage], true);
-      ring.Advance();
+      ask(i);
     }
   }
 }

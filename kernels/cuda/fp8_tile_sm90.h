@@ -10,7 +10,7 @@
 //   dense, few tokens    the blocks of a cluster share a tile's inputs; totals are added in a fixed
 //                        order
 //   experts              tiles of up to 128 rows of one expert, chunk by chunk (expert_chunks.h);
-//                        of gathered rows whoever is free takes the next
+//                        of gathered rows whoever is free takes another
 // All are bit by bit the same on every run.
 //
 // Source of the arithmetic: DeepSeek-V3 report §3.3.2. Launches of one object must not overlap:
@@ -27,6 +27,10 @@
 #include "kernels/cuda/scratch.h"
 
 namespace fathom {
+
+namespace fp8_tile {
+struct Dealt;
+}
 
 class Fp8TileSm90 {
  public:
@@ -81,7 +85,7 @@ class Fp8TileSm90 {
 
   int num_multiprocessors_;
   GrowingMemory dealt_memory_;
-  int* dealt_ = nullptr;  // two numbers that are zero between kernels
+  fp8_tile::Dealt* dealt_ = nullptr;  // zero between kernels
   // [tokens of a tile: 32, 64, 128][blocks of a cluster] how many clusters run at once
   int clusters_[3][kMaxSplits + 1] = {};
 };

@@ -224,6 +224,17 @@ TEST_F(Fp8TileSm90Test, GatheredRowsOfExperts) {
   Grouped({17, 64, 90, 120, 300}, 128, 300, 512, 7168);
 }
 
+// More tiles than blocks, large and small ones, and more chunks than are sorted.
+TEST_F(Fp8TileSm90Test, UnevenGatheredRows) {
+  std::vector<int> counts(150);
+  for (int& count : counts) count = static_cast<int>(random_() % 30);
+  counts[20] = 700;
+  counts[90] = 1000;
+  counts[149] = 600;
+  Grouped(counts, 128, 600, 512, 256);
+  Grouped({25'000, 3}, 32, 500, 256, 128);
+}
+
 TEST_F(Fp8TileSm90Test, SortedRowsOfExperts) {
   for (int chunk_rows : {32, 64, 128}) {
     Grouped({0, 1, 33, 200, 64, 0, 128, 97, 31, 0}, chunk_rows, 0, 1024, 256);
