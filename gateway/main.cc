@@ -187,7 +187,7 @@ absl::Status ReadCrossOrigin(const Flags& flags, CrossOriginOptions& options) {
   ASSIGN_OR_RETURN(options.origins, StringsOf("--allowed-origins", flags.allowed_origins));
   ASSIGN_OR_RETURN(options.methods, StringsOf("--allowed-methods", flags.allowed_methods));
   ASSIGN_OR_RETURN(options.headers, StringsOf("--allowed-headers", flags.allowed_headers));
-  return absl::OkStatus();
+  return CrossOriginPolicy::Check(options);
 }
 
 bool IsLoopback(const std::string& host) {

@@ -56,6 +56,12 @@ class CheckTest(unittest.TestCase):
         self.refused(64, "^fathom: --ready-file: cannot write '/nowhere/ready'", "--ready-file",
                      "/nowhere/ready")
 
+    def test_refuses_origins_that_no_browser_sends(self):
+        for wrong in ("https://a.example", '["a.example"]'):
+            self.refused(64, "^fathom: --allowed-origins", "--allowed-origins", wrong)
+        self.refused(64, "^fathom: --allow-credentials would let every web page",
+                     "--allowed-origins", '["*"]', "--allow-credentials")
+
     def test_refuses_a_run_directory_that_cannot_be_used(self):
         self.refused(64, "^fathom: --run-directory /nowhere/run cannot be made: No such file",
                      "--run-directory", "/nowhere/run")
