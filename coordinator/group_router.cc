@@ -367,7 +367,6 @@ void GroupRouter::OnServingChanged(int group, bool serving) {
   const bool was_serving = is_serving();
   groups_[group]->is_serving = serving;
   if (was_serving != is_serving()) on_serving_changed_(!was_serving);
-  if (!serving) groups_[group]->prefixes.Clear();
   if (is_serving()) {
     recover_until_.reset();
     std::erase_if(waiting_, [this](const auto& entry) {
@@ -384,6 +383,7 @@ void GroupRouter::OnLost(int group, std::vector<Inbox::Submission> unfinished,
   std::vector<Ended> ended;
   {
     const std::lock_guard lock(mutex_);
+    groups_[group]->prefixes.Clear();  // they went with the workers
     for (Inbox::Submission& lost : unfinished) {
       LiveRequest& live = lost.live;
       // Every stream in a loop is a Route.

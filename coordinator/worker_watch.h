@@ -1,5 +1,6 @@
-// Asks every worker of a group, all the time, whether it is there: a process that froze is found
-// out within a second, also when no step is under way.
+// Asks every worker of a group, all the time, whether it is there: a process that is frozen is
+// found out within a second, also when no step is under way. /health learns of it: WorkerGroup
+// tells Engine, which says on the StatusBoard that no steps can be made.
 //
 // Nothing breaks by it. A worker may be silent because its host is busy for a moment, and the group
 // has its own deadlines (WorkerGroup, proto/endpoint); but meanwhile nobody should be told that

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/algorithm/container.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "deploy/launcher/command_line.h"
@@ -102,6 +103,7 @@ void AddAccessFlags(CLI::App& app, ServeOptions& options) {
       }
       options.gateway_reloads |= flag.is_file;
       options.https |= flag.name == absl::string_view("--ssl-certfile");
+      options.has_keys |= absl::StartsWith(flag.name, "--api-key");
     };
     CLI::Option* option =
         app.add_option_function<std::vector<std::string>>(flag.name, pass_on, flag.description);

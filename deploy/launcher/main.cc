@@ -78,11 +78,13 @@ std::string Url(const ServeOptions& options) {
 void AnnounceReady(const ServeOptions& options) {
   const bool has_tokenizer = std::filesystem::exists(options.model_dir + "/tokenizer.json");
   const char* const prompt = has_tokenizer ? "\"Hello\"" : "[1, 2, 3]";
+  const bool has_keys = options.has_keys || !Environment("VLLM_API_KEY").empty();
+  const char* const key = has_keys ? " -H 'Authorization: Bearer KEY'" : "";
   std::printf(
       "Fathom is ready: %s/v1\n"
-      "  curl %s/v1/completions -H 'Content-Type: application/json' \\\n"
+      "  curl %s/v1/completions%s -H 'Content-Type: application/json' \\\n"
       "    -d '{\"model\": \"%s\", \"prompt\": %s, \"max_tokens\": 16}'\n",
-      Url(options).c_str(), Url(options).c_str(), ServedModelName(options).c_str(), prompt);
+      Url(options).c_str(), Url(options).c_str(), key, ServedModelName(options).c_str(), prompt);
   std::fflush(stdout);
 }
 
@@ -142,9 +144,9 @@ absl::StatusOr<int> Serve(const CommandLine& command_line, LogOutput& log) {
   if (!options.run_directory.empty()) {
     RETURN_IF_ERROR(RunDirectory::Check(options.run_directory, LongestSocketPath(options, "")));
   }
-  ASSIGN_OR_RETURN(options.port, FindFreePort(options.host, options.port));
   ASSIGN_OR_RETURN(const MemoryPlan plan, CheckPrograms(options, program_dir));
   for (const std::string& line : DescribeMemoryPlan(plan, options)) log.Own(line);
+  ASSIGN_OR_RETURN(options.port, FindFreePort(options.host, options.port));
   if (command_line.command == Command::kCheck) return 0;
   ASSIGN_OR_RETURN(const RunDirectory run_directory, MakeRunDirectory(options));
   return Supervise(options, {program_dir, run_directory.path()}, log);

@@ -23,6 +23,7 @@ struct ServeOptions {
   // Limits of the HTTP server, keys, certificate; with their values.
   std::vector<std::string> gateway_flags;
   bool gateway_reloads = false;  // some of them name files that it reads again at SIGHUP
+  bool has_keys = false;         // among them
   bool https = false;
 
   // How the model is cut and computed.

@@ -184,7 +184,7 @@ std::string Header(const StatusPageData& data) {
         style = "wait", state = "draining";
         break;
       default:
-        style = "wait", state = "starting";
+        style = "wait", state = data.server->epoch() == 0 ? "starting" : "interrupted";
     }
   }
   return absl::StrCat(
