@@ -386,7 +386,9 @@ void Engine::ReportLoad(absl::Duration now) {
   board_.SetLoad({.num_running = load.num_running,
                   .num_waiting = load.num_waiting,
                   .num_free_kv_blocks = scheduler_ == nullptr ? 0 : scheduler_->num_free_blocks()});
-  if (scheduler_ != nullptr) queue_rate_.Note(now, scheduler_->num_started_tokens());
+  if (scheduler_ != nullptr) {
+    queue_rate_.Note(now, scheduler_->num_started_tokens(), load.num_waiting > 0);
+  }
   inbox_.SetLoad({.num_requests = load.num_waiting,
                   .num_tokens = scheduler_ == nullptr ? 0 : scheduler_->num_waiting_tokens(),
                   .tokens_per_second = queue_rate_.tokens_per_second()});

@@ -78,15 +78,26 @@ TEST(QueueRateTest, IsTheMeanOfTheLastWhile) {
   QueueRate rate;
   int64_t num_tokens = 7;
   for (int second = 0; second < 100; ++second) {
-    rate.Note(absl::Seconds(second), num_tokens);
+    rate.Note(absl::Seconds(second), num_tokens, true);
     // Not known yet at first.
     EXPECT_NEAR(rate.tokens_per_second(), second == 0 ? 0 : 50, 1e-6);
     num_tokens += 50;
   }
-  rate.Note(absl::Seconds(100), 0);  // with other workers it counts from 0 again
+  rate.Note(absl::Seconds(100), 0, true);  // with other workers it counts from 0 again
   EXPECT_NEAR(rate.tokens_per_second(), 50, 5);
-  for (int second = 101; second < 300; ++second) rate.Note(absl::Seconds(second), 0);
+  for (int second = 101; second < 300; ++second) rate.Note(absl::Seconds(second), 0, true);
   EXPECT_NEAR(rate.tokens_per_second(), 0, 1e-3);
+}
+
+TEST(QueueRateTest, TimeInWhichNobodyWaitsSaysNothing) {
+  QueueRate rate;
+  rate.Note(absl::Seconds(0), 0, false);
+  rate.Note(absl::Seconds(100), 10, true);  // begun at once
+  rate.Note(absl::Seconds(102), 110, false);
+  EXPECT_NEAR(rate.tokens_per_second(), 50, 1e-6);
+  rate.Note(absl::Seconds(500), 120, true);
+  rate.Note(absl::Seconds(504), 320, true);
+  EXPECT_NEAR(rate.tokens_per_second(), 50, 1e-6);
 }
 
 }  // namespace
