@@ -153,7 +153,9 @@ void AddFlags(FlagParser& parser, Flags& flags) {
   AddServerFlags(parser, gateway.server);
   AddAccessFlags(parser, flags);
   AddApiFlags(parser, gateway.limits);
-  parser.Add("--text-threads", gateway.text_threads, "Threads that tokenize prompts")
+  parser
+      .Add("--text-threads", gateway.text_threads,
+           "Threads that tokenize prompts; one more is for long ones")
       .Between(1, 64)
       .ShowDefault();
   AddSeconds(parser, "--drain-timeout-seconds", gateway.drain_timeout,

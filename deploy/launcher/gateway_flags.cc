@@ -44,7 +44,7 @@ constexpr GatewayLimit kGatewayLimits[] = {
     {"--max-stop-strings", "16", 1, 1e6, "Stop strings of a request"},
     {"--max-stop-string-bytes", "1024", 1, 1e6, "Bytes of a stop string"},
     {"--max-logprobs", "20", 0, 20, "Most logprobs, top_logprobs and prompt_logprobs"},
-    {"--text-threads", "2", 1, 64, "Threads that tokenize prompts"},
+    {"--text-threads", "2", 1, 64, "Threads that tokenize prompts; one more is for long ones"},
 };
 
 void AddGatewayLimits(CLI::App& app, ServeOptions& options) {

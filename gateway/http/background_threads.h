@@ -1,6 +1,8 @@
-// A few threads for work that would hold up the I/O thread, such as encoding a long prompt.
+// A few threads for work that would hold up the I/O thread, such as encoding prompts, and one more
+// for what takes long: it waits for its like alone, and nothing waits for it.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 #include <memory>
 
@@ -17,14 +19,17 @@ class BackgroundThreads {
   // Finishes what runs; drops what waits.
   ~BackgroundThreads();
 
-  // Runs `work` on one of the threads; returns when it is done. What `work` refers to must live
-  // until then. I/O thread.
-  Task<> Run(std::function<void()> work);
+  // Runs `work`, whose time grows with `num_bytes`, on one of the threads; returns when it is done.
+  // What `work` refers to must live until then. I/O thread.
+  Task<> Run(size_t num_bytes, std::function<void()> work);
+
+  // The same for what is quick where there is little: that is done at once, on this thread.
+  Task<> RunIfMuch(size_t num_bytes, std::function<void()> work);
 
  private:
-  struct Pool;
+  struct Pools;
   IoThread& io_thread_;
-  const std::unique_ptr<Pool> pool_;
+  const std::unique_ptr<Pools> pools_;
 };
 
 }  // namespace fathom

@@ -115,8 +115,21 @@ void Note(const Progress& progress, ResponseWriter& writer) {
   writer.notes().completion_tokens = usage.completion_tokens;
 }
 
+// About: what makes an answer large is what is said of its tokens.
+size_t BytesToWrite(const std::vector<ChoiceDelta>& choices) {
+  constexpr size_t kBytesOfToken = 64;
+  size_t num_tokens = 0;
+  for (const ChoiceDelta& choice : choices) {
+    num_tokens += choice.token_ids.size();
+    for (const auto* logprobs : {&choice.logprobs, &choice.prompt_logprobs}) {
+      for (const v1::TokenLogprobs& token : *logprobs) num_tokens += 1 + token.top_token_ids_size();
+    }
+  }
+  return kBytesOfToken * num_tokens;
+}
+
 Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choices,
-                   AnswerFormat& format, ResponseWriter& writer) {
+                   AnswerFormat& format, BackgroundThreads& text_threads, ResponseWriter& writer) {
   std::vector<ChoiceDelta> choices(num_choices);
   absl::Status failure;
   co_await generation.Listen([&](const Generation::Event& event) {
@@ -134,7 +147,9 @@ Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choice
     co_return;
   }
   Response response;
-  response.body = format.Whole(std::move(choices), progress.Total());
+  const size_t num_bytes = BytesToWrite(choices);
+  const auto write = [&] { response.body = format.Whole(std::move(choices), progress.Total()); };
+  co_await text_threads.RunIfMuch(num_bytes, write);
   co_await writer.Send(std::move(response));
 }
 
@@ -216,7 +231,8 @@ Response AnswerFormat::Error(const absl::Status& status) { return ErrorResponse(
 std::string AnswerFormat::ErrorEvent(const absl::Status& status) { return ErrorJson(status); }
 
 Task<> Answer(AnswerPlan plan, CoordinatorClient& coordinator, const Tokenizer* tokenizer,
-              AnswerFormat& format, GatewayMetrics& metrics, ResponseWriter& writer) {
+              AnswerFormat& format, BackgroundThreads& text_threads, GatewayMetrics& metrics,
+              ResponseWriter& writer) {
   const absl::Status connected = co_await coordinator.Connect();
   if (!connected.ok()) {
     co_await writer.Send(format.Error(connected));
@@ -228,7 +244,7 @@ Task<> Answer(AnswerPlan plan, CoordinatorClient& coordinator, const Tokenizer* 
   Generation generation(coordinator, std::move(plan.calls));
   writer.SetOnGone([&generation] { generation.CancelAll(); });
   if (plan.delivery == Delivery::kWhole) {
-    co_await AnswerWhole(generation, progress, num_choices, format, writer);
+    co_await AnswerWhole(generation, progress, num_choices, format, text_threads, writer);
   } else {
     co_await AnswerStream(generation, progress, num_choices, plan.delivery, format, writer);
   }

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "gateway/http/background_threads.h"
 #include "gateway/http/handler.h"
 #include "gateway/http/task.h"
 #include "gateway/openai/choice.h"
@@ -36,7 +37,8 @@ class AnswerFormat {
 
   virtual bool events_have_names() const { return false; }
 
-  // The body of a response that is not streamed; one element for each choice.
+  // The body of a response that is not streamed; one element for each choice. Perhaps on
+  // another thread than the rest, which waits.
   virtual std::string Whole(std::vector<ChoiceDelta> choices, const TokenUsage& usage) = 0;
 
   // Events that precede all others. `usage`, here and below: what the event is to say of it.
@@ -65,6 +67,7 @@ struct AnswerPlan {
 
 // All references must outlive the task; `tokenizer` may be null.
 Task<> Answer(AnswerPlan plan, CoordinatorClient& coordinator, const Tokenizer* tokenizer,
-              AnswerFormat& format, GatewayMetrics& metrics, ResponseWriter& writer);
+              AnswerFormat& format, BackgroundThreads& text_threads, GatewayMetrics& metrics,
+              ResponseWriter& writer);
 
 }  // namespace fathom

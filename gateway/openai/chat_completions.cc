@@ -52,7 +52,7 @@ OutputParserOptions ParserOptionsOf(const ChatRequest& request, const ChatEncode
 
 }  // namespace
 
-Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt, size_t num_bytes,
                                                        const ModelText& text,
                                                        BackgroundThreads& text_threads) {
   absl::StatusOr<std::vector<uint32_t>> token_ids = std::vector<uint32_t>();
@@ -66,18 +66,18 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
     *token_ids = text.tokenizer()->Encode(
         *encoded, prompt.add_special_tokens ? BosPolicy::kAsConfigured : BosPolicy::kNone);
   };
-  co_await text_threads.Run(encode);
+  co_await text_threads.Run(num_bytes, encode);
   co_return token_ids;
 }
 
 Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& request,
-                                                              const Api& api) {
+                                                              size_t num_bytes, const Api& api) {
   absl::StatusOr<std::vector<uint32_t>> prompt =
-      co_await EncodeChat(request.prompt, api.text, api.text_threads);
+      co_await EncodeChat(request.prompt, num_bytes, api.text, api.text_threads);
   if (!prompt.ok()) co_return prompt.status();
   if (!request.parameters.bad_words.empty()) {
     const auto add = [&] { AddBadWords(*api.text.tokenizer(), request.parameters); };
-    co_await api.text_threads.Run(add);
+    co_await api.text_threads.Run(num_bytes, add);
   }
   const absl::StatusOr<v1::ModelInfo> info = co_await api.model.Info();
   if (!info.ok()) co_return info.status();
@@ -122,18 +122,22 @@ Task<> ChatCompletionsHandler::Answer(const ChatRequest& request, std::vector<ui
                     TokenNames(api_.text.tokenizer(), parameters.token_names));
   api_.metrics.OnRequestAdmitted(parameters.n);
   co_await fathom::Answer(std::move(plan), api_.coordinator, api_.text.tokenizer(), format,
-                          api_.metrics, writer);
+                          api_.text_threads, api_.metrics, writer);
 }
 
 Task<> ChatCompletionsHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("chatcmpl-", http_request, api_.model.name());
   writer.notes().id = header.id;
-  absl::StatusOr<ChatRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<ChatRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) {
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;
   }
-  absl::StatusOr<std::vector<uint32_t>> prompt = co_await EncodeChatRequest(*request, api_);
+  absl::StatusOr<std::vector<uint32_t>> prompt =
+      co_await EncodeChatRequest(*request, num_bytes, api_);
   if (!prompt.ok()) {
     co_await writer.Send(ErrorResponse(prompt.status()));
     co_return;

@@ -27,15 +27,16 @@ class ChatCompletionsHandler : public Handler {
 };
 
 // Of a chat, in whatever dialect it came: the prompt's token ids, checked against the model's
-// vocabulary and length. Adds the tokens of bad words to the request.
-Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& request, const Api& api);
+// vocabulary and length. Adds the tokens of bad words to the request. `num_bytes`: what it came as.
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChatRequest(ChatRequest& request,
+                                                              size_t num_bytes, const Api& api);
 
 // How to answer it. `id` is that of the response.
 AnswerPlan PlanChatAnswer(const ChatRequest& request, const std::vector<uint32_t>& prompt,
                           const std::string& id, const Api& api);
 
 // The token ids of a chat, on the text threads. CheckHasChat must be ok.
-Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
+Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt, size_t num_bytes,
                                                        const ModelText& text,
                                                        BackgroundThreads& text_threads);
 

@@ -75,7 +75,7 @@ absl::StatusOr<CompletionRequest> CompletionsHandler::Parse(const HttpRequest& r
 }
 
 Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::EncodePrompts(
-    CompletionRequest& request) {
+    CompletionRequest& request, size_t num_bytes) {
   std::vector<std::vector<uint32_t>> prompts(request.prompts.size());
   const BosPolicy bos_policy =
       request.add_special_tokens ? BosPolicy::kAsConfigured : BosPolicy::kNone;
@@ -93,7 +93,7 @@ Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> CompletionsHandler::Enc
   };
   if (std::holds_alternative<std::string>(request.prompts.front()) ||
       !request.parameters.bad_words.empty()) {
-    co_await api_.text_threads.Run(encode);
+    co_await api_.text_threads.Run(num_bytes, encode);
   } else {
     encode();
   }
@@ -121,19 +121,23 @@ Task<> CompletionsHandler::Answer(const CompletionRequest& request,
       FormatOptionsOf(request, std::move(header), std::move(prompts), tokenizer),
       TokenNames(tokenizer, parameters.token_names));
   api_.metrics.OnRequestAdmitted(parameters.n);
-  co_await fathom::Answer(std::move(plan), api_.coordinator, tokenizer, format, api_.metrics,
-                          writer);
+  co_await fathom::Answer(std::move(plan), api_.coordinator, tokenizer, format, api_.text_threads,
+                          api_.metrics, writer);
 }
 
 Task<> CompletionsHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("cmpl-", http_request, api_.model.name());
   writer.notes().id = header.id;
-  absl::StatusOr<CompletionRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<CompletionRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) {
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;
   }
-  absl::StatusOr<std::vector<std::vector<uint32_t>>> prompts = co_await EncodePrompts(*request);
+  absl::StatusOr<std::vector<std::vector<uint32_t>>> prompts =
+      co_await EncodePrompts(*request, num_bytes);
   if (!prompts.ok()) {
     co_await writer.Send(ErrorResponse(prompts.status()));
     co_return;

@@ -23,8 +23,8 @@ class CompletionsHandler : public Handler {
 
   // The token ids of every prompt, checked against the model's vocabulary and length.
   // Adds the tokens of bad words to the request.
-  Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> EncodePrompts(
-      CompletionRequest& request);
+  Task<absl::StatusOr<std::vector<std::vector<uint32_t>>>> EncodePrompts(CompletionRequest& request,
+                                                                         size_t num_bytes);
 
   Task<> Answer(const CompletionRequest& request, std::vector<std::vector<uint32_t>> prompts,
                 ResponseHeader header, ResponseWriter& writer);

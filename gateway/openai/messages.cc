@@ -23,12 +23,16 @@ absl::StatusOr<ChatRequest> MessagesHandler::Parse(const HttpRequest& request) c
 Task<> MessagesHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("msg_", http_request, api_.model.name());
   writer.notes().id = header.id;
-  absl::StatusOr<ChatRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<ChatRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) {
     co_await writer.Send(MessagesError(request.status(), header.id));
     co_return;
   }
-  const absl::StatusOr<std::vector<uint32_t>> prompt = co_await EncodeChatRequest(*request, api_);
+  const absl::StatusOr<std::vector<uint32_t>> prompt =
+      co_await EncodeChatRequest(*request, num_bytes, api_);
   if (!prompt.ok()) {
     co_await writer.Send(MessagesError(prompt.status(), header.id));
     co_return;
@@ -37,7 +41,7 @@ Task<> MessagesHandler::Handle(const HttpRequest& http_request, ResponseWriter& 
   MessagesFormat format(std::move(header), static_cast<int64_t>(prompt->size()));
   api_.metrics.OnRequestAdmitted(1);
   co_await fathom::Answer(std::move(plan), api_.coordinator, api_.text.tokenizer(), format,
-                          api_.metrics, writer);
+                          api_.text_threads, api_.metrics, writer);
 }
 
 absl::StatusOr<ChatRequest> CountTokensHandler::Parse(const HttpRequest& request) const {
@@ -49,13 +53,16 @@ absl::StatusOr<ChatRequest> CountTokensHandler::Parse(const HttpRequest& request
 }
 
 Task<> CountTokensHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
-  const absl::StatusOr<ChatRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<ChatRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) {
     co_await writer.Send(MessagesError(request.status(), http_request.id));
     co_return;
   }
   const absl::StatusOr<std::vector<uint32_t>> prompt =
-      co_await EncodeChat(request->prompt, api_.text, api_.text_threads);
+      co_await EncodeChat(request->prompt, num_bytes, api_.text, api_.text_threads);
   if (!prompt.ok()) {
     co_await writer.Send(MessagesError(prompt.status(), http_request.id));
     co_return;

@@ -27,13 +27,16 @@ absl::StatusOr<ResponsesRequest> ResponsesHandler::Parse(const HttpRequest& requ
 Task<> ResponsesHandler::Handle(const HttpRequest& http_request, ResponseWriter& writer) {
   ResponseHeader header = MakeResponseHeader("resp_", http_request, api_.model.name());
   writer.notes().id = header.id;
-  absl::StatusOr<ResponsesRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<ResponsesRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) {
     co_await writer.Send(ErrorResponse(request.status()));
     co_return;
   }
   const absl::StatusOr<std::vector<uint32_t>> prompt =
-      co_await EncodeChatRequest(request->chat, api_);
+      co_await EncodeChatRequest(request->chat, num_bytes, api_);
   if (!prompt.ok()) {
     co_await writer.Send(ErrorResponse(prompt.status()));
     co_return;
@@ -43,7 +46,7 @@ Task<> ResponsesHandler::Handle(const HttpRequest& http_request, ResponseWriter&
                          TokenNames(api_.text.tokenizer(), request->chat.parameters.token_names));
   api_.metrics.OnRequestAdmitted(1);
   co_await fathom::Answer(std::move(plan), api_.coordinator, api_.text.tokenizer(), format,
-                          api_.metrics, writer);
+                          api_.text_threads, api_.metrics, writer);
 }
 
 }  // namespace fathom

@@ -109,35 +109,41 @@ absl::StatusOr<TokenizeRequest> TokenizeHandler::Parse(const HttpRequest& reques
 }
 
 Task<absl::StatusOr<std::string>> TokenizeHandler::Tokenize(const HttpRequest& http_request) {
-  const absl::StatusOr<TokenizeRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<TokenizeRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) co_return request.status();
   const Tokenizer& tokenizer = *api_.text.tokenizer();
   absl::StatusOr<std::vector<uint32_t>> token_ids = std::vector<uint32_t>();
   if (request->chat) {
-    token_ids = co_await EncodeChat(*request->chat, api_.text, api_.text_threads);
+    token_ids = co_await EncodeChat(*request->chat, num_bytes, api_.text, api_.text_threads);
     if (!token_ids.ok()) co_return token_ids.status();
   } else {
     const auto encode = [&] {
       *token_ids = tokenizer.Encode(*request->prompt, request->bos_policy);
     };
-    co_await api_.text_threads.Run(encode);
+    co_await api_.text_threads.Run(num_bytes, encode);
   }
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
 
   JsonWriter json;
-  json.BeginObject().Key("count").Int(static_cast<int64_t>(token_ids->size()));
-  json.Key("max_model_len").Int(info->max_model_len()).Key("tokens");
-  WriteTokenIds(&*token_ids, json);
-  json.Key("token_strs");
-  if (request->return_token_strs) {
-    json.BeginArray();
-    for (const uint32_t id : *token_ids) json.String(VocabularyEntryOf(tokenizer, id));
-    json.EndArray();
-  } else {
-    json.Null();
-  }
-  json.EndObject();
+  const auto write = [&] {
+    json.BeginObject().Key("count").Int(static_cast<int64_t>(token_ids->size()));
+    json.Key("max_model_len").Int(info->max_model_len()).Key("tokens");
+    WriteTokenIds(&*token_ids, json);
+    json.Key("token_strs");
+    if (request->return_token_strs) {
+      json.BeginArray();
+      for (const uint32_t id : *token_ids) json.String(VocabularyEntryOf(tokenizer, id));
+      json.EndArray();
+    } else {
+      json.Null();
+    }
+    json.EndObject();
+  };
+  co_await api_.text_threads.RunIfMuch(num_bytes, write);
   co_return json.Take();
 }
 
@@ -155,16 +161,22 @@ absl::StatusOr<DetokenizeRequest> DetokenizeHandler::Parse(const HttpRequest& re
 }
 
 Task<absl::StatusOr<std::string>> DetokenizeHandler::Detokenize(const HttpRequest& http_request) {
-  const absl::StatusOr<DetokenizeRequest> request = Parse(http_request);
+  const size_t num_bytes = http_request.body.size();
+  absl::StatusOr<DetokenizeRequest> request;
+  const auto parse = [&] { request = Parse(http_request); };
+  co_await api_.text_threads.RunIfMuch(num_bytes, parse);
   if (!request.ok()) co_return request.status();
   const absl::StatusOr<v1::ModelInfo> info = co_await api_.model.Info();
   if (!info.ok()) co_return info.status();
   const absl::Status in_vocabulary = CheckInVocabulary("tokens", request->tokens, *info);
   if (!in_vocabulary.ok()) co_return in_vocabulary;
   JsonWriter json;
-  json.BeginObject().Key("prompt");
-  json.String(Decode(*api_.text.tokenizer(), request->tokens, {.skip_special_tokens = false}));
-  json.EndObject();
+  const auto write = [&] {
+    json.BeginObject().Key("prompt");
+    json.String(Decode(*api_.text.tokenizer(), request->tokens, {.skip_special_tokens = false}));
+    json.EndObject();
+  };
+  co_await api_.text_threads.RunIfMuch(num_bytes, write);
   co_return json.Take();
 }
 
