@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -36,13 +37,18 @@ absl::Status CheckFits(const Request& request, const GroupPlan& plan) {
       " tokens, but the workers were replaced, and those there are now hold only ", limit));
 }
 
-}  // namespace
-
-void Engine::EndLost(std::vector<Inbox::Submission> unfinished, absl::Status cause) {
+// The cause is for the log: it names addresses, and what gRPC says of them.
+void EndAll(const std::vector<Inbox::Submission>& unfinished, const std::string& why) {
   const absl::Status end =
-      absl::UnavailableError(absl::StrCat("the request was not finished: ", cause.message()));
+      absl::UnavailableError(absl::StrCat("the request was not finished: ", why, "; try again"));
   for (const Inbox::Submission& lost : unfinished) lost.live.stream->OnEnd(end);
   for (const Inbox::Submission& lost : unfinished) lost.live.stream->Flush();
+}
+
+}  // namespace
+
+void Engine::EndLost(const std::vector<Inbox::Submission>& unfinished) {
+  EndAll(unfinished, "the workers were lost");
 }
 
 Engine::Engine(Options options, Inbox& inbox, StatusBoard& board, Metrics& metrics, OnLost on_lost)
@@ -148,8 +154,8 @@ void Engine::LookForSilence() {
 void Engine::StopServing(const absl::Status& cause) {
   is_serving_ = false;
   metrics_.SetServing(false);
-  inbox_.Close(absl::UnavailableError(
-      absl::StrCat("no steps can be made until the workers are back: ", cause.message())));
+  inbox_.Close(
+      absl::UnavailableError("no steps can be made until the workers are back; try again"));
   board_.SetState(v1::ServerInfo::STATE_STARTING, std::string(cause.message()));
 }
 
@@ -164,7 +170,7 @@ Engine::Next Engine::AdvanceWithBrokenGroup(const absl::Status& failure, absl::D
 void Engine::LoseGroup(const absl::Status& cause, absl::Duration now) {
   metrics_.CountGroupFailure();
   spdlog::error("the group of epoch {} broke: {}", last_epoch_, std::string(cause.message()));
-  on_lost_(TakeUnfinished(now), cause);
+  on_lost_(TakeUnfinished(now));
   // A group that breaks before its first step must not be formed in a tight loop.
   if (has_made_steps_) backoff_ = options_.min_backoff;
   form_at_ = now + backoff_;
@@ -198,7 +204,7 @@ std::vector<Inbox::Submission> Engine::TakeUnfinished(absl::Duration now) {
 Engine::Next Engine::End(absl::Duration now) {
   if (group_ != nullptr) {
     metrics_.SetServing(false);
-    EndLost(TakeUnfinished(now), absl::UnavailableError("the server is stopping"));
+    EndAll(TakeUnfinished(now), "the server is stopping");
     group_.reset();
   }
   return {.kind = Next::Kind::kEnd};

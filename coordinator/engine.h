@@ -55,10 +55,10 @@ class Engine {
 
   // Takes over the requests that a broken group has left unfinished, in order of arrival. Their ids
   // mean nothing to this engine any more; to cancel one is up to its new owner.
-  using OnLost = std::function<void(std::vector<Inbox::Submission> unfinished, absl::Status cause)>;
+  using OnLost = std::function<void(std::vector<Inbox::Submission> unfinished)>;
 
-  // Ends them with Unavailable and the cause.
-  static void EndLost(std::vector<Inbox::Submission> unfinished, absl::Status cause);
+  // Ends them with Unavailable.
+  static void EndLost(const std::vector<Inbox::Submission>& unfinished);
 
   // All outlive this.
   Engine(Options options, Inbox& inbox, StatusBoard& board, Metrics& metrics, OnLost on_lost);

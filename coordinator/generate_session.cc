@@ -125,7 +125,7 @@ void GenerateSession::Start(uint64_t number, const v1::GenerateRequest& request)
     self = self_;
     is_new = streams_.try_emplace(number).second;
     if (is_new && is_closing_) {
-      return EndStream(number, absl::UnavailableError("the server is stopping"));
+      return EndStream(number, absl::UnavailableError("the server is stopping; try again"));
     }
   }
   if (!is_new) {
@@ -200,7 +200,8 @@ void GenerateSession::Pump() {
   if (!changed_.empty()) FillMessage();
   if (is_writing_ || !streams_.empty()) return;
   if (!final_status_.has_value() && is_closing_) {
-    final_status_ = grpc::Status(grpc::StatusCode::UNAVAILABLE, "the server is stopping");
+    final_status_ =
+        grpc::Status(grpc::StatusCode::UNAVAILABLE, "the server is stopping; try again");
   }
   if (!final_status_.has_value()) return;
   is_finished_ = true;

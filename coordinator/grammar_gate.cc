@@ -3,15 +3,16 @@
 #include <chrono>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "grpcpp/client_context.h"
 #include "proto/status.h"
+#include "spdlog/spdlog.h"
 
 namespace fathom {
 namespace {
 
+// What gRPC says of the worker is for the log.
 absl::Status Translated(const grpc::Status& status) {
   switch (status.error_code()) {
     case grpc::StatusCode::OK:
@@ -21,10 +22,12 @@ absl::Status Translated(const grpc::Status& status) {
     case grpc::StatusCode::UNAVAILABLE:          // it is gone
     case grpc::StatusCode::CANCELLED:            // it, or this, stops
     case grpc::StatusCode::FAILED_PRECONDITION:  // it is there again, and in no group yet
-      return absl::UnavailableError(status.error_message());
+      spdlog::warn("a worker was lost that should compile a grammar: {}", status.error_message());
+      return absl::UnavailableError(
+          "the workers that should compile its grammar were lost; try again");
     default:
-      return absl::AbortedError(
-          absl::StrCat("structured output is not available now: ", status.error_message()));
+      spdlog::error("a worker could not compile a grammar: {}", status.error_message());
+      return absl::AbortedError("structured output is not available now; try again");
   }
 }
 
@@ -59,7 +62,7 @@ absl::Status GrammarGate::Prepare(const v1::Grammar& grammar, Done done) {
   call->until = absl::Now() + options_.max_wait;
   *call->request.mutable_grammar() = grammar;
   const std::lock_guard lock(mutex_);
-  if (is_closed_) return absl::UnavailableError("the server is stopping");
+  if (is_closed_) return absl::UnavailableError("the server is stopping; try again");
   RETURN_IF_ERROR(Connect());
   waiting_.push_back(std::move(call));
   // Room for a call means that nobody waited.
@@ -115,7 +118,7 @@ void GrammarGate::Close() {
     for (Call* const call : calls_) call->context.TryCancel();
   }
   for (const std::unique_ptr<Call>& call : waiting) {
-    call->done(absl::UnavailableError("the server is stopping"));
+    call->done(absl::UnavailableError("the server is stopping; try again"));
   }
 }
 

@@ -103,9 +103,7 @@ GroupRouter::GroupRouter(Options options, Metrics& metrics,
     Group& group = *groups_.back();
     group.loop = options_.make_loop(
         options_.groups[i], group.board, group.metrics,
-        [this, i](std::vector<Inbox::Submission> unfinished, absl::Status cause) {
-          OnLost(i, std::move(unfinished), cause);
-        });
+        [this, i](std::vector<Inbox::Submission> unfinished) { OnLost(i, std::move(unfinished)); });
   }
 }
 
@@ -183,7 +181,7 @@ void GroupRouter::Drain() {
     const std::lock_guard lock(mutex_);
     is_draining_ = true;
   }
-  EndWaiting(absl::UnavailableError("the server is draining: it is about to stop"));
+  EndWaiting(absl::UnavailableError("the server is draining: it is about to stop; try again"));
   for (const auto& group : groups_) group->loop->Drain();
 }
 
@@ -192,7 +190,7 @@ void GroupRouter::Stop() {
     const std::lock_guard lock(mutex_);
     is_draining_ = true;
   }
-  EndWaiting(absl::UnavailableError("the server is stopping"));
+  EndWaiting(absl::UnavailableError("the server is stopping; try again"));
   for (const auto& group : groups_) group->loop->Stop();
 }
 
@@ -311,11 +309,13 @@ bool GroupRouter::GoOn(RequestId id, Place& place, const LiveRequest& live) {
   });
 }
 
-std::optional<absl::Status> GroupRouter::GoOnSometime(RequestId id, Place& place, LiveRequest live,
-                                                      const absl::Status& cause) {
+std::optional<absl::Status> GroupRouter::GoOnSometime(RequestId id, Place& place,
+                                                      LiveRequest live) {
   if (GoOn(id, place, live)) return std::nullopt;
   if (!MayWait()) {
-    return absl::UnavailableError(absl::StrCat("the request was not finished: ", cause.message()));
+    return absl::UnavailableError(absl::StrCat(
+        "the request was not finished: ",
+        is_draining_ ? "the server is stopping" : "the workers were lost", "; try again"));
   }
   waiting_.emplace_back(id, std::move(live));
   return std::nullopt;
@@ -339,7 +339,7 @@ void GroupRouter::OnPrepared(RequestId id, absl::Status status) {
     Leave(place);
     std::optional<absl::Status> end = status;
     if (absl::IsUnavailable(status) && ++place.num_lost_preparations < kMaxLostPreparations) {
-      end = GoOnSometime(id, place, live, status);
+      end = GoOnSometime(id, place, live);
     } else if (absl::IsAborted(status)) {
       end = absl::UnavailableError(status.message());
     }
@@ -378,8 +378,7 @@ void GroupRouter::OnServingChanged(int group, bool serving) {
   changed_.notify_all();
 }
 
-void GroupRouter::OnLost(int group, std::vector<Inbox::Submission> unfinished,
-                         const absl::Status& cause) {
+void GroupRouter::OnLost(int group, std::vector<Inbox::Submission> unfinished) {
   std::vector<Ended> ended;
   {
     const std::lock_guard lock(mutex_);
@@ -394,14 +393,13 @@ void GroupRouter::OnLost(int group, std::vector<Inbox::Submission> unfinished,
       Leave(place);
       if (IsFutile(place, live)) {
         ended.push_back(
-            {std::move(live.stream),
-             absl::UnavailableError(absl::StrCat(
-                 "the request was not finished: the workers were lost ", kMaxFutileLosses,
-                 " times while they computed it; the last time ", cause.message()))});
+            {std::move(live.stream), absl::UnavailableError(absl::StrCat(
+                                         "the request was not finished: the workers were lost ",
+                                         kMaxFutileLosses, " times while they computed it"))});
         continue;
       }
       const std::shared_ptr<TokenStream> stream = live.stream;
-      if (const auto end = GoOnSometime(id, place, std::move(live), cause)) {
+      if (const auto end = GoOnSometime(id, place, std::move(live))) {
         ended.push_back({stream, *end});
       }
     }
@@ -434,9 +432,10 @@ void GroupRouter::WatchOverRecovery(std::stop_token stop) {
       if (!is_over) continue;
       recover_until_.reset();
     }
-    EndWaiting(absl::UnavailableError(absl::StrCat(
-        "the request was not finished: no workers were there for ",
-        absl::FormatDuration(options_.recovery_timeout), " (--recovery-timeout-seconds)")));
+    EndWaiting(absl::UnavailableError(
+        absl::StrCat("the request was not finished: no workers were there for ",
+                     absl::FormatDuration(options_.recovery_timeout),
+                     " (--recovery-timeout-seconds); try again")));
   }
 }
 

@@ -124,7 +124,7 @@ class GroupRouter {
   };
 
   void OnServingChanged(int group, bool serving);
-  void OnLost(int group, std::vector<Inbox::Submission> unfinished, const absl::Status& cause);
+  void OnLost(int group, std::vector<Inbox::Submission> unfinished);
   void OnPrepared(RequestId id, absl::Status status);
   void OnEnd(RequestId id);
   void WatchOverRecovery(std::stop_token stop);
@@ -139,9 +139,8 @@ class GroupRouter {
   // Puts it into preparing_ if it has a grammar, else into the group's queue.
   absl::Status Enter(RequestId id, Place& place, int group, const Preparing& request);
   absl::Status Enqueue(Place& place, int group, const Preparing& request);
-  // Elsewhere or later, or its end for `cause`.
-  std::optional<absl::Status> GoOnSometime(RequestId id, Place& place, LiveRequest live,
-                                           const absl::Status& cause);
+  // Elsewhere or later, or its end.
+  std::optional<absl::Status> GoOnSometime(RequestId id, Place& place, LiveRequest live);
   void Settle(Place& place, int group);
   void Leave(Place& place);
   static bool IsFutile(Place& place, const LiveRequest& live);

@@ -84,9 +84,9 @@ bool Inbox::Give(Order order) {
     was_open = refusal_.ok();
     if (order > order_) {
       order_ = order;
-      refusal_ = absl::UnavailableError(order == Order::kStop
-                                            ? "the server is stopping"
-                                            : "the server is draining: it is about to stop");
+      refusal_ = absl::UnavailableError(
+          order == Order::kStop ? "the server is stopping; try again"
+                                : "the server is draining: it is about to stop; try again");
     }
   }
   on_arrival_();

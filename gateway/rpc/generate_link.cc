@@ -10,6 +10,7 @@
 #include "grpcpp/support/client_callback.h"
 #include "proto/retry_after.h"
 #include "proto/status.h"
+#include "spdlog/spdlog.h"
 
 namespace fathom {
 namespace {
@@ -198,7 +199,12 @@ void GenerateLink::Fail(uint64_t stream, const absl::Status& status) {
 
 void GenerateLink::OnCallEnded(const absl::Status& status) {
   call_.reset();
-  for (const auto& [stream, reader] : std::exchange(readers_, {})) reader->OnFailure(status);
+  if (readers_.empty()) return;
+  spdlog::warn("the connection to the coordinator broke with {} requests on it: {}",
+               readers_.size(), status.ToString());
+  const absl::Status failure = absl::UnavailableError(
+      "the connection to the coordinator broke before the request was finished; try again");
+  for (const auto& [stream, reader] : std::exchange(readers_, {})) reader->OnFailure(failure);
 }
 
 }  // namespace fathom

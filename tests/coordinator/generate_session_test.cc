@@ -267,7 +267,7 @@ TEST_F(GenerateSessionTest, EndsWhenTheServerStops) {
   service_->Close();
   const grpc::Status status = session.ReadToTheEnd();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_EQ(status.error_message(), "the server is stopping");
+  EXPECT_EQ(status.error_message(), "the server is stopping; try again");
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/check.h"
 #include "gmock/gmock.h"
 #include "grpcpp/generic/generic_stub.h"
@@ -17,7 +18,7 @@
 namespace fathom {
 
 ServingTest::ServingTest() {
-  spdlog::set_level(spdlog::level::off);
+  spdlog::set_default_logger(std::make_shared<spdlog::logger>("test", log_));
   std::string pattern = "/tmp/fathom-serving-XXXXXX";  // short: socket paths are limited
   folder_ = mkdtemp(pattern.data());
   AddGroup();
@@ -193,6 +194,8 @@ v1::ServerInfo ServingTest::ServerInfo() {
   EXPECT_TRUE(status.ok()) << status.error_message();
   return info;
 }
+
+std::string ServingTest::Log() const { return absl::StrJoin(log_->last_formatted(), ""); }
 
 std::string ServingTest::Health(const std::string& service_name) {
   // grpc.health.v1 by hand: HealthCheckRequest {string service = 1;},

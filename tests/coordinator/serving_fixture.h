@@ -15,6 +15,7 @@
 #include "grpcpp/client_context.h"
 #include "gtest/gtest.h"
 #include "proto/generate.grpc.pb.h"
+#include "spdlog/sinks/ringbuffer_sink.h"
 #include "tests/coordinator/fake_worker.h"
 
 namespace fathom {
@@ -61,9 +62,13 @@ class ServingTest : public ::testing::Test {
   v1::ServerInfo ServerInfo();
   // What the standard health service says: SERVING, NOT_SERVING, or an error.
   std::string Health(const std::string& service_name);
+  // What the operator can read of this test.
+  std::string Log() const;
   std::unique_ptr<v1::Generate::Stub> NewStub() const;
   void ExpectNoViolations() const;
 
+  std::shared_ptr<spdlog::sinks::ringbuffer_sink_mt> log_ =
+      std::make_shared<spdlog::sinks::ringbuffer_sink_mt>(1000);
   std::string folder_;
   std::vector<std::unique_ptr<FakeWorker>> workers_;
   StepLoop::Options options_;  // of every group, but for the addresses

@@ -282,7 +282,7 @@ TEST_F(ServingTest, EndsRequestsWhenItMustStopAtOnce) {
   router_->Join();
   client.join();
   EXPECT_EQ(answer.status.error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_THAT(answer.status.error_message(), HasSubstr("stopping"));
+  EXPECT_THAT(answer.status.error_message(), HasSubstr("the server is stopping; try again"));
 }
 
 TEST_F(ServingTest, DrainsAtOnceWhenNothingRunsOrNoGroupExists) {

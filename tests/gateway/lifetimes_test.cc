@@ -119,7 +119,9 @@ TEST_F(LifetimesTest, EndsAStreamWithAnErrorWhenTheCoordinatorDies) {
   client.ReadChunk();
   coordinator_.Kill();
   EXPECT_THAT(client.ReadChunk().value(),
-              HasSubstr(R"("type":"ServiceUnavailableError","param":null,"code":503}})"));
+              HasSubstr(R"("message":"the connection to the coordinator broke before the request )"
+                        R"(was finished; try again","type":"ServiceUnavailableError","param":null,)"
+                        R"("code":503}})"));
   EXPECT_EQ(client.ReadChunk().value(), "data: [DONE]\n\n");
   EXPECT_FALSE(client.ReadChunk().has_value());
 

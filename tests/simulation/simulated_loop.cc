@@ -14,10 +14,9 @@ SimulatedLoop::SimulatedLoop(const StepLoop::Options& options, SimulatedCluster:
              [this] { Wake(); }),
       cluster_(std::move(cluster), world, listener_.cluster),
       engine_(options.engine, inbox_, board_, metrics,
-              [this, on_lost = std::move(on_lost)](std::vector<Inbox::Submission> unfinished,
-                                                   const absl::Status& cause) {
+              [this, on_lost = std::move(on_lost)](std::vector<Inbox::Submission> unfinished) {
                 listener_.on_lost(unfinished);
-                on_lost(std::move(unfinished), cause);
+                on_lost(std::move(unfinished));
               }) {}
 
 absl::Status SimulatedLoop::Prepare(const v1::Grammar&,
