@@ -169,10 +169,10 @@ void AddFlags(FlagParser& parser, Flags& flags) {
   parser.AddVersion(FATHOM_VERSION);
 }
 
-absl::StatusOr<std::vector<std::string>> StringsOf(const std::string& flag,
-                                                   const std::string& json) {
+absl::StatusOr<std::vector<std::string>> StringsOf(const std::string& flag, const std::string& json,
+                                                   const std::string& example) {
   const absl::Status wrong = absl::InvalidArgumentError(absl::StrCat(
-      flag, " is '", json, "', expected a JSON list of strings such as [\"https://app.example\"]"));
+      flag, " is '", json, "', expected a JSON list of strings such as '", example, "'"));
   const absl::StatusOr<JsonDocument> document = JsonDocument::Parse(json, /*max_depth=*/4);
   simdjson::dom::array list;
   if (!document.ok() || document->root().get(list)) return wrong;
@@ -186,9 +186,12 @@ absl::StatusOr<std::vector<std::string>> StringsOf(const std::string& flag,
 }
 
 absl::Status ReadCrossOrigin(const Flags& flags, CrossOriginOptions& options) {
-  ASSIGN_OR_RETURN(options.origins, StringsOf("--allowed-origins", flags.allowed_origins));
-  ASSIGN_OR_RETURN(options.methods, StringsOf("--allowed-methods", flags.allowed_methods));
-  ASSIGN_OR_RETURN(options.headers, StringsOf("--allowed-headers", flags.allowed_headers));
+  ASSIGN_OR_RETURN(options.origins, StringsOf("--allowed-origins", flags.allowed_origins,
+                                              R"(["https://app.example"])"));
+  ASSIGN_OR_RETURN(options.methods,
+                   StringsOf("--allowed-methods", flags.allowed_methods, R"(["GET", "POST"])"));
+  ASSIGN_OR_RETURN(options.headers,
+                   StringsOf("--allowed-headers", flags.allowed_headers, R"(["Authorization"])"));
   return CrossOriginPolicy::Check(options);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cctype>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -64,6 +65,12 @@ absl::Status CrossOriginPolicy::Check(const CrossOriginOptions& options) {
       if (IsToken(word)) continue;
       return absl::InvalidArgumentError(absl::StrCat(flag, ": '", word, "' is no name"));
     }
+  }
+  for (const std::string& method : options.methods) {
+    if (absl::AsciiStrToUpper(method) == method) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--allowed-methods: '", method,
+                                                   "' is no method, expected the like of ",
+                                                   absl::AsciiStrToUpper(method), ": in capitals"));
   }
   if (options.credentials && Contains(options.origins, kAny)) {
     return absl::InvalidArgumentError(

@@ -30,7 +30,8 @@ class CrossOriginPolicy {
   explicit CrossOriginPolicy(CrossOriginOptions options);
 
   // InvalidArgument: an origin that no browser sends (a path, no scheme), a method or header that
-  // is no token, or credentials for pages of any origin.
+  // is no token, a method in small letters (methods are told apart by case), or credentials for
+  // pages of any origin.
   static absl::Status Check(const CrossOriginOptions& options);
 
   // The headers of every response to `request`.

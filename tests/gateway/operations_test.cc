@@ -158,6 +158,8 @@ TEST_F(OperationsTest, OriginsThatNoBrowserSendsKeepTheGatewayFromStarting) {
   }
   EXPECT_THAT(message_of({.origins = {"*"}, .credentials = true}), HasSubstr("name the pages"));
   EXPECT_THAT(message_of({.origins = {"*"}, .methods = {"A B"}}), HasSubstr("'A B' is no name"));
+  EXPECT_THAT(message_of({.origins = {"*"}, .methods = {"get"}}),
+              HasSubstr("'get' is no method, expected the like of GET"));
 }
 
 TEST_F(OperationsTest, AKeyFileHoldsHashesAndIsReadAgain) {

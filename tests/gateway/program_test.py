@@ -77,6 +77,8 @@ class GatewayProgramTest(unittest.TestCase):
         for wrong in ("https://a.example", '["https://a.example"', "[7]", '{"a": 1}'):
             self.expect_refused(64, "expected a JSON list of strings", COORDINATOR, MODEL,
                                 "--host=127.0.0.1", "--port=0", "--allowed-origins", wrong)
+        self.expect_refused(64, r"""such as '["GET", "POST"]'""", COORDINATOR, MODEL,
+                            "--host=127.0.0.1", "--port=0", "--allowed-methods", "[POST]")
         self.expect_refused(64, "'nonsense' is no origin", COORDINATOR, MODEL, "--host=127.0.0.1",
                             "--port=0", "--allowed-origins", '["nonsense"]')
 
