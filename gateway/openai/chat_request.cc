@@ -166,7 +166,9 @@ absl::Status ReadMaxTokens(const JsonFields& fields, ChatRequest& request) {
   RETURN_IF_ERROR(fields.Read("max_tokens", max_tokens));
   RETURN_IF_ERROR(fields.Read("max_completion_tokens", max_tokens));
   if (!max_tokens) return absl::OkStatus();
-  RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, request.parameters));
+  const bool has_new_name = fields.Find("max_completion_tokens").has_value();
+  RETURN_IF_ERROR(CheckMaxTokens(has_new_name ? "max_completion_tokens" : "max_tokens", *max_tokens,
+                                 1, request.parameters));
   request.max_tokens = static_cast<uint32_t>(*max_tokens);
   return absl::OkStatus();
 }

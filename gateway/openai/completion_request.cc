@@ -99,7 +99,8 @@ absl::StatusOr<CompletionRequest> ParseCompletionRequest(std::string_view body,
   RETURN_IF_ERROR(ReadLogprobs(fields, limits, request));
   int64_t max_tokens = request.max_tokens;
   RETURN_IF_ERROR(fields.Read("max_tokens", max_tokens));
-  RETURN_IF_ERROR(CheckMaxTokens(max_tokens, request.echo ? 0 : 1, request.parameters));
+  RETURN_IF_ERROR(
+      CheckMaxTokens("max_tokens", max_tokens, request.echo ? 0 : 1, request.parameters));
   request.max_tokens = static_cast<uint32_t>(max_tokens);
   return request;
 }

@@ -336,19 +336,18 @@ absl::Status CheckStopStrings(std::string_view name, const std::vector<std::stri
   return CheckStrings(name, stop, {limits.stop_strings, limits.stop_string_bytes, "stop string"});
 }
 
-absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,
+absl::Status CheckMaxTokens(const std::string& name, int64_t max_tokens, int64_t at_least,
                             const GenerationParameters& parameters) {
   if (max_tokens < at_least) {
-    return InvalidParameter("max_tokens", absl::StrCat("max_tokens must be at least ", at_least,
-                                                       ", got ", max_tokens, "."));
+    return InvalidParameter(
+        name, absl::StrCat(name, " must be at least ", at_least, ", got ", max_tokens, "."));
   }
   if (max_tokens > std::numeric_limits<int32_t>::max()) {
-    return InvalidParameter("max_tokens",
-                            absl::StrCat("max_tokens must be below 2^31, got ", max_tokens, "."));
+    return InvalidParameter(name, absl::StrCat(name, " must be below 2^31, got ", max_tokens, "."));
   }
   if (parameters.sampling.min_tokens() > max_tokens) {
     return InvalidParameter(
-        "min_tokens", absl::StrCat("min_tokens must be less than or equal to max_tokens=",
+        "min_tokens", absl::StrCat("min_tokens must be less than or equal to ", name, "=",
                                    max_tokens, ", got ", parameters.sampling.min_tokens(), "."));
   }
   return absl::OkStatus();

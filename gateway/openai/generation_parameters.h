@@ -55,8 +55,9 @@ absl::Status CheckStopStrings(std::string_view name, const std::vector<std::stri
 // Adds the tokens of bad_words to `sampling`, as at the beginning of a text and after a space.
 void AddBadWords(const Tokenizer& tokenizer, GenerationParameters& parameters);
 
-// max_tokens of a request: within [at_least, 2^31), and not below min_tokens.
-absl::Status CheckMaxTokens(int64_t max_tokens, int64_t at_least,
+// max_tokens of a request, which is called `name` there: within [at_least, 2^31), and not below
+// min_tokens.
+absl::Status CheckMaxTokens(const std::string& name, int64_t max_tokens, int64_t at_least,
                             const GenerationParameters& parameters);
 
 }  // namespace fathom

@@ -207,6 +207,11 @@ absl::Status ReadThinking(const JsonFields& fields, bool& thinking) {
   if (!type) return said.WrongType("type", "a string");
   int64_t ignored = 0;
   RETURN_IF_ERROR(said.Read("budget_tokens", ignored));
+  if (*type != "enabled" && *type != "adaptive" && *type != "disabled") {
+    return InvalidParameter(
+        said.NameOf("type"),
+        absl::StrCat("thinking.type must be enabled, adaptive or disabled, got '", *type, "'."));
+  }
   thinking = *type != "disabled";
   return absl::OkStatus();
 }
@@ -261,7 +266,7 @@ absl::StatusOr<ChatRequest> ParseMessagesRequest(std::string_view body,
   std::optional<int64_t> max_tokens;
   RETURN_IF_ERROR(fields.Read("max_tokens", max_tokens));
   if (!max_tokens) return fields.WrongType("max_tokens", "an integer");
-  RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, request.parameters));
+  RETURN_IF_ERROR(CheckMaxTokens("max_tokens", *max_tokens, 1, request.parameters));
   request.max_tokens = static_cast<uint32_t>(*max_tokens);
   return request;
 }

@@ -124,7 +124,8 @@ void ResponsesFormat::WriteResponse(const std::optional<TokenUsage>& usage,
   json.EndObject().Key("tool_choice").Raw(request_.tool_choice);
   json.Key("tools").Raw(request_.tools).Key("top_logprobs");
   json.Int(request_.chat.num_logprobs.value_or(0));
-  json.Key("top_p").Float(sampling.top_p()).Key("truncation").String("disabled").Key("usage");
+  json.Key("top_p").Float(sampling.top_p()).Key("truncation").Raw(request_.truncation);
+  json.Key("usage");
   if (usage) {
     json.BeginObject().Key("input_tokens").Int(usage->prompt_tokens);
     json.Key("input_tokens_details").BeginObject();

@@ -1,8 +1,11 @@
 #include "gateway/openai/responses_request.h"
 
+#include <algorithm>
+#include <array>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
 #include "gateway/openai/json_writer.h"
@@ -15,6 +18,13 @@ namespace {
 namespace dom = simdjson::dom;
 
 constexpr char kLogprobs[] = "message.output_text.logprobs";
+// What else `include` may name. It is of the provider's tools, of images, or sealed: no response
+// of this server has it.
+constexpr std::array<const char*, 7> kNeverThere = {
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+    "file_search_call.results",      "message.input_image.image_url",
+    "reasoning.encrypted_content",   "web_search_call.action.sources",
+    "web_search_call.results"};
 
 std::string Quoted(const std::optional<std::string>& text) {
   if (!text) return "null";
@@ -187,8 +197,33 @@ absl::Status ReadIncludedLogprobs(const JsonFields& fields, const ApiLimits& lim
   std::vector<std::string> included;
   RETURN_IF_ERROR(fields.ReadStrings("include", included));
   for (const std::string& name : included) {
-    if (name == kLogprobs) chat.num_logprobs = top_logprobs;
+    if (name == kLogprobs) {
+      chat.num_logprobs = top_logprobs;
+    } else if (std::find(kNeverThere.begin(), kNeverThere.end(), name) == kNeverThere.end()) {
+      return InvalidParameter(
+          "include", absl::StrCat("include: '", name, "' is not known, expected ", kLogprobs,
+                                  " or ", absl::StrJoin(kNeverThere, ", ")));
+    }
   }
+  if (top_logprobs > 0 && !chat.num_logprobs) {
+    return InvalidParameter("top_logprobs",
+                            absl::StrCat("when using top_logprobs, include must have ", kLogprobs));
+  }
+  return absl::OkStatus();
+}
+
+// What does not fit is refused, or as vLLM does it: of the prompt only its last tokens are read.
+absl::Status ReadTruncation(const JsonFields& fields, ResponsesRequest& request) {
+  std::optional<std::string> truncation;
+  RETURN_IF_ERROR(fields.Read("truncation", truncation));
+  if (!truncation || truncation == "disabled") return absl::OkStatus();
+  if (truncation != "auto") {
+    return InvalidParameter("truncation", absl::StrCat("truncation must be auto or disabled, got '",
+                                                       *truncation, "'."));
+  }
+  request.truncation = Quoted(truncation);
+  std::optional<int64_t>& num_tokens = request.chat.parameters.truncate_prompt_tokens;
+  if (!num_tokens) num_tokens = -1;
   return absl::OkStatus();
 }
 
@@ -234,6 +269,7 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
   RETURN_IF_ERROR(fields.Read("model", chat.model));
   ASSIGN_OR_RETURN(chat.parameters, ReadGenerationParameters(fields, defaults, limits));
   RETURN_IF_ERROR(ReadTextFormat(fields, request));
+  RETURN_IF_ERROR(ReadTruncation(fields, request));
   chat.parameters.n = 1;
   chat.parameters.include_usage = true;  // the last event carries it
   std::optional<std::string> instructions;
@@ -249,7 +285,7 @@ absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,
   std::optional<int64_t> max_tokens;
   RETURN_IF_ERROR(fields.Read("max_output_tokens", max_tokens));
   if (max_tokens) {
-    RETURN_IF_ERROR(CheckMaxTokens(*max_tokens, 1, chat.parameters));
+    RETURN_IF_ERROR(CheckMaxTokens("max_output_tokens", *max_tokens, 1, chat.parameters));
     chat.max_tokens = static_cast<uint32_t>(*max_tokens);
   }
   RETURN_IF_ERROR(ReadEchoes(fields, request));

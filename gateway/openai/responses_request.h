@@ -26,6 +26,7 @@ struct ResponsesRequest {
   std::string tool_choice = "\"auto\"";
   bool parallel_tool_calls = true;
   std::string user = "null";
+  std::string truncation = "\"disabled\"";
 };
 
 absl::StatusOr<ResponsesRequest> ParseResponsesRequest(std::string_view body,

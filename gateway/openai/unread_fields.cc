@@ -44,7 +44,6 @@ constexpr IgnoredField kIgnoredInChats[] = {
 
 constexpr IgnoredField kIgnoredInResponses[] = {
     {"max_tool_calls", Type::kInteger},  // of the provider's tools
-    {"truncation", Type::kString},       // what does not fit is refused
 };
 
 constexpr IgnoredField kIgnoredInMessages[] = {

@@ -122,6 +122,25 @@ TEST_F(DialectsTest, AResponseHasLogprobsWhenTheyAreIncluded) {
   EXPECT_THAT(response.body, HasSubstr(R"("logprobs":[{"token":"a","logprob":-0.5,)"));
 }
 
+TEST_F(DialectsTest, AResponseReadsTheEndOfAnInputThatDoesNotFitIfItMay) {
+  CoordinatorSays("hi");
+  std::string input;
+  for (int i = 0; i < 200; ++i) input += "a b ";
+  const std::string request = absl::StrCat(R"("max_output_tokens":100,"input":")", input, R"("})");
+  HttpResponse response = PostResponses(R"({"truncation":"disabled",)" + request);
+  EXPECT_EQ(response.status, 400);
+  EXPECT_THAT(response.body, HasSubstr("context length is only 128"));
+  response = PostResponses(R"({"truncation":"auto",)" + request);
+  EXPECT_EQ(response.status, 200) << response.body;
+  EXPECT_THAT(response.body, HasSubstr(R"("truncation":"auto")"));
+  EXPECT_EQ(coordinator_.requests().at(0).prompt_token_ids_size(), 28);
+}
+
+TEST_F(DialectsTest, AResponseMayAskForMoreThanThisServerHas) {
+  EXPECT_EQ(PostResponses(R"({"input":"x","include":["reasoning.encrypted_content"]})").status,
+            200);
+}
+
 TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
   const std::vector<std::pair<std::string, std::string>> cases = {
       {R"({})", "input must be a string or a list of items"},
@@ -132,7 +151,7 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
        "parts of type 'input_image' are not supported"},
       {R"({"input":"x","previous_response_id":"resp_1"})", "this server keeps no responses"},
       {R"({"input":"x","background":true})", "this server keeps no responses"},
-      {R"({"input":"x","max_output_tokens":0})", "max_tokens must be at least 1, got 0."},
+      {R"({"input":"x","max_output_tokens":0})", "max_output_tokens must be at least 1, got 0."},
       {R"({"input":"x","temperature":-1})", "temperature must be non-negative"},
       {R"({"input":"x","text":{"format":{"type":"grammar"}}})", "is not supported yet"},
       {R"({"input":"x","text":{"format":{"type":"json_schema"}}})",
@@ -149,6 +168,9 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
        "not supported with tools"},
       {R"({"input":"x","store":"no"})", "store must be true or false, got a string."},
       {R"({"input":"x","truncation":7})", "truncation must be a string, got a number."},
+      {R"({"input":"x","truncation":"a bit"})", "truncation must be auto or disabled, got 'a bit'"},
+      {R"({"input":"x","include":["x"]})", "include: 'x' is not known, expected message.output"},
+      {R"({"input":"x","top_logprobs":5})", "include must have message.output_text.logprobs"},
       {R"({"input":"x","text":{"verbosity":7}})", "text.verbosity must be a string"},
       {R"({"input":"x","reasoning":{"effort":"a bit"}})", "reasoning.effort must be none, minimal"},
       {R"({"input":"x","conversation":"c"})", "this server keeps no responses"},
@@ -222,6 +244,8 @@ TEST_F(DialectsTest, AMessagesErrorsAreInItsOwnWords) {
        "tool_choice must be a JSON object"},
       {R"({"max_tokens":9,"thinking":{},"messages":[{"role":"user","content":"x"}]})",
        "thinking.type must be a string"},
+      {R"({"max_tokens":9,"thinking":{"type":"bogus"},"messages":[{"role":"user","content":"x"}]})",
+       "thinking.type must be enabled, adaptive or disabled, got 'bogus'."},
       {R"({"max_tokens":9,"output_config":{"format":{"type":"json_schema","schema":{}}},)"
        R"("messages":[{"role":"user","content":"x"}]})",
        "output_config.format is not supported yet"},

@@ -348,7 +348,8 @@ TEST_F(RefusalsTest, ChatsThatAreNone) {
        {with(R"("continue_final_message":true)"),
         "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
         "continue_final_message"},
-       {with(R"("max_completion_tokens":0)"), "max_tokens must be at least 1", "max_tokens"}});
+       {with(R"("max_completion_tokens":0)"), "max_completion_tokens must be at least 1",
+        "max_completion_tokens"}});
 }
 
 TEST_F(RefusalsTest, ToolsThatAreNone) {
