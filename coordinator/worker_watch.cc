@@ -54,10 +54,12 @@ WorkerWatch::~WorkerWatch() {
 }
 
 void WorkerWatch::Run(const std::stop_token& stop) {
-  while (!stop.stop_requested()) {
-    for (const auto& worker : workers_) Ask(*worker);
+  // One after the other: all at once would hold up a step.
+  const auto pause = std::chrono::microseconds(kInterval) / workers_.size();
+  for (size_t next = 0; !stop.stop_requested(); next = (next + 1) % workers_.size()) {
+    Ask(*workers_[next]);
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, stop, kInterval, [] { return false; });
+    changed_.wait_for(lock, stop, pause, [] { return false; });
   }
 }
 
