@@ -17,7 +17,8 @@ inline std::string HumanBytes(double bytes) {
     bytes /= 1024;
     ++unit;
   }
-  return absl::StrFormat(bytes < 100 && unit > 0 ? "%.1f %s" : "%.0f %s", bytes, kUnits[unit]);
+  if (bytes < 100 && unit > 0) return absl::StrFormat("%.1f %s", bytes, kUnits[unit]);
+  return absl::StrFormat("%.0f %s", bytes, kUnits[unit]);
 }
 
 }  // namespace fathom
