@@ -1,5 +1,7 @@
 #include "gateway/openai/unread_fields.h"
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -89,49 +91,33 @@ constexpr RefusedField kRefusedInMessages[] = {
     {"output_format", "/v1/chat/completions has response_format"},
 };
 
-bool IsOfType(dom::element value, Type type) {
-  switch (type) {
+absl::Status CheckType(const JsonFields& fields, const IgnoredField& field) {
+  bool truth = false;
+  int64_t integer = 0;
+  std::optional<double> number;
+  std::optional<std::string> text;
+  const std::optional<dom::element> value = fields.Find(field.name);
+  switch (field.type) {
     case Type::kBool:
-      return value.is_bool();
+      return fields.Read(field.name, truth);
     case Type::kInteger:
-      return AsInteger(value).has_value();
+      return fields.Read(field.name, integer);
     case Type::kNumber:
-      return value.is_number();
+      return fields.Read(field.name, number);
     case Type::kString:
-      return value.is_string();
+      return fields.Read(field.name, text);
     case Type::kList:
-      return value.is_array();
+      return !value || value->is_array() ? absl::OkStatus()
+                                         : fields.WrongType(field.name, "a list");
     case Type::kObject:
-      return value.is_object();
+      return !value || value->is_object() ? absl::OkStatus()
+                                          : fields.WrongType(field.name, "an object");
   }
-  return false;
-}
-
-std::string_view NameOf(Type type) {
-  switch (type) {
-    case Type::kBool:
-      return "true or false";
-    case Type::kInteger:
-      return "an integer of 64 bits";
-    case Type::kNumber:
-      return "a number";
-    case Type::kString:
-      return "a string";
-    case Type::kList:
-      return "a list";
-    case Type::kObject:
-      return "an object";
-  }
-  return "something else";
+  return absl::OkStatus();
 }
 
 absl::Status CheckIgnored(const JsonFields& fields, absl::Span<const IgnoredField> ignored) {
-  for (const IgnoredField& field : ignored) {
-    const std::optional<dom::element> value = fields.Find(field.name);
-    if (value && !IsOfType(*value, field.type)) {
-      return fields.WrongType(field.name, NameOf(field.type));
-    }
-  }
+  for (const IgnoredField& field : ignored) RETURN_IF_ERROR(CheckType(fields, field));
   return absl::OkStatus();
 }
 
