@@ -37,8 +37,8 @@ INNER_ARROWS = {
 HOMES = {
     r"grpc.*|google/protobuf/.*|.*\.grpc\.pb\.h": [
         "proto/endpoint.*", "proto/status.h", "*/main.cc", "*_service.*", "*/worker_group_calls.*",
-        "*/worker_streams.*", "coordinator/worker_watch.cc", "coordinator/generate_session.*", "coordinator/grammar_gate.*",
-        "gateway/rpc/*", "worker/remote_blackboard.cc", "worker/step_stream.*"],
+        "*/worker_streams.*", "coordinator/worker_watch.cc", "coordinator/generate_session.*",
+        "coordinator/grammar_gate.*", "gateway/rpc/*", "worker/remote_blackboard.cc", "worker/step_stream.*"],
     r"gloo/.*": ["worker/gloo_communicator.cc"],
     r"nccl.*|cuda.*": ["kernels/cuda/*", "worker/nccl_communicator.cc"],
     r"hwy/.*": ["kernels/cpu/*"],

@@ -258,23 +258,32 @@ TEST_F(LifetimesTest, ResumesAReaderThatPausedLessThanTheLimit) {
               HasSubstr(absl::StrCat(R"("completion_tokens":)", kMany, ",")));
 }
 
-TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
-  std::atomic<bool> go{false};
-  coordinator_.SetScript([&go](const v1::GenerateRequest&, FakeStream& stream) {
-    stream.SendTokens({100});
-    while (!go && !stream.cancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    stream.SendEnd({101}, v1::FINISH_REASON_LENGTH);
-    return grpc::Status::OK;
-  });
+class DrainTest : public LifetimesTest {
+ protected:
+  // `idle` has asked something, and `busy` has had the first of two tokens.
+  void Begin(HttpClient& idle, HttpClient& busy) {
+    coordinator_.SetScript([this](const v1::GenerateRequest&, FakeStream& stream) {
+      stream.SendTokens({100});
+      while (!go_ && !stream.cancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      stream.SendEnd({101}, v1::FINISH_REASON_LENGTH);
+      return grpc::Status::OK;
+    });
+    idle.Send(Get("/version"));
+    EXPECT_EQ(idle.Read().status, 200);
+    busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
+    EXPECT_EQ(busy.ReadHead().status, 200);
+    busy.ReadChunk();
+  }
+
+  std::atomic<bool> go_{false};
+};
+
+TEST_F(DrainTest, FinishesRunningStreamsBeforeItStops) {
   HttpClient idle(port()), busy(port());
-  idle.Send(Get("/version"));
-  EXPECT_EQ(idle.Read().status, 200);
-  busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
-  EXPECT_EQ(busy.ReadHead().status, 200);
-  busy.ReadChunk();
+  Begin(idle, busy);
   StopOnce();
   EXPECT_TRUE(idle.ReadsEnd());
-  go = true;
+  go_ = true;
   EXPECT_THAT(busy.ReadChunk().value(), HasSubstr(R"("finish_reason":"length")"));
   EXPECT_EQ(busy.ReadChunk().value(), "data: [DONE]\n\n");
   EXPECT_FALSE(busy.ReadChunk().has_value());
@@ -282,20 +291,9 @@ TEST_F(LifetimesTest, FinishesRunningStreamsBeforeItStops) {
   Join();
 }
 
-TEST_F(LifetimesTest, SaysThatItDrainsWhileItDoes) {
-  std::atomic<bool> go{false};
-  coordinator_.SetScript([&go](const v1::GenerateRequest&, FakeStream& stream) {
-    stream.SendTokens({100});
-    while (!go && !stream.cancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    stream.SendEnd({101}, v1::FINISH_REASON_LENGTH);
-    return grpc::Status::OK;
-  });
+TEST_F(DrainTest, SaysThatItDrainsWhileItDoes) {
   HttpClient idle(port()), busy(port());
-  idle.Send(Get("/version"));
-  EXPECT_EQ(idle.Read().status, 200);
-  busy.Send(Post("/v1/completions", R"({"prompt":[5],"stream":true})"));
-  EXPECT_EQ(busy.ReadHead().status, 200);
-  busy.ReadChunk();
+  Begin(idle, busy);
   HttpClient about_to_ask(port());
   StopOnce();
   EXPECT_TRUE(idle.ReadsEnd());
@@ -321,7 +319,7 @@ TEST_F(LifetimesTest, SaysThatItDrainsWhileItDoes) {
     EXPECT_TRUE(client.ReadsEnd()) << path;
   }
   HttpClient silent(port());  // nobody waits for one that asks nothing
-  go = true;
+  go_ = true;
   EXPECT_THAT(busy.ReadChunk().value(), HasSubstr(R"("finish_reason":"length")"));
   EXPECT_EQ(busy.ReadChunk().value(), "data: [DONE]\n\n");
   EXPECT_FALSE(busy.ReadChunk().has_value());
