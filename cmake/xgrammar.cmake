@@ -26,15 +26,56 @@ set(folder ${unpacked}/${folder})
 # Unpacked anew only when the archive or what is mended changes.
 file(SHA256 ${CMAKE_CURRENT_LIST_FILE} recipe)
 set(stamp ${unpacked}/xgrammar.${sha256}.${recipe})
+
+# Replaces `before` in the text `source`.
+function(mend before after)
+  string(REPLACE "${before}" "${after}" mended "${source}")
+  if(mended STREQUAL source)
+    message(FATAL_ERROR "${archive}: this is to be mended, and not there any more: ${before}")
+  endif()
+  set(source "${mended}" PARENT_SCOPE)
+endfunction()
+
 if(NOT EXISTS ${stamp})
   file(ARCHIVE_EXTRACT INPUT ${archive_path} DESTINATION ${unpacked})
-  # Strings with minLength or maxLength may not hold control characters either (0.2.9 forgets it), and a
-  # pattern that no JSON string matches is not to be expanded into what is no JSON, but refused by name.
   set(converter ${folder}/cpp/json_schema_converter.cc)
-  file(READ ${converter} before)
-  string(REPLACE [[AddCharacterClass({{'"', '"'}, {'\\', '\\'}, {'\r', '\r'}, {'\n', '\n'}}, true)]]
-    [[AddCharacterClass({{0, 0x1f}, {'"', '"'}, {'\\', '\\'}}, true)]] mended "${before}")
-  string(REPLACE [[  return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]]
+  file(READ ${converter} source)
+  # Strings with minLength or maxLength may not hold control characters either (0.2.9 forgets it).
+  mend([[AddCharacterClass({{'"', '"'}, {'\\', '\\'}, {'\r', '\r'}, {'\n', '\n'}}, true)]]
+    [[AddCharacterClass({{0, 0x1f}, {'"', '"'}, {'\\', '\\'}}, true)]])
+  # Half of a surrogate pair (\ud83d alone) is no character: many readers refuse the whole text.
+  mend([[{ByteString("u"),
+       hexadecimal_character,]]
+    [[{ByteString("u"),
+       builder_.AddCharacterClass({{'A', 'C'}, {'E', 'F'}, {'a', 'c'}, {'e', 'f'}, {'0', '9'}}),]])
+  mend([[Choice({escaped_character, unicode_escape})]]
+    [[Choice(
+      {escaped_character,
+       unicode_escape,
+       Sequence(
+           {ByteString("u"),
+            builder_.AddCharacterClass({{'D', 'D'}, {'d', 'd'}}),
+            builder_.AddCharacterClass({{'0', '7'}}),
+            hexadecimal_character,
+            hexadecimal_character}
+       ),
+       Sequence(
+           {ByteString("u"),
+            builder_.AddCharacterClass({{'D', 'D'}, {'d', 'd'}}),
+            builder_.AddCharacterClass({{'8', '9'}, {'A', 'B'}, {'a', 'b'}}),
+            hexadecimal_character,
+            hexadecimal_character,
+            ByteString("\\u"),
+            builder_.AddCharacterClass({{'D', 'D'}, {'d', 'd'}}),
+            builder_.AddCharacterClass({{'C', 'F'}, {'c', 'f'}}),
+            hexadecimal_character,
+            hexadecimal_character}
+       )}
+  )]])
+  mend([[u[0-9a-fA-F]{4}))*)"]]
+    [[u([0-9abcefABCEF][0-9a-fA-F]{3}|[dD]([0-7][0-9a-fA-F]{2}|[89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))))*)"]])
+  # A pattern that no JSON string matches is not to be expanded into what is no JSON, but refused by name.
+  mend([[  return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]]
     [[  if (json_string && can_use_fsm) {
     try {
       RegexToEBNF(regex);
@@ -44,11 +85,8 @@ if(NOT EXISTS ${stamp})
     throw std::runtime_error("the pattern '" + regex + "' matches no string as it stands in JSON, where quotes, "
                              "backslashes and control characters are escaped");
   }
-  return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]] after "${mended}")
-  if(before STREQUAL mended OR mended STREQUAL after)
-    message(FATAL_ERROR "${archive}: what is mended here is not there any more")
-  endif()
-  file(WRITE ${converter} "${after}")
+  return AddSubGrammar(Grammar::FromEBNF(RegexToEBNF(regex)));]])
+  file(WRITE ${converter} "${source}")
   file(TOUCH ${stamp})
 endif()
 

@@ -188,6 +188,58 @@ TEST_F(TokenGrammarTest, MeansBySchemasWhatTheyMean) {
   }
 }
 
+// RFC 8259 lets one half of a surrogate pair stand alone; many readers refuse the whole text.
+TEST_F(TokenGrammarTest, StringsEscapeWholeCharacters) {
+  constexpr Grammar::Kind kSchema = Grammar::Kind::kJsonSchema;
+  struct Place {
+    Grammar::Kind kind;
+    const char* grammar;
+    const char* before;
+    const char* after;
+  };
+  for (const Place& place : {
+           Place{kSchema, R"({"type": "string"})", "\"", "\""},
+           Place{kSchema, R"({"type": "object"})", R"({"a": [")", R"("]})"},
+           Place{kSchema, R"({"type": "object"})", R"({")", R"(": 1})"},
+           Place{kSchema, R"({"type": "object", "additionalProperties": {"type": "integer"}})",
+                 R"({")", R"(": 1})"},
+           Place{kSchema,
+                 R"({"type": "object", "properties": {"d": {}}, "additionalProperties": true})",
+                 R"({")", R"(": 1})"},
+           Place{kSchema, R"({"type": "object", "propertyNames": {"type": "string"}})", R"({")",
+                 R"(": 1})"},
+           Place{Grammar::Kind::kStructuralTag,
+                 R"({"type": "structural_tag", "format": {"type": "json_schema",
+                     "json_schema": {"type": "string"}, "excludes": ["<end>"]}})",
+                 "\"", "\""},
+       }) {
+    const auto allows = [&](const char* text) {
+      return Allows(place.kind, place.grammar, absl::StrCat(place.before, text, place.after));
+    };
+    for (const char* text :
+         {R"(\u00e9)", R"(\u0000)", R"(\uD7ff)", R"(\ue000)", R"(\uffff)", R"(\"\\\/\b)",
+          R"(\ud83d\ude00)", R"(\ud800\udc00)", R"(\uDBFF\uDFFF)", R"(\n\uD83D\uDE00\u00e9)"}) {
+      EXPECT_TRUE(allows(text)) << place.grammar << " and " << text;
+    }
+    for (const char* text : {R"(\udeff)", R"(\uDC00)", R"(\udfff)", R"(\ud83d)", R"(\uDBFF)",
+                             R"(\ud83da)", R"(\ud83d\n)", R"(\ud83d\u00e9)", R"(\ud83d\ue000)",
+                             R"(\ud83d\ud83d)", R"(\ud83d\\ude00)", R"(\ud83d\ud83d\ude00)",
+                             R"(\ude00\ud83d)", R"(\ud83d\ude00\ude00)"}) {
+      EXPECT_FALSE(allows(text)) << place.grammar << " and " << text;
+    }
+  }
+}
+
+TEST_F(TokenGrammarTest, StringsEscapeNothingWhereCharactersAreCountedOrMatched) {
+  for (const char* schema :
+       {R"({"type": "string", "maxLength": 30})", R"({"type": "string", "minLength": 1})",
+        R"({"type": "string", "pattern": "^[^a]*$"})"}) {
+    for (const char* text : {R"(\n)", R"(\u00e9)", R"(\ud83d\ude00)", R"(\udeff)", R"(\ud83d)"}) {
+      EXPECT_FALSE(SchemaAllows(schema, absl::StrCat("\"", text, "\""))) << schema << text;
+    }
+  }
+}
+
 // Marks are tokens without text: no text spells them, and no schema allows them.
 TEST_F(TokenGrammarTest, AStructuralTagPutsTokensBetweenTexts) {
   const std::string tag = R"({"type":"structural_tag","format":{"type":"sequence","elements":[
