@@ -57,8 +57,12 @@ Task<absl::StatusOr<std::vector<uint32_t>>> EncodeChat(const ChatPrompt& prompt,
                                                        BackgroundThreads& text_threads) {
   absl::StatusOr<std::vector<uint32_t>> token_ids = std::vector<uint32_t>();
   const auto encode = [&] {
-    const absl::StatusOr<std::string> encoded =
-        text.chat_encoder().Encode(prompt.messages, prompt.options);
+    const ChatEncoder& encoder = text.chat_encoder();
+    if (const absl::Status tools = encoder.CheckTools(prompt.options.tools); !tools.ok()) {
+      token_ids = InvalidParameter("tools", std::string(tools.message()));
+      return;
+    }
+    const absl::StatusOr<std::string> encoded = encoder.Encode(prompt.messages, prompt.options);
     if (!encoded.ok()) {
       token_ids = InvalidParameter("messages", std::string(encoded.status().message()));
       return;

@@ -12,6 +12,8 @@ namespace {
 
 using Role = ChatMessage::Role;
 
+constexpr std::string_view kNoToolTokens = ": the model's tokenizer has no tokens for tool calls";
+
 constexpr const ChatLayout* kLayouts[] = {
     &kChatV3,  &kChatV3_0324, &kChatR1First,        &kChatR1, &kChatR1_0528, &kChatV31,
     &kChatV32, &kChatKimiK2,  &kChatKimiK2Thinking,
@@ -98,13 +100,14 @@ absl::StatusOr<ChatEncoder> ChatEncoder::WithLayout(const Tokenizer& tokenizer,
   return encoder;
 }
 
+absl::Status ChatEncoder::CheckTools(absl::Span<const ChatTool> tools) const {
+  if (tools.empty() || has_tool_tokens_) return absl::OkStatus();
+  return absl::InvalidArgumentError(Concat({"tools", kNoToolTokens}));
+}
+
 absl::Status ChatEncoder::Validate(absl::Span<const ChatMessage> messages,
                                    const ChatOptions& options) const {
   if (messages.empty()) return absl::InvalidArgumentError("messages must not be empty");
-  constexpr std::string_view kNoToolTokens = ": the model's tokenizer has no tokens for tool calls";
-  if (!options.tools.empty() && !has_tool_tokens_) {
-    return absl::InvalidArgumentError(Concat({"tools", kNoToolTokens}));
-  }
   for (size_t i = 0; i < messages.size(); ++i) {
     const ChatMessage& message = messages[i];
     const std::string where =
@@ -135,6 +138,7 @@ absl::Status ChatEncoder::Validate(absl::Span<const ChatMessage> messages,
 
 absl::StatusOr<std::string> ChatEncoder::Encode(absl::Span<const ChatMessage> messages,
                                                 const ChatOptions& options) const {
+  RETURN_IF_ERROR(CheckTools(options.tools));
   RETURN_IF_ERROR(Validate(messages, options));
   return layout_->render(messages, options);
 }

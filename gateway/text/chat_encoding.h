@@ -31,10 +31,13 @@ class ChatEncoder {
   // Those that Create takes.
   static std::vector<std::string> Names();
 
+  // InvalidArgument when there are some, and the tokenizer has no tokens for them.
+  absl::Status CheckTools(absl::Span<const ChatTool> tools) const;
+
   // The text of `messages`, with BOS where the model wants it: tokenize it with BosPolicy::kNone.
-  // InvalidArgument: no messages; a message without content that must have some; tool calls or
-  // outputs when the tokenizer has no tokens for them; options that contradict each other; what
-  // the layout cannot say.
+  // InvalidArgument: CheckTools; no messages; a message without content that must have some; tool
+  // calls or outputs when the tokenizer has no tokens for them; options that contradict each other;
+  // what the layout cannot say.
   absl::StatusOr<std::string> Encode(absl::Span<const ChatMessage> messages,
                                      const ChatOptions& options) const;
 
