@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/grammar_fault.h"
 #include "proto/retry_after.h"
 
 namespace fathom {
@@ -241,9 +242,11 @@ void GenerateSession::FillMessage() {
       if (!stream.is_end_told) {
         v1::StreamEvent& event = *message_.add_others();
         event.set_stream(number);
-        event.mutable_failure()->set_code(static_cast<int>(stream.end->code()));
-        event.mutable_failure()->set_message(std::string(stream.end->message()));
-        event.mutable_failure()->set_retry_after_seconds(RetryAfterOf(*stream.end).value_or(0));
+        v1::StreamFailure& failure = *event.mutable_failure();
+        failure.set_code(static_cast<int>(stream.end->code()));
+        failure.set_message(std::string(stream.end->message()));
+        failure.set_retry_after_seconds(RetryAfterOf(*stream.end).value_or(0));
+        failure.set_is_of_grammar(IsOfGrammar(*stream.end));
       }
       --num_unsent_ends_;
       streams_.erase(found);

@@ -6,6 +6,7 @@
 #include "absl/time/clock.h"
 #include "base/status_macros.h"
 #include "grpcpp/client_context.h"
+#include "proto/grammar_fault.h"
 #include "proto/status.h"
 #include "spdlog/spdlog.h"
 
@@ -16,9 +17,10 @@ namespace {
 absl::Status Translated(const grpc::Status& status) {
   switch (status.error_code()) {
     case grpc::StatusCode::OK:
-    case grpc::StatusCode::INVALID_ARGUMENT:
     case grpc::StatusCode::RESOURCE_EXHAUSTED:
       return FromGrpc(status);
+    case grpc::StatusCode::INVALID_ARGUMENT:
+      return OfGrammar(FromGrpc(status));
     case grpc::StatusCode::UNAVAILABLE:          // it is gone
     case grpc::StatusCode::CANCELLED:            // it, or this, stops
     case grpc::StatusCode::FAILED_PRECONDITION:  // it is there again, and in no group yet

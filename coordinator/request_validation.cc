@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 namespace {
@@ -156,7 +157,7 @@ absl::Status CheckSampling(const v1::SamplingParams& sampling, uint32_t vocab_si
   RETURN_IF_ERROR(CheckChoice(sampling));
   RETURN_IF_ERROR(CheckPenalties(sampling));
   RETURN_IF_ERROR(CheckLogitBias(sampling, vocab_size));
-  RETURN_IF_ERROR(CheckGrammar(sampling, vocab_size));
+  RETURN_IF_ERROR(OfGrammar(CheckGrammar(sampling, vocab_size)));
   if (sampling.stop_token_ids_size() > kMaxStopTokenIds) {
     return Invalid("stop_token_ids must have at most ", kMaxStopTokenIds, " entries, got ",
                    sampling.stop_token_ids_size());

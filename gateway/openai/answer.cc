@@ -5,6 +5,7 @@
 
 #include "gateway/openai/errors.h"
 #include "gateway/rpc/generation.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 namespace {
@@ -17,7 +18,7 @@ double Seconds(Clock::duration duration) { return std::chrono::duration<double>(
 class Progress {
  public:
   Progress(const AnswerPlan& plan, const Tokenizer* tokenizer, GatewayMetrics& metrics)
-      : metrics_(metrics), num_prompts_(plan.num_prompts) {
+      : metrics_(metrics), num_prompts_(plan.num_prompts), grammar_param_(plan.grammar_param) {
     for (const v1::GenerateRequest& call : plan.calls) {
       choices_.push_back({Choice(tokenizer, plan.choice_options), call.prompt_token_ids_size(),
                           call.max_tokens()});
@@ -41,6 +42,15 @@ class Progress {
     ObserveEnd(state, delta.finish_reason);
     generation.Cancel(event.call);  // a stop string ended it; else it is over already
     return delta;
+  }
+
+  // Of a call that ended although its choice did not.
+  absl::Status FailureOf(const Generation::Event& event) const {
+    if (event.status.ok()) {
+      return absl::InternalError("the coordinator ended the request without a finish reason");
+    }
+    if (!IsOfGrammar(event.status)) return event.status;
+    return InvalidParameter(grammar_param_, std::string(event.status.message()));
   }
 
   bool finished(size_t index) const { return choices_[index].choice.finished(); }
@@ -99,15 +109,10 @@ class Progress {
 
   GatewayMetrics& metrics_;
   const int num_prompts_;
+  const std::string grammar_param_;
   const Clock::time_point start_ = Clock::now();
   std::vector<State> choices_;
 };
-
-// A call that ended although its choice did not.
-absl::Status Broken(const absl::Status& status) {
-  if (!status.ok()) return status;
-  return absl::InternalError("the coordinator ended the request without a finish reason");
-}
 
 void Note(const Progress& progress, ResponseWriter& writer) {
   const TokenUsage usage = progress.Total();
@@ -136,7 +141,7 @@ Task<> AnswerWhole(Generation& generation, Progress& progress, size_t num_choice
     if (event.response != nullptr) {
       choices[event.call].Append(progress.Take(generation, event));
     } else {
-      failure = Broken(event.status);
+      failure = progress.FailureOf(event);
       generation.CancelAll();
     }
     return true;
@@ -202,7 +207,7 @@ Task<> AnswerStream(Generation& generation, Progress& progress, size_t num_choic
     if (event.response != nullptr) {
       events.Add(progress, event.call, progress.Take(generation, event));
     } else {
-      failure = Broken(event.status);
+      failure = progress.FailureOf(event);
       generation.CancelAll();
     }
     return !writer.is_behind();

@@ -63,6 +63,7 @@ struct AnswerPlan {
   int num_prompts = 1;                     // the choices of a prompt follow each other
   ChoiceOptions choice_options;
   Delivery delivery = Delivery::kWhole;
+  std::string grammar_param;  // the field to name when the calls' grammar is refused
 };
 
 // All references must outlive the task; `tokenizer` may be null.

@@ -107,6 +107,7 @@ AnswerPlan PlanChatAnswer(const ChatRequest& request, const std::vector<uint32_t
   plan.choice_options.markers = &api.text.output_markers();
   plan.choice_options.ends_as_call = request.ends_as_call;
   plan.delivery = DeliveryOf(parameters);
+  plan.grammar_param = GrammarParamOf(parameters);
   return plan;
 }
 

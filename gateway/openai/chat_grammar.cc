@@ -16,25 +16,24 @@ namespace fathom {
 absl::Status FitGrammar(ChatRequest& request, const ModelText& text) {
   const OutputMarkers& markers = text.output_markers();
   const OutputSyntax& syntax = text.chat_encoder().layout().syntax;
-  v1::SamplingParams& sampling = request.parameters.sampling;
+  std::optional<StructuredOutput>& output = request.parameters.structured_output;
   if (!request.required_tools.empty()) {
     const NumCalls num_calls =
         request.tool_calls == ToolCalls::kOne ? NumCalls::kOne : NumCalls::kOneOrMore;
     absl::StatusOr<std::string> calls =
         ToolCallGrammar(request.required_tools, num_calls, syntax.tools, markers);
-    if (!calls.ok()) {
-      return InvalidParameter("tool_choice", std::string(calls.status().message()));
-    }
-    sampling.mutable_grammar()->set_kind(v1::Grammar::KIND_STRUCTURAL_TAG);
-    sampling.mutable_grammar()->set_text(*std::move(calls));
+    if (!calls.ok()) return InvalidParameter("tools", std::string(calls.status().message()));
+    output.emplace().param = "tools";
+    output->grammar.set_kind(v1::Grammar::KIND_STRUCTURAL_TAG);
+    output->grammar.set_text(*std::move(calls));
   }
-  if (!sampling.has_grammar()) return absl::OkStatus();
+  if (!output) return absl::OkStatus();
 
   const std::optional<uint32_t> think = markers.TokenOf(Marker::kThink);
   const std::optional<uint32_t> think_end = markers.TokenOf(Marker::kThinkEnd);
   if (think_end.has_value() &&
       text.chat_encoder().EndsInThinking(request.prompt.messages, request.prompt.options)) {
-    sampling.mutable_grammar()->set_begins_after_token_id(*think_end);
+    output->grammar.set_begins_after_token_id(*think_end);
   } else if (syntax.thinking == ThinkSyntax::kMayThink && think.has_value() &&
              think_end.has_value()) {
     std::vector<uint32_t> no_thoughts;
@@ -42,13 +41,12 @@ absl::Status FitGrammar(ChatRequest& request, const ModelText& text) {
                                 Marker::kCallBegin, Marker::kSeparator, Marker::kCallEnd}) {
       if (const auto token_id = markers.TokenOf(marker)) no_thoughts.push_back(*token_id);
     }
-    *sampling.mutable_grammar() =
-        MayThinkFirst(sampling.grammar(), *think, *think_end, no_thoughts);
+    output->grammar = MayThinkFirst(output->grammar, *think, *think_end, no_thoughts);
   }
-  if (sampling.grammar().text().size() > kMaxGrammarBytes) {
+  if (output->grammar.text().size() > kMaxGrammarBytes) {
     return InvalidParameter(
-        request.required_tools.empty() ? "response_format" : "tool_choice",
-        absl::StrCat("what the answer must look like takes ", sampling.grammar().text().size(),
+        output->param,
+        absl::StrCat("what the answer must look like takes ", output->grammar.text().size(),
                      " bytes to say, limit ", kMaxGrammarBytes, "."));
   }
   return absl::OkStatus();

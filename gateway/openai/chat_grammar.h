@@ -14,8 +14,8 @@
 
 namespace fathom {
 
-// Completes the grammar in `request.parameters.sampling`. InvalidArgument naming tool_choice: these
-// tools cannot be required. REQUIRES: the messages have been encoded.
+// Completes `request.parameters.structured_output`. InvalidArgument naming tools: these cannot be
+// required; or naming what takes too many bytes to say. REQUIRES: the messages have been encoded.
 absl::Status FitGrammar(ChatRequest& request, const ModelText& text);
 
 }  // namespace fathom

@@ -116,6 +116,7 @@ Task<> CompletionsHandler::Answer(const CompletionRequest& request,
   plan.num_prompts = static_cast<int>(prompts.size());
   plan.choice_options = ChoiceOptionsOf(parameters);
   plan.delivery = DeliveryOf(parameters);
+  plan.grammar_param = GrammarParamOf(parameters);
   const Tokenizer* tokenizer = api_.text.tokenizer();
   CompletionFormat format(
       FormatOptionsOf(request, std::move(header), std::move(prompts), tokenizer),

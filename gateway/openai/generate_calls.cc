@@ -17,6 +17,9 @@ std::vector<v1::GenerateRequest> MakeCalls(const std::vector<std::vector<uint32_
       call.mutable_prompt_token_ids()->Assign(prompt.begin(), prompt.end());
       *call.mutable_sampling() = parameters.sampling;
       v1::SamplingParams& sampling = *call.mutable_sampling();
+      if (parameters.structured_output) {
+        *sampling.mutable_grammar() = parameters.structured_output->grammar;
+      }
       if (sampling.has_seed()) sampling.set_seed(sampling.seed() + static_cast<uint64_t>(i));
       if (options.num_logprobs) sampling.set_num_logprobs(*options.num_logprobs);
       if (options.num_prompt_logprobs) {
@@ -30,6 +33,10 @@ std::vector<v1::GenerateRequest> MakeCalls(const std::vector<std::vector<uint32_
     }
   }
   return calls;
+}
+
+std::string GrammarParamOf(const GenerationParameters& parameters) {
+  return parameters.structured_output ? parameters.structured_output->param : "";
 }
 
 Delivery DeliveryOf(const GenerationParameters& parameters) {

@@ -24,6 +24,9 @@ std::vector<v1::GenerateRequest> MakeCalls(const std::vector<std::vector<uint32_
                                            const GenerationParameters& parameters,
                                            const CallOptions& options);
 
+// What to name when the calls' grammar is refused.
+std::string GrammarParamOf(const GenerationParameters& parameters);
+
 Delivery DeliveryOf(const GenerationParameters& parameters);
 
 ChoiceOptions ChoiceOptionsOf(const GenerationParameters& parameters);

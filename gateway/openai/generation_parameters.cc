@@ -9,7 +9,6 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "gateway/openai/errors.h"
-#include "gateway/openai/structured_output.h"
 
 namespace fathom {
 namespace {
@@ -295,8 +294,7 @@ absl::StatusOr<GenerationParameters> ReadGenerationParameters(const JsonFields& 
   RETURN_IF_ERROR(ReadStreaming(fields, parameters));
   RETURN_IF_ERROR(ReadSampling(fields, defaults, parameters.sampling));
   RETURN_IF_ERROR(ReadCount(fields, limits, parameters));
-  ASSIGN_OR_RETURN(std::optional<v1::Grammar> grammar, ReadStructuredOutput(fields));
-  if (grammar) *parameters.sampling.mutable_grammar() = *std::move(grammar);
+  ASSIGN_OR_RETURN(parameters.structured_output, ReadStructuredOutput(fields));
   RETURN_IF_ERROR(ReadLogitBias(fields, limits, parameters.sampling));
   RETURN_IF_ERROR(ReadStop(fields, limits, parameters.stop));
   RETURN_IF_ERROR(ReadTokenIds(fields, "stop_token_ids", limits.stop_token_ids,

@@ -15,6 +15,7 @@
 #include "gateway/openai/generation_config.h"
 #include "gateway/openai/json_fields.h"
 #include "gateway/openai/model_text.h"
+#include "gateway/openai/structured_output.h"
 #include "gateway/text/stop_matcher.h"
 #include "gateway/text/tokenizer.h"
 #include "proto/sampling.pb.h"
@@ -22,7 +23,8 @@
 namespace fathom {
 
 struct GenerationParameters {
-  v1::SamplingParams sampling;  // all but the numbers of logprobs, and bad_words below
+  v1::SamplingParams sampling;  // all but the grammar, the numbers of logprobs, and bad_words below
+  std::optional<StructuredOutput> structured_output;
   int n = 1;
   bool ignore_eos = false;
   int32_t priority = 0;    // lower first, where the coordinator heeds it

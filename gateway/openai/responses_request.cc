@@ -185,9 +185,9 @@ absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request)
   const std::optional<dom::element> format = options.Find("format");
   if (!format) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*format, "text.format"));
-  ASSIGN_OR_RETURN(std::optional<v1::Grammar> grammar, GrammarOfTextFormat(named));
+  ASSIGN_OR_RETURN(std::optional<StructuredOutput> output, StructuredOutputOf(named));
   request.text_format = simdjson::minify(*format);
-  if (grammar) *request.chat.parameters.sampling.mutable_grammar() = *std::move(grammar);
+  if (output) request.chat.parameters.structured_output = std::move(output);
   return absl::OkStatus();
 }
 

@@ -22,29 +22,32 @@ constexpr char kAnyObject[] = R"({"type":"object"})";
 class Wish {
  public:
   absl::Status Add(const std::string& param, v1::Grammar::Kind kind, std::string text) {
-    if (grammar_) {
+    if (output_) {
       return InvalidParameter(param, absl::StrCat("You can only use one kind of constraints for "
                                                   "structured outputs, got ",
-                                                  param_, " and ", param, "."));
+                                                  output_->param, " and ", param, "."));
     }
     if (text.empty()) return InvalidParameter(param, absl::StrCat(param, " must not be empty."));
     if (text.size() > kMaxGrammarBytes) {
       return InvalidParameter(param, absl::StrCat(param, " has ", text.size(), " bytes, limit ",
                                                   kMaxGrammarBytes, "."));
     }
-    param_ = param;
-    grammar_.emplace();
-    grammar_->set_kind(kind);
-    grammar_->set_text(std::move(text));
+    output_.emplace().param = param;
+    output_->grammar.set_kind(kind);
+    output_->grammar.set_text(std::move(text));
     return absl::OkStatus();
   }
 
-  bool IsMade() const { return grammar_.has_value(); }
-  std::optional<v1::Grammar> Take() { return std::move(grammar_); }
+  // Does nothing where there is none.
+  void Rename(std::string param) {
+    if (output_) output_->param = std::move(param);
+  }
+
+  bool IsMade() const { return output_.has_value(); }
+  std::optional<StructuredOutput> Take() { return std::move(output_); }
 
  private:
-  std::string param_;
-  std::optional<v1::Grammar> grammar_;
+  std::optional<StructuredOutput> output_;
 };
 
 absl::Status AddSchema(const JsonFields& fields, std::string_view key, Wish& wish) {
@@ -110,7 +113,9 @@ absl::Status AddResponseFormat(const JsonFields& fields, Wish& wish) {
     if (!json_schema) return format.WrongType("json_schema", "an object");
     return JsonFields::Of(*json_schema, "response_format.json_schema");
   };
-  return AddFormat(format, "response_format", schema_of, wish);
+  RETURN_IF_ERROR(AddFormat(format, "response_format", schema_of, wish));
+  wish.Rename("response_format");
+  return absl::OkStatus();
 }
 
 absl::Status AddJsonObject(const JsonFields& fields, std::string_view key, Wish& wish) {
@@ -180,7 +185,7 @@ v1::Grammar MayThinkFirst(const v1::Grammar& grammar, uint32_t think, uint32_t t
   return result;
 }
 
-absl::StatusOr<std::optional<v1::Grammar>> ReadStructuredOutput(const JsonFields& fields) {
+absl::StatusOr<std::optional<StructuredOutput>> ReadStructuredOutput(const JsonFields& fields) {
   Wish wish;
   RETURN_IF_ERROR(AddResponseFormat(fields, wish));
   RETURN_IF_ERROR(AddKinds(fields, "guided_", wish));
@@ -197,10 +202,10 @@ absl::StatusOr<std::optional<v1::Grammar>> ReadStructuredOutput(const JsonFields
   return wish.Take();
 }
 
-absl::StatusOr<std::optional<v1::Grammar>> GrammarOfTextFormat(const JsonFields& format) {
+absl::StatusOr<std::optional<StructuredOutput>> StructuredOutputOf(const JsonFields& text_format) {
   Wish wish;
-  const auto itself = [&]() -> absl::StatusOr<JsonFields> { return format; };
-  RETURN_IF_ERROR(AddFormat(format, "text.format", itself, wish));
+  const auto itself = [&]() -> absl::StatusOr<JsonFields> { return text_format; };
+  RETURN_IF_ERROR(AddFormat(text_format, "text.format", itself, wish));
   return wish.Take();
 }
 

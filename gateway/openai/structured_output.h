@@ -32,12 +32,17 @@ namespace fathom {
 // As in proto/sampling.proto.
 inline constexpr size_t kMaxGrammarBytes = size_t{64} << 10;
 
+struct StructuredOutput {
+  v1::Grammar grammar;
+  std::string param;  // the field that it comes from, as OpenAI names it in errors
+};
+
 // nullopt when nothing is asked. Refuses more than one wish, and fields of vLLM's that would change
 // the output and are not there (whitespace_pattern, structural_tag).
-absl::StatusOr<std::optional<v1::Grammar>> ReadStructuredOutput(const JsonFields& fields);
+absl::StatusOr<std::optional<StructuredOutput>> ReadStructuredOutput(const JsonFields& fields);
 
 // Of /v1/responses: response_format's words, with the schema beside its type.
-absl::StatusOr<std::optional<v1::Grammar>> GrammarOfTextFormat(const JsonFields& format);
+absl::StatusOr<std::optional<StructuredOutput>> StructuredOutputOf(const JsonFields& text_format);
 
 // One of these strings, as rules in EBNF.
 std::string GrammarOfChoices(absl::Span<const std::string> choices);

@@ -8,6 +8,7 @@
 #include "absl/base/thread_annotations.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/support/client_callback.h"
+#include "proto/grammar_fault.h"
 #include "proto/retry_after.h"
 #include "proto/status.h"
 #include "spdlog/spdlog.h"
@@ -178,6 +179,7 @@ void GenerateLink::TakeOther(v1::StreamEvent& event) {
                        event.failure().message());
   const auto seconds = static_cast<int>(event.failure().retry_after_seconds());
   if (seconds > 0) SetRetryAfter(failure, seconds);
+  if (event.failure().is_of_grammar()) failure = OfGrammar(std::move(failure));
   Fail(event.stream(), std::move(failure));
 }
 

@@ -78,6 +78,7 @@ class Session {
     if (event.has_failure()) {
       answer.status = grpc::Status(static_cast<grpc::StatusCode>(event.failure().code()),
                                    event.failure().message());
+      answer.is_of_grammar = event.failure().is_of_grammar();
       --num_running_;
       return;
     }
@@ -168,6 +169,27 @@ TEST_F(GenerateSessionTest, RefusesOneRequestAndServesTheOthers) {
   EXPECT_THAT(session.answer(2).status.error_message(), HasSubstr("temperature"));
   EXPECT_EQ(session.answer(1).token_ids, ExpectedTokens(Asking(5, 50, 1)));
   EXPECT_EQ(session.answer(3).token_ids, ExpectedTokens(Asking(5, 50, 3)));
+}
+
+TEST_F(GenerateSessionTest, SaysWhenItIsTheGrammarThatIsRefused) {
+  StartAndWait();
+  Session session(*stub_);
+  const auto asking_for = [](v1::Grammar::Kind kind, const char* text) {
+    v1::GenerateRequest request = Asking(5, 5);
+    request.mutable_sampling()->mutable_grammar()->set_kind(kind);
+    request.mutable_sampling()->mutable_grammar()->set_text(text);
+    return request;
+  };
+  session.Start(1, asking_for(v1::Grammar::KIND_REGEX, "refused"));  // by FakeWorker
+  session.Start(2, asking_for(v1::Grammar::KIND_UNSPECIFIED, "a"));
+  v1::GenerateRequest hot = asking_for(v1::Grammar::KIND_REGEX, "a");
+  hot.mutable_sampling()->set_temperature(-1);
+  session.Start(3, hot);
+  session.ReadUntilAllHaveEnded();
+  for (const uint64_t stream : {1, 2, 3}) {
+    EXPECT_EQ(session.answer(stream).status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_EQ(session.answer(stream).is_of_grammar, stream != 3) << stream;
+  }
 }
 
 TEST_F(GenerateSessionTest, ReadsNoFurtherWhileManyRefusalsAreUnread) {

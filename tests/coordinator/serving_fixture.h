@@ -23,6 +23,7 @@ namespace fathom {
 // What a client got.
 struct Answer {
   grpc::Status status;
+  bool is_of_grammar = false;  // the failure, as GenerateMany tells it
   std::vector<uint32_t> token_ids;
   std::vector<v1::TokenLogprobs> logprobs;
   std::vector<v1::TokenLogprobs> prompt_logprobs;

@@ -118,10 +118,18 @@ TEST_F(ChatToolsTest, RefusesToolsThatCannotBeRequired) {
         R"("tool_choice":"required","tools":[{"type":"function","function":{"name":")", name,
         R"(","parameters":{"description":")", description, R"("}}}])");
   };
-  EXPECT_THAT(Chat(tool("a b", "")).body, HasSubstr("its name must have"));
-  const HttpResponse response = Chat(tool("a", std::string(70'000, 'x')));
-  EXPECT_EQ(response.status, 400);
-  EXPECT_THAT(response.body, HasSubstr("limit 65536"));
+  const auto expect_refused = [&](const HttpResponse& response, const char* reason) {
+    EXPECT_EQ(response.status, 400);
+    EXPECT_THAT(response.body, HasSubstr(reason));
+    EXPECT_THAT(response.body, HasSubstr(R"("param":"tools")"));
+  };
+  expect_refused(Chat(tool("a b", "")), "its name must have");
+  expect_refused(Chat(tool("a", std::string(70'000, 'x'))), "limit 65536");
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.RefuseGrammar("schema at #: not is not supported");
+    return grpc::Status::OK;
+  });
+  expect_refused(Chat(tool("a", "")), "not is not supported");
 }
 
 TEST_F(ChatToolsTest, GivesThoughtsUnderBothNames) {

@@ -44,6 +44,16 @@ bool FakeStream::SendEnd(const std::vector<uint32_t>& last_tokens, v1::FinishRea
   return Send(response);
 }
 
+bool FakeStream::RefuseGrammar(const std::string& message) {
+  v1::StreamEvent event;
+  event.set_stream(number_);
+  event.mutable_failure()->set_code(grpc::StatusCode::INVALID_ARGUMENT);
+  event.mutable_failure()->set_message(message);
+  event.mutable_failure()->set_is_of_grammar(true);
+  has_ended_ = true;
+  return send_(event);
+}
+
 bool FakeStream::WaitUntilCancelled() {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
   while (!is_cancelled_) {

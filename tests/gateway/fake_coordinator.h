@@ -27,6 +27,8 @@ class FakeStream {
   bool Send(const v1::GenerateResponse& response);
   bool SendTokens(const std::vector<uint32_t>& token_ids);
   bool SendEnd(const std::vector<uint32_t>& last_tokens, v1::FinishReason reason);
+  // The end of a request that wants what cannot be.
+  bool RefuseGrammar(const std::string& message);
 
   // Whether the client cancelled within ten seconds.
   bool WaitUntilCancelled();

@@ -68,16 +68,50 @@ TEST_F(StructuredOutputTest, NothingIsAskedWhereNothingIsSaid) {
   }
 }
 
-TEST_F(StructuredOutputTest, WhatTheCoordinatorRefusesIsA400WithItsReason) {
-  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream&) {
-    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "schema at #/a: not is not supported");
+TEST_F(StructuredOutputTest, WhatTheCoordinatorRefusesIsA400ThatNamesReasonAndField) {
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream& stream) {
+    stream.RefuseGrammar("schema at #/a: not is not supported");
+    return grpc::Status::OK;
   });
-  for (const char* stream : {"false", "true"}) {
-    const HttpResponse response = PostCompletion(
-        absl::StrCat("{\"prompt\":[5],\"guided_json\":{\"a\":1},\"stream\":", stream, "}"));
-    EXPECT_EQ(response.status, 400);
-    EXPECT_THAT(response.body, HasSubstr("schema at #/a: not is not supported"));
+  struct Case {
+    const char* field;
+    const char* param;
+  };
+  for (const Case& c : {
+           Case{
+               R"("response_format":{"type":"json_schema","json_schema":{"name":"n","schema":{}}})",
+               "response_format"},
+           Case{R"("response_format":{"type":"json_object"})", "response_format"},
+           Case{R"("structured_outputs":{"json":{}})", "structured_outputs.json"},
+           Case{R"("structured_outputs":{"choice":["a"]})", "structured_outputs.choice"},
+           Case{R"("guided_json":{})", "guided_json"},
+           Case{R"("guided_regex":"a")", "guided_regex"},
+       }) {
+    for (const char* stream : {"false", "true"}) {
+      const HttpResponse response =
+          PostCompletion(absl::StrCat("{\"prompt\":[5],", c.field, ",\"stream\":", stream, "}"));
+      EXPECT_EQ(response.status, 400);
+      EXPECT_THAT(response.body, HasSubstr("schema at #/a: not is not supported"));
+      EXPECT_THAT(response.body, HasSubstr(absl::StrCat("\"param\":\"", c.param, "\"")));
+    }
   }
+  const HttpResponse chat = PostChat(
+      R"({"messages":[{"role":"user","content":"x"}],"response_format":{"type":"json_object"}})");
+  EXPECT_THAT(chat.body, HasSubstr("\"param\":\"response_format\""));
+  const HttpResponse response =
+      Ask(Post("/v1/responses",
+               R"({"input":"x","text":{"format":{"type":"json_schema","name":"n","schema":{}}}})"));
+  EXPECT_EQ(response.status, 400);
+  EXPECT_THAT(response.body, HasSubstr("\"param\":\"text.format.schema\""));
+}
+
+TEST_F(StructuredOutputTest, WhatIsRefusedForAnotherReasonIsNotLaidToTheGrammar) {
+  coordinator_.SetScript([](const v1::GenerateRequest&, FakeStream&) {
+    return grpc::Status(grpc::StatusCode::INVALID_ARGUMENT, "needs 7 tokens of KV cache");
+  });
+  const HttpResponse response = PostCompletion(R"({"prompt":[5],"guided_json":{}})");
+  EXPECT_EQ(response.status, 400);
+  EXPECT_THAT(response.body, HasSubstr("\"param\":null"));
 }
 
 TEST_F(StructuredOutputTest, ChatsHaveItToo) {

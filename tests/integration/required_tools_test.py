@@ -150,10 +150,11 @@ def test_streamed_calls_are_the_same(server, bias):
 
 
 def test_a_schema_that_cannot_be_honoured_is_refused(server, bias):
-    """With the keyword's name."""
+    """With the keyword's name, and the field's."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": {
         "type": "object", "properties": {"a": {"not": {}}}}}}]
     reply = server.client.post("/v1/chat/completions",
                                {**body(bias, 1, "required"), "tools": tools})
     assert reply.status == 400
     assert "not is not supported" in reply.error()["message"]
+    assert reply.error()["param"] == "tools"

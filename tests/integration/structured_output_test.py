@@ -152,6 +152,20 @@ def test_response_format_in_a_chat(server, bias):
             jsonschema.validate(value, TOOL)
 
 
+@pytest.mark.parametrize("fields, param", [
+    (dict(response_format={"type": "json_schema", "json_schema": {"name": "t", "schema": {"not": {}}}}),
+     "response_format"),
+    (dict(structured_outputs={"regex": "(a"}), "structured_outputs.regex"),
+    (dict(guided_grammar="root ::= missing"), "guided_grammar"),
+])
+def test_a_refusal_names_the_field(server, fields, param):
+    """Whatever compiles it has found, streamed or not."""
+    for stream in (False, True):
+        reply = server.client.post("/v1/completions", {"prompt": [17], "stream": stream, **fields})
+        assert reply.status == 400, reply.body
+        assert reply.error()["param"] == param
+
+
 def test_the_same_seed_gives_the_same_output(server, bias):
     """Alone and among others, streamed or not."""
     def run(seed):
