@@ -8,9 +8,11 @@
 // of the schema. What it warns of itself is refused in token_grammar.h. Annotations and unknown
 // keywords say nothing about an instance; they are allowed, and so is an unknown `format`.
 //
-// Two things are stricter than the schema says, as in vLLM: properties come in the schema's order,
-// and objects and arrays have no properties and items that the schema does not name, unless it says
-// additionalProperties or items.
+// Three things are stricter than the schema says, as in vLLM: properties come in the schema's
+// order; objects and arrays have no properties and items that the schema does not name, unless it
+// says additionalProperties or items; and strings whose characters are counted or matched escape
+// none. (Counting `[^"\\]` alone is quick: with escapes a mask took 28 ms in the mean instead of
+// 0.9.)
 //
 // Source: JSON Schema 2020-12; xgrammar 0.2.9, cpp/json_schema_converter.cc, class SchemaParser.
 #pragma once
