@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 namespace {
@@ -54,9 +55,11 @@ absl::Status TakeFaults(const Step& step, BatchIndex& batch, const v1::StepResul
     if (outcome.fault != nullptr) {
       return Wrong(step, absl::StrCat("has two faults of slot ", fault.slot()));
     }
-    outcome.fault = std::make_unique<absl::Status>(
+    absl::Status why(
         fault.is_of_request() ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kInternal,
         fault.reason());
+    if (fault.is_of_grammar()) why = OfGrammar(std::move(why));
+    outcome.fault = std::make_unique<absl::Status>(std::move(why));
   }
   return absl::OkStatus();
 }

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "grammar/protocol.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 
@@ -77,10 +78,9 @@ absl::StatusOr<absl::Span<const uint32_t>> GrammarMasks::MaskOf(int slot) {
     if (mask.ok()) return mask;
     failure = mask.status();
   }
-  return absl::Status(failure.code() == absl::StatusCode::kInvalidArgument
-                          ? absl::StatusCode::kInvalidArgument
-                          : absl::StatusCode::kInternal,
-                      absl::StrCat("structured output: ", failure.message()));
+  const std::string reason = absl::StrCat("structured output: ", failure.message());
+  if (!absl::IsInvalidArgument(failure)) return absl::InternalError(reason);
+  return OfGrammar(absl::InvalidArgumentError(reason));
 }
 
 void GrammarMasks::OnToken(int slot, int32_t token_id) {

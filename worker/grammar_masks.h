@@ -33,7 +33,7 @@ class GrammarMasks {
   // For the token to be chosen now: a bit for each token, or empty when all are allowed. Before its
   // grammar begins a sequence may write anything but stop tokens: it must not end without. Valid
   // until OnToken. Waits for what the grammar still needs, for GrammarKeeperOptions::mask_timeout
-  // at most. InvalidArgument, Internal: the sequence must end, and why.
+  // at most. InvalidArgument (IsOfGrammar), Internal: the sequence must end, and why.
   absl::StatusOr<absl::Span<const uint32_t>> MaskOf(int slot);
 
   // This token was chosen.

@@ -8,6 +8,7 @@
 #include "absl/types/span.h"
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "proto/grammar_fault.h"
 #include "proto/worker.pb.h"
 
 namespace fathom {
@@ -26,6 +27,7 @@ void AddFault(int slot, const absl::Status& status, v1::StepResult& result) {
   fault.set_slot(slot);
   fault.set_reason(std::string(status.message()));
   fault.set_is_of_request(absl::IsInvalidArgument(status));
+  fault.set_is_of_grammar(IsOfGrammar(status));
 }
 
 bool HasFault(const v1::StepResult& result, int slot) {

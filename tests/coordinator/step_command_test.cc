@@ -8,6 +8,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 namespace {
@@ -161,6 +162,22 @@ TEST_F(StepCommandTest, AFaultTakesTheFaultySequencesPartOnly) {
   ASSERT_TRUE(answer.ok()) << answer.status();
   EXPECT_THAT(answer->outcome.sequences[2].fault, Pointee(absl::InternalError("not finite")));
   EXPECT_EQ(answer->outcome.sequences[0].sampled_token_id, 44u);
+}
+
+TEST_F(StepCommandTest, AFaultSaysWhetherTheRequestOrItsGrammarIsToBlame) {
+  for (const bool is_of_grammar : {false, true}) {
+    v1::StepResult result = RightResult();
+    result.mutable_sampled_slots()->Truncate(1);
+    result.mutable_sampled_token_ids()->Truncate(1);
+    v1::SlotFault& fault = *result.add_faults();
+    fault.set_is_of_request(true);
+    fault.set_is_of_grammar(is_of_grammar);
+    const auto answer = DecodeResult(step_, kVocabSize, std::move(result));
+    ASSERT_TRUE(answer.ok()) << answer.status();
+    const absl::Status& told = *answer->outcome.sequences[2].fault;
+    EXPECT_TRUE(absl::IsInvalidArgument(told)) << told;
+    EXPECT_EQ(IsOfGrammar(told), is_of_grammar);
+  }
 }
 
 TEST_F(StepCommandTest, RefusesAResultThatIsNotOfThisStep) {

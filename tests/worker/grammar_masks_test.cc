@@ -4,6 +4,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "proto/grammar_fault.h"
 
 namespace fathom {
 namespace {
@@ -102,6 +103,7 @@ TEST_F(GrammarMasksTest, WhatGoesWrongIsTheSequencesFault) {
   masks_.Admit(1, right, {});
   masks_.Admit(2, right, std::vector<int32_t>{TokenOf('z')});
   EXPECT_TRUE(absl::IsInvalidArgument(masks_.MaskOf(0).status()));
+  EXPECT_TRUE(IsOfGrammar(masks_.MaskOf(0).status()));
   EXPECT_THAT(std::string(masks_.MaskOf(2).status().message()),
               HasSubstr("structured output: the grammar does not allow token"));
   EXPECT_THAT(Allowed(1), ElementsAre(TokenOf('a')));
@@ -109,6 +111,7 @@ TEST_F(GrammarMasksTest, WhatGoesWrongIsTheSequencesFault) {
   GrammarMasks without(nullptr, kVocabSize, 4);
   without.Admit(0, right, {});
   EXPECT_TRUE(absl::IsInternal(without.MaskOf(0).status()));
+  EXPECT_FALSE(IsOfGrammar(without.MaskOf(0).status()));
 }
 
 }  // namespace
