@@ -19,17 +19,22 @@ using sm90::TileDescriptor;
 
 // --- the warpgroups that compute
 
+// Named barriers: of one warpgroup, of all.
+constexpr int kFirstGroup = 1, kAllTurns = 7;
+
 // Where this thread's accumulators stand (sm90.cuh).
 struct Place {
-  int group, row_group, turn;  // warpgroups
-  int row_thread;              // among those of the same turn
+  int group, row_group, turn, team;  // warpgroups
+  int row_thread;                    // among those of the same turn
   int warp, lane;
 
-  __device__ explicit Place(int row_groups)
+  template <typename Form>
+  __device__ explicit Place(Form)
       : group(threadIdx.x / 128),
-        row_group(group % row_groups),
-        turn(group / row_groups),
-        row_thread(threadIdx.x % (row_groups * 128)),
+        row_group(group % Form::kRows),
+        turn(group / Form::kRows % Form::kTurns),
+        team(group / (Form::kRows * Form::kTurns)),
+        row_thread(threadIdx.x % (Form::kRows * 128)),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32) {}
   __device__ int row(int i) const { return warp * 16 + lane / 4 + ((i >> 1) & 1) * 8; }
@@ -121,7 +126,7 @@ __device__ bool AddTurns(const Place& place, float (&sums)[Form::kTokens / 2], S
             make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
       }
     }
-    SyncThreads(3, Form::kConsumers);
+    SyncThreads(kAllTurns, Form::kConsumers);
     if (place.turn == 0) {
 #pragma unroll
       for (int turn = 1; turn < Form::kTurns; ++turn) {
@@ -135,7 +140,7 @@ __device__ bool AddTurns(const Place& place, float (&sums)[Form::kTokens / 2], S
         }
       }
     }
-    SyncThreads(3, Form::kConsumers);
+    SyncThreads(kAllTurns, Form::kConsumers);
   }
   return place.turn == 0;
 }
@@ -254,8 +259,9 @@ __device__ void WriteTile(const Arguments& arguments, const Place& place, const 
                           int row, const float (&sums)[Form::kTokens / 2], Shared& shared) {
   constexpr int kPiece = 16 / sizeof(Out);
   constexpr int kPiecesPerToken = kTileRows / kPiece;
-  const auto sync = [&] { place.row_group == 0 ? SyncThreads(1, 128) : SyncThreads(2, 128); };
-  auto& tile = shared.out[place.row_group];
+  const int writer = place.team * Form::kRows + place.row_group;
+  const auto sync = [&] { SyncThreads(kFirstGroup + writer, 128); };
+  auto& tile = shared.out[writer];
 #pragma unroll
   for (int i = 0; i < Form::kTokens / 2; ++i) Convert(sums[i], tile[place.token(i)][place.row(i)]);
   sync();
@@ -359,17 +365,26 @@ __device__ void ComputeItem(const Arguments& arguments, const Work<Form>& work,
 
 template <typename Form, typename Out, typename Shared>
 __device__ void Compute(const Arguments& arguments, const Work<Form>& work, Shared& shared) {
-  const Place place(Form::kRows);
+  const Place place(Form{});
   Ring<Form::kStages> ring;
   ring.Next(place.turn);
   int skip = place.turn;             // units of the share until this warpgroup's next one
   ExpertChunk chunk = {0, 0, 1, 0};  // the only row that joined matrices have
+  int team = 0;                      // whose item it is
 #pragma unroll 1
   for (Cursor cursor(arguments, work, work.begin); !cursor.Done(); cursor.Next()) {
     if (!Form::kJoins && cursor.enters_chunk) {
       chunk = ChunkOf<Form::kTokens>(arguments, cursor.chunk, shared);
     }
     const int units = cursor.last - cursor.first;
+    if constexpr (Form::kTeams > 1) {
+      const bool is_ours = team == place.team;
+      team = team + 1 < Form::kTeams ? team + 1 : 0;
+      if (!is_ours) {
+        ring.Next(units);
+        continue;
+      }
+    }
     const int count = (units - skip + Form::kTurns - 1) / Form::kTurns;
     skip += count * Form::kTurns - units;
     ComputeItem<Form, Out>(arguments, work, cursor, chunk, count, place, ring, shared);
@@ -425,6 +440,13 @@ __global__ __launch_bounds__(Form::kThreads,
   }
 }
 
+// Whether each stage of the ring is always the same team's. If it were not, one could look for the
+// next use of a stage while its last one still lacks data, and would take this for that.
+template <typename Form>
+constexpr bool SuitTeams(int k_blocks) {
+  return Form::kStages % (Form::kTeams * k_blocks) == 0;
+}
+
 // The largest divisor of k_blocks up to `most`: how many units shares take or leave together.
 int GrainOf(int k_blocks, int most) {
   int grain = std::min(k_blocks, most);
@@ -450,6 +472,9 @@ void LaunchKernel(const Fp8StreamSm90::Weight& weight, Arguments arguments, int 
                                                   .box_columns = kBlock});
   arguments.grain = GrainOf(arguments.k_blocks, grain);
   arguments.pieces_per_item = arguments.k_blocks / arguments.grain;
+  if (Form::kTeams > 1) {  // which take whole items
+    CHECK(arguments.pieces_per_item == 1 && SuitTeams<Form>(arguments.k_blocks));
+  }
   arguments.items_per_chunk = (weight.n + Form::kItemRows - 1) / Form::kItemRows;
   arguments.by_items_per_chunk = Quotient(arguments.items_per_chunk);
   const int64_t items = int64_t{arguments.max_chunks} * arguments.items_per_chunk;
@@ -467,27 +492,32 @@ void LaunchForTokens(int max_count, const Fp8StreamSm90::Weight& weight, const A
   // Of one matrix all of a share fits into the ring and is there before the activations come. Then
   // what remains is short if four warpgroups do it and few shares have parts of the same outputs.
   constexpr int kWholeItems = 16;
+  using ShortItems = FormOf<kCodes, 8, 1, 1, 4, 16>;
   const bool dense = arguments.notes == nullptr;
   if (max_count <= 8 && dense) {
-    LaunchKernel<FormOf<kCodes, 8, 1, 4, 20>, Out>(weight, arguments, kWholeItems, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 8, 1, 4, 1, 20>, Out>(weight, arguments, kWholeItems, blocks,
+                                                      stream);
   } else if (dense) {
-    LaunchKernel<FormOf<kCodes, 16, 1, 4, 16>, Out>(weight, arguments, kWholeItems, blocks, stream);
-  } else if (max_count <= 8 && arguments.k_blocks > kFineShares) {
-    LaunchKernel<FormOf<kCodes, 8, 1, 2, 20>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 16, 1, 4, 1, 16>, Out>(weight, arguments, kWholeItems, blocks,
+                                                       stream);
+  } else if (max_count <= 8 && SuitTeams<ShortItems>(arguments.k_blocks)) {
+    LaunchKernel<ShortItems, Out>(weight, arguments, arguments.k_blocks, blocks, stream);
   } else if (max_count <= 8) {
-    LaunchKernel<FormOf<kCodes, 8, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 8, 1, 2, 1, 20>, Out>(weight, arguments, kFineShares, blocks,
+                                                      stream);
   } else if (arguments.kept == 0.0f) {
-    LaunchKernel<FormOf<kCodes, 16, 2, 1, 9>, Out>(weight, arguments, kFineShares, blocks, stream);
+    LaunchKernel<FormOf<kCodes, 16, 2, 1, 1, 9>, Out>(weight, arguments, kFineShares, blocks,
+                                                      stream);
   } else {
-    LaunchKernel<FormOf<kCodes, 16, 2, 1, 9, true>, Out>(weight, arguments, kFineShares, blocks,
-                                                         stream);
+    LaunchKernel<FormOf<kCodes, 16, 2, 1, 1, 9, true>, Out>(weight, arguments, kFineShares, blocks,
+                                                            stream);
   }
 }
 template <typename Out>
 void LaunchJoined(const Fp8StreamSm90::Weight& weight, const Arguments& arguments, int blocks,
                   cudaStream_t stream) {
-  LaunchKernel<FormOf<Reads::kGateUp, 8, 2, 1, 10>, Out>(weight, arguments, kFineShares, blocks,
-                                                         stream);
+  LaunchKernel<FormOf<Reads::kGateUp, 8, 2, 1, 1, 10>, Out>(weight, arguments, kFineShares, blocks,
+                                                            stream);
 }
 
 void SetSizes(const Fp8StreamSm90::Weight& weight, const Fp8StreamSm90::Output& out, int blocks,

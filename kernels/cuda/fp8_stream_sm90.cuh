@@ -34,19 +34,22 @@ enum class Reads { kCodes, kGateUp };
 // tokens. kRowGroups · kTurns warpgroups compute: one per 64 rows, and kTurns that take turns with
 // the K blocks. Many turns are for few tokens, where the time between the last activation's arrival
 // and the end counts; several rows for many, where the number of stages does.
+// kTeamsOfItems: so many teams of these warpgroups take turns with the items, where an item is so
+// short that what comes after its products is most of its time. Its units must fit the ring.
 // kKeeps: its output has a policy of its own (Output::kept); otherwise it is forgotten first.
-template <Reads kWhat, int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kRingStages,
-          bool kKeeps = false>
+template <Reads kWhat, int kMaxTokens, int kRowGroups, int kTurnsOfBlocks, int kTeamsOfItems,
+          int kRingStages, bool kKeeps = false>
 struct FormOf {
   static constexpr bool kKeepsOutput = kKeeps;
   static constexpr bool kJoins = kWhat == Reads::kGateUp;
   static constexpr int kTokens = kMaxTokens;
   static constexpr int kRows = kRowGroups;
   static constexpr int kTurns = kTurnsOfBlocks;
+  static constexpr int kTeams = kTeamsOfItems;
   static constexpr int kStages = kRingStages;
-  static_assert(kStages % kTurns == 0 && (kTurns == 1 ? kRows <= 2 : kRows == 1));  // barriers
+  static_assert(kStages % kTurns == 0 && (kTurns == 1 || (kRows == 1 && kTeams == 1)));
 
-  static constexpr int kConsumers = kRows * kTurns * 128;
+  static constexpr int kConsumers = kTeams * kRows * kTurns * 128;
   static constexpr int kTokenWarp = kConsumers / 32;  // copies activations and their factors
   static constexpr int kMakers = 4;                   // warps that make them instead
   static constexpr int kMakerLanes = 16;              // that make those of a unit
@@ -109,7 +112,7 @@ struct SharedMemory {
   alignas(sm90::kTileAlignment) unsigned char x[kStages][kTokens * kBlock];
   float x_scales[kStages][kTokens];
   float weight_scales[kStages];
-  alignas(16) Out out[Form::kRows][kTokens][kPitch];
+  alignas(16) Out out[Form::kTeams * Form::kRows][kTokens][kPitch];
   // What the warpgroups of the same rows add up.
   float4 sums[kAdds ? Form::kTurns - 1 : 1][kAdds ? kTokens / 8 : 1]
              [kAdds ? Form::kItemRows * 2 : 1];

@@ -109,7 +109,8 @@ bool CudaOps::LinearSm90(const LinearInput& x, const Weight& weight, const Tenso
 }
 
 bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups,
-                                const Weight& weight, int num_choices, const Tensor& out) {
+                                const Weight& weight, int num_choices, int64_t most_rows,
+                                const Tensor& out) {
   if (!fp8_stream_.has_value() || !groups.notes.present() || !IsFp8Product(x, weight, out)) {
     return false;
   }
@@ -119,9 +120,7 @@ bool CudaOps::GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups
   const int* sorted_rows = is_gathered ? groups.rows.data<int32_t>() : nullptr;
   const int* notes = groups.notes.data<int32_t>();
   if (chunk_rows <= Stream::kMaxTokens && Stream::Supports(StreamWeight(weight))) {
-    // No token chooses an expert twice.
-    const int64_t max_count =
-        is_gathered ? std::min<int64_t>(chunk_rows, x.values.dim(0)) : chunk_rows;
+    const int64_t max_count = std::min<int64_t>(chunk_rows, most_rows);
     Stream::Output stream_out = StreamOutput(out);
     stream_out.kept = KeptShare(out, device_);
     fp8_stream_->GroupedLinear(StreamInput(x),
@@ -187,7 +186,9 @@ void CudaOps::GroupedLinear(const LinearInput& x, const ExpertGroups& groups, co
                             int num_choices, const Tensor& out) {
   const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_choices, out);
   if (sizes.rows == 0 || sizes.outputs == 0) return;
-  if (GroupedLinearSm90(x, groups, weight, num_choices, out)) return;
+  // No token chooses an expert twice.
+  const int64_t most_rows = num_choices > 0 ? x.values.dim(0) : sizes.rows;
+  if (GroupedLinearSm90(x, groups, weight, num_choices, most_rows, out)) return;
   cuda::MultiplyGroupedGeneric(x, groups, weight, num_choices, sizes, out, stream_);
 }
 
@@ -198,7 +199,12 @@ void CudaOps::DownAndCombine(const Tensor& gate_up, const Routes& routes, const 
   CheckCombineExperts(room.y, routes, out);
   if (out.num_elements() == 0) return;
   if (!accumulate && JoinedLinearSm90(gate_up, routes, weight, room.activated, out)) return;
-  Ops::DownAndCombine(gate_up, routes, weight, accumulate, room, out);
+  SwiGlu(gate_up, &routes.groups, room.activated);
+  if (!GroupedLinearSm90(room.activated, routes.groups, weight, /*num_choices=*/0,
+                         /*most_rows=*/out.dim(0), room.y)) {
+    GroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
+  }
+  CombineExperts(room.y, routes, accumulate, out);
 }
 
 }  // namespace fathom

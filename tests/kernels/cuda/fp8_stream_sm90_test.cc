@@ -295,7 +295,7 @@ TEST_F(Fp8StreamSm90Test, EveryNumberOfTokensUpToSeveralChunks) {
 TEST_F(Fp8StreamSm90Test, OneTileOfOneBlock) { Dense({1, 64, 128}, 3, OutputType::kF32); }
 
 TEST_F(Fp8StreamSm90Test, RaggedCountsPerExpert) {
-  for (int k : {128, 256, 640, 1408}) {
+  for (int k : {128, 256, 384, 512, 640, 1408}) {
     Grouped({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, 2, OutputType::kBf16, 8);
     Grouped({12, 384, k}, {0, 3, 7, 8, 2, 0, 0, 5, 8, 20, 4, 0}, 0, OutputType::kF32, 8);
     Grouped({12, 384, k}, {1, 0, 7, 16, 17, 0, 0, 33, 8, 2, 1, 64}, 4, OutputType::kBf16);
@@ -312,6 +312,12 @@ TEST_F(Fp8StreamSm90Test, FewRowsOf257Experts) {
   counts[256] = 64;
   Grouped({257, 512, 1024}, counts, 9, OutputType::kBf16);
   Grouped({257, 1024, 256}, counts, 0, OutputType::kBf16);
+}
+
+TEST_F(Fp8StreamSm90Test, ManyShortItemsForEachShare) {
+  std::vector<int> counts(60);
+  for (int& count : counts) count = static_cast<int>(random_() % 9);
+  for (int k : {128, 256, 512}) Grouped({60, 3584, k}, counts, 0, OutputType::kBf16, 8);
 }
 
 TEST_F(Fp8StreamSm90Test, OneExpertHasAllRows) {
