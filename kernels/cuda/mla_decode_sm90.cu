@@ -9,6 +9,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/mla_decode_combine.cuh"
 #include "kernels/cuda/mla_decode_schedule.cuh"
+#include "kernels/cuda/mla_decode_tiles.cuh"
 #include "kernels/cuda/sm90.cuh"
 #include "kernels/cuda/sm90_launch.h"
 
@@ -16,170 +17,13 @@ namespace fathom {
 namespace mla_decode {
 namespace {
 
-using sm90::BarrierArriveIf;
-using sm90::BarrierWait;
 using sm90::OperandA;
 using sm90::SharedAddress;
 using sm90::SyncThreads;
 using sm90::TileDescriptor;
 
-constexpr int kWidth = kRank + MlaDecodeSm90::kRopeHeadDim;  // 576
-
-// Tokens come to shared memory in groups of eight, nine panels of 64 columns each, the last with
-// the rotated key. So a tile of up to 64 tokens is eight groups a constant distance apart, whatever
-// the size of a KV block.
-constexpr int kPanels = kWidth / 64;
-constexpr int kLatentPanels = kPanels - 1;
-constexpr int kGroupTokens = 8;
-constexpr int kPanelBytes = kGroupTokens * sm90::kSwizzledRowBytes;
-constexpr int kGroupBytes = kPanels * kPanelBytes;
-constexpr int kQueryPanelBytes = kHeads * sm90::kSwizzledRowBytes;
 constexpr int kTileTokens = 64;
-constexpr int kStages = 3;
-constexpr int kConsumers = 128;            // one warpgroup
-constexpr int kThreads = kConsumers + 32;  // and a warp that copies
-constexpr int kAllConsumers = 1;           // named barrier; 2 and 3: halves while combining
 constexpr int kMaxCluster = 16;
-
-// What shared memory is left for beside the rest: 176 tokens, or 144 where peers send their sums.
-template <int kCluster>
-struct Ring {
-  static constexpr int kStageTokens = kCluster == 1 ? 64 : 48;
-  static constexpr int kLastStageTokens = 48;
-  static constexpr int kStageBytes = kStageTokens / kGroupTokens * kGroupBytes;
-  static constexpr int kBytes =
-      (kStages - 1) * kStageBytes + kLastStageTokens / kGroupTokens * kGroupBytes;
-
-  int stage = 0;
-  int parity = 0;
-
-  __device__ int Capacity() const { return stage == kStages - 1 ? kLastStageTokens : kStageTokens; }
-  __device__ void Next() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-struct Arguments {
-  MlaDecodeSm90::Layer layer;
-  int block_size;
-  float scale_log2;
-  Plan plan;
-  Partials partials;
-};
-
-// What the blocks of a cluster send each other: block r gets the r-th slice of everyone's sums.
-template <int kCluster>
-struct Received {
-  float4 sums[kCluster][kPositions / kCluster];
-  float4 largest[kCluster][4];  // per quad of heads
-  float4 totals[kCluster][4];
-};
-template <>
-struct Received<1> {};
-
-template <int kCluster>
-struct alignas(1024) SharedMemory {
-  unsigned char kv[Ring<kCluster>::kBytes];
-  // Directly behind kv: the products of a short last stage read on into it, for rows that are cut.
-  unsigned char query[kPanels * kQueryPanelBytes];
-  alignas(1024) unsigned char probabilities[kHeads * sm90::kSwizzledRowBytes];  // P', bf16
-  Received<kCluster> received;
-  float warp_values[4][kHeads];
-  uint64_t full[kStages];
-  uint64_t empty[kStages];
-  uint64_t arrived;     // what peers sent of the row
-  uint64_t peers_done;  // all blocks of the cluster have read what they were sent
-};
-static_assert(2 * kGroupBytes <= kPanels * kQueryPanelBytes);
-static_assert(2 * sizeof(CombineScratch) <= Ring<2>::kBytes);
-
-struct Range {
-  int begin, end;
-};
-
-// The tokens of an item that a block of the cluster takes.
-template <int kCluster>
-__device__ Range TokensOf(const Item& item, int rank) {
-  const int units = (item.end - item.begin + kUnitTokens - 1) / kUnitTokens;
-  return {item.begin + units * rank / kCluster * kUnitTokens,
-          min(item.end, item.begin + units * (rank + 1) / kCluster * kUnitTokens)};
-}
-
-__device__ Item ItemOf(const Plan& plan, const Share& share, int row) {
-  return row == share.first_row ? share.first : plan.later[row];
-}
-
-// --- the warp that copies
-
-// Where groups of eight tokens stand in the cache: each lane knows one of 32 and one of the next.
-struct Places {
-  const int* block_table;
-  int block_size;
-  Range tokens;
-  int now, next;
-
-  __device__ int Find(int group) const {
-    const int token = tokens.begin + group * kGroupTokens;
-    if (token >= tokens.end) return 0;
-    return block_table[token / block_size] * block_size + token % block_size;
-  }
-  __device__ void Begin(int lane) {
-    now = Find(lane);
-    next = Find(32 + lane);
-  }
-  // Of the lane-th group from `group` on, lane < 8; called with ascending groups.
-  __device__ int At(int group, int lane) const {
-    const int wanted = group % 32 + lane;
-    const int from_now = __shfl_sync(~0u, now, wanted % 32);
-    const int from_next = __shfl_sync(~0u, next, wanted % 32);
-    return wanted < 32 ? from_now : from_next;
-  }
-  __device__ void Advance(int group, int groups, int lane) {
-    if (group / 32 == (group + groups) / 32) return;
-    now = next;
-    next = Find((group + groups) / 32 * 32 + 32 + lane);
-  }
-};
-
-template <int kCluster>
-__device__ void CopyTiles(const CUtensorMap& map, const Arguments& arguments, const Share& share,
-                          int rank, int lane, SharedMemory<kCluster>& shared) {
-  const MlaDecodeSm90::Layer& layer = arguments.layer;
-  const uint64_t policy = sm90::EvictFirstPolicy();
-  bool waited = layer.start != MlaDecodeSm90::Start::kEarly;
-  Ring<kCluster> ring;
-  for (int row = share.first_row; row <= share.last_row; ++row) {
-    const Item item = ItemOf(arguments.plan, share, row);
-    const Range tokens = TokensOf<kCluster>(item, rank);
-    Places places = {layer.block_tables + int64_t{item.sequence} * layer.max_blocks,
-                     arguments.block_size, tokens};
-    places.Begin(lane);
-    int group = 0;
-    for (int token = tokens.begin; token < tokens.end; ring.Next()) {
-      const int count = min(ring.Capacity(), tokens.end - token);
-      if (!waited && token + count > item.fresh) {
-        sm90::WaitForPredecessors();
-        waited = true;
-      }
-      const int groups = (count + kGroupTokens - 1) / kGroupTokens;
-      const int place = places.At(group, lane);
-      uint64_t* full = &shared.full[ring.stage];
-      BarrierWait(&shared.empty[ring.stage], ring.parity ^ 1);
-      if (lane == 0) sm90::BarrierExpectBytes(full, groups * kGroupBytes);
-      __syncwarp();
-      if (lane < groups) {
-        sm90::CopyPanels(shared.kv + ring.stage * Ring<kCluster>::kStageBytes + lane * kGroupBytes,
-                         &map, place, full, policy);
-      }
-      places.Advance(group, groups, lane);
-      group += groups;
-      token += count;
-    }
-  }
-}
 
 // --- the warpgroup that computes
 
@@ -346,14 +190,14 @@ __device__ void Accumulate(uint32_t kv, uint32_t probabilities, State& state) {
 }
 
 // The tokens [begin, end) of a row, from the ring.
-template <int kCluster>
-__device__ void Attend(Range tokens, float scale_log2, const Place& place, Ring<kCluster>& ring,
-                       SharedMemory<kCluster>& shared, State& state) {
+template <typename Form>
+__device__ void Attend(Range tokens, float scale_log2, const Place& place, Ring<Form>& ring,
+                       SharedMemory<Form>& shared, State& state) {
   const uint32_t query = SharedAddress(shared.query);
   const uint32_t probabilities = SharedAddress(shared.probabilities);
   for (int token = tokens.begin; token < tokens.end; ring.Next()) {
     const int count = min(ring.Capacity(), tokens.end - token);
-    unsigned char* tile = shared.kv + ring.stage * Ring<kCluster>::kStageBytes;
+    unsigned char* tile = shared.kv + ring.stage * Ring<Form>::kStageBytes;
     const uint32_t kv = SharedAddress(tile);
     float scores[8];
     BarrierWait(&shared.full[ring.stage], ring.parity);
@@ -444,10 +288,10 @@ __device__ void WritePart(const State& state, const Place& place, const CutRow& 
 }
 
 // To each block of the cluster its slice.
-template <int kCluster>
+template <typename Form>
 __device__ void SendToPeers(const State& state, const Place& place, int rank,
-                            SharedMemory<kCluster>& shared) {
-  constexpr int kColumns = kRank / kCluster;
+                            SharedMemory<Form>& shared) {
+  constexpr int kCluster = Form::kCluster, kColumns = kRank / kCluster;
   const uint32_t barrier = SharedAddress(&shared.arrived);
   if (place.thread == 0) {
     sm90::BarrierExpectBytes(&shared.arrived, sizeof(shared.received));
@@ -524,15 +368,16 @@ __device__ void WriteReceived(const Received<kCluster>& received, const Place& p
 
 // --- the kernel
 
-template <int kCluster>
+template <typename Form>
 __device__ void AttendAll(const Arguments& arguments, const Share& share, int rank,
-                          const Place& place, SharedMemory<kCluster>& shared) {
+                          const Place& place, SharedMemory<Form>& shared) {
+  constexpr int kCluster = Form::kCluster;
   const MlaDecodeSm90::Layer& layer = arguments.layer;
   const Partials& partials = arguments.partials;
   const int my_share = blockIdx.x / kCluster;
   CutRow pending[2];
   int num_pending = 0;
-  Ring<kCluster> ring;
+  Ring<Form> ring;
   for (int row = share.first_row; row <= share.last_row; ++row) {
     const Item item = ItemOf(arguments.plan, share, row);
     const CutRow cut = {item.token, my_share - item.part, item.num_parts, item.part};
@@ -576,19 +421,27 @@ __device__ void AttendAll(const Arguments& arguments, const Share& share, int ra
                     layer.out + int64_t{row.token} * kHeads * kRank);
 }
 
-template <int kCluster>
-__global__ __launch_bounds__(kThreads, 1) void DecodeKernel(const __grid_constant__ CUtensorMap map,
-                                                            const Arguments arguments) {
+template <typename Form>
+__global__ __launch_bounds__(Form::kThreads,
+                             1) void DecodeKernel(const __grid_constant__ CUtensorMap map,
+                                                  const Arguments arguments) {
+  constexpr int kCluster = Form::kCluster;
   extern __shared__ unsigned char dynamic_shared[];
-  auto& shared = sm90::AtFirstTile<SharedMemory<kCluster>>(dynamic_shared);
+  auto& shared = sm90::AtFirstTile<SharedMemory<Form>>(dynamic_shared);
   const Place place = {static_cast<int>(threadIdx.x), static_cast<int>(threadIdx.x) / 32,
                        static_cast<int>(threadIdx.x) % 32};
   const int rank = kCluster == 1 ? 0 : sm90::ClusterRank();
   if (place.thread == kConsumers) {
-    sm90::PrefetchMap(&map);
-    for (int i = 0; i < kStages; ++i) {
-      sm90::BarrierInit(&shared.full[i], 1);
+    if (!Form::kConverts) sm90::PrefetchMap(&map);
+    for (int i = 0; i < Form::kStages; ++i) {
+      sm90::BarrierInit(&shared.full[i], Form::kConverts ? kConverters / 32 : 1);
       sm90::BarrierInit(&shared.empty[i], kConsumers / 32);
+    }
+    if constexpr (Form::kConverts) {
+      for (int i = 0; i < kStoredGroups; ++i) {
+        sm90::BarrierInit(&shared.stored.full[i], 1);
+        sm90::BarrierInit(&shared.stored.empty[i], kConverters / 32);
+      }
     }
     sm90::BarrierInit(&shared.arrived, 1);
     sm90::BarrierInit(&shared.peers_done, kCluster);
@@ -600,16 +453,24 @@ __global__ __launch_bounds__(kThreads, 1) void DecodeKernel(const __grid_constan
   __syncthreads();
   if constexpr (kCluster > 1) sm90::ClusterArrive();
   if (place.thread >= kConsumers) {
-    CopyTiles<kCluster>(map, arguments, share, rank, place.lane, shared);
+    if constexpr (Form::kConverts) sm90::SetRegisters<80, false>();
+    if (place.warp == Form::kCopyWarp) {
+      CopyTiles<Form>(map, arguments, share, rank, place.lane, shared);
+    } else if constexpr (Form::kConverts) {
+      if (place.thread >= Form::kFirstConverter) {
+        ConvertTiles<Form>(arguments, share, rank, place.thread - Form::kFirstConverter, shared);
+      }
+    }
     return;
   }
+  if constexpr (Form::kConverts) sm90::SetRegisters<232, true>();
   if (early) sm90::WaitForPredecessors();
   sm90::LetDependentsLaunch();
-  AttendAll<kCluster>(arguments, share, rank, place, shared);
+  AttendAll<Form>(arguments, share, rank, place, shared);
 }
 
-template <int kCluster>
-constexpr int kSharedBytes = sizeof(SharedMemory<kCluster>) + sm90::kTileAlignment;
+template <typename Form>
+constexpr int kSharedBytes = sizeof(SharedMemory<Form>) + sm90::kTileAlignment;
 
 // --- clusters
 
@@ -630,27 +491,41 @@ auto WithCluster(int cluster, Fn fn) {
   }
 }
 
-// How many clusters of a size run at once; the kernel's blocks wait for each other.
+// The instance of this form, ready to be launched.
+template <typename Form>
+auto* KernelOf() {
+  static_assert(kSharedBytes<Form> <= 227 * 1024);
+  static const bool prepared = [] {
+    const auto* kernel = reinterpret_cast<const void*>(DecodeKernel<Form>);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    kSharedBytes<Form>));
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    return true;
+  }();
+  (void)prepared;
+  return DecodeKernel<Form>;
+}
+
+// How many clusters of a size run at once, whatever the cache: one block fills a multiprocessor.
+// The kernel's blocks wait for each other.
 template <int kCluster>
 int ResidentClusters(int num_multiprocessors) {
-  const auto* kernel = reinterpret_cast<const void*>(DecodeKernel<kCluster>);
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kSharedBytes<kCluster>));
+  using Form = FormOf<kCluster, CacheType::kBf16>;
   if constexpr (kCluster == 1) {
     return num_multiprocessors;
   } else {
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {kCluster, 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(num_multiprocessors / kCluster * kCluster);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kSharedBytes<kCluster>;
+    config.blockDim = dim3(Form::kThreads);
+    config.dynamicSmemBytes = kSharedBytes<Form>;
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(
+        &clusters, reinterpret_cast<const void*>(KernelOf<Form>()), &config));
     return std::min(clusters, num_multiprocessors / kCluster);
   }
 }
@@ -720,16 +595,23 @@ MlaDecodeSm90::MlaDecodeSm90(void* workspace, int num_layers, int num_multiproce
   CHECK_LE(num_multiprocessors, mla_decode::kMaxShares);
 }
 
-MlaDecodeSm90::CacheMap MlaDecodeSm90::MapCache(void* cache, int64_t num_blocks, int block_size) {
+MlaDecodeSm90::CacheMap MlaDecodeSm90::MapCache(void* cache, CacheType type, int64_t num_blocks,
+                                                int block_size) {
   CHECK_EQ(block_size % kBlockSizeUnit, 0);
-  return {.tokens = sm90::MapPanels({.data = cache,
-                                     .type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                     .element_bytes = 2,
-                                     .rows = num_blocks * block_size,
-                                     .columns = mla_decode::kWidth,
-                                     .box_rows = mla_decode::kGroupTokens,
-                                     .box_columns = 64}),
-          .block_size = block_size};
+  CHECK_EQ(reinterpret_cast<uintptr_t>(cache) % 16, 0);
+  CacheMap map = {.type = type, .block_size = block_size};
+  if (type == CacheType::kFp8) {
+    map.stored = static_cast<const unsigned char*>(cache);
+  } else {
+    map.tokens = sm90::MapPanels({.data = cache,
+                                  .type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                                  .element_bytes = 2,
+                                  .rows = num_blocks * block_size,
+                                  .columns = mla_decode::kWidth,
+                                  .box_rows = mla_decode::kGroupTokens,
+                                  .box_columns = 64});
+  }
+  return map;
 }
 
 void MlaDecodeSm90::Schedule(const Rows& rows, cudaStream_t stream) const {
@@ -747,6 +629,7 @@ void MlaDecodeSm90::Run(const CacheMap& cache, const Layer& layer, cudaStream_t 
   const mla_decode::Workspace workspace =
       mla_decode::Divide(workspace_, num_layers_, num_multiprocessors_);
   mla_decode::Arguments arguments = {.layer = layer,
+                                     .stored = cache.stored,
                                      .block_size = cache.block_size,
                                      .scale_log2 = layer.scale * static_cast<float>(M_LOG2E),
                                      .plan = workspace.plan,
@@ -755,14 +638,19 @@ void MlaDecodeSm90::Run(const CacheMap& cache, const Layer& layer, cudaStream_t 
   const auto [cluster, num_clusters] =
       mla_decode::DivisionFor(layer.num_rows, num_multiprocessors_);
   const int blocks = cluster * num_clusters;
-  mla_decode::WithCluster(cluster, [&](auto size) {
-    cuda::LaunchDependent(mla_decode::DecodeKernel<size>,
+  const auto launch = [&](auto form) {
+    using Form = decltype(form);
+    cuda::LaunchDependent(mla_decode::KernelOf<Form>(),
                           {.blocks = dim3(blocks),
-                           .threads = dim3(mla_decode::kThreads),
-                           .shared_bytes = mla_decode::kSharedBytes<size>,
-                           .cluster = size},
+                           .threads = dim3(Form::kThreads),
+                           .shared_bytes = mla_decode::kSharedBytes<Form>,
+                           .cluster = Form::kCluster},
                           stream, cache.tokens, arguments);
     return 0;
+  };
+  mla_decode::WithCluster(cluster, [&](auto size) {
+    return cache.type == CacheType::kFp8 ? launch(mla_decode::FormOf<size, CacheType::kFp8>{})
+                                         : launch(mla_decode::FormOf<size, CacheType::kBf16>{});
   });
 }
 

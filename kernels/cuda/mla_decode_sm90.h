@@ -1,5 +1,5 @@
 // Decoding with multi-head latent attention on Hopper: few query tokens per sequence, 16 heads (one
-// rank of DeepSeek-V3 at tensor-parallel 8), a BF16 latent cache.
+// rank of DeepSeek-V3 at tensor-parallel 8), a BF16 or FP8 latent cache.
 //
 // The work of a step is rows: a query token, a block table and how many cached tokens it sees. The
 // cache is read once per row and every byte is worth only 2 · 16 · (576 + 512) / 1152 ≈ 30 FLOP, so
@@ -31,13 +31,17 @@ class MlaDecodeSm90 {
   static constexpr int kBlockSizeUnit = 16;  // tokens per KV block: a multiple of this
   static constexpr int kMaxRows = 1024;
 
-  // How the copy engine sees one layer of the cache, [num_blocks, block_size, 576] bf16. Made once
-  // per layer.
+  // BF16: [num_blocks, block_size, 576]. FP8: [num_blocks, block_size, 656] bytes, see
+  // Ops::MlaAttention.
+  enum class CacheType { kBf16, kFp8 };
+  // How the kernel sees one layer of the cache. Made once per layer; `cache` 16-byte aligned.
   struct CacheMap {
-    CUtensorMap tokens;
-    int block_size;
+    CUtensorMap tokens = {};                // BF16
+    const unsigned char* stored = nullptr;  // FP8
+    CacheType type = CacheType::kBf16;
+    int block_size = 0;
   };
-  static CacheMap MapCache(void* cache, int64_t num_blocks, int block_size);
+  static CacheMap MapCache(void* cache, CacheType type, int64_t num_blocks, int block_size);
 
   // Device memory that the calls below share; contents need not survive between steps.
   static int64_t WorkspaceBytes(int num_layers, int num_multiprocessors);

@@ -234,7 +234,6 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
   }
   // Every sequence has a token, so as many tokens as sequences are one each.
   const bool is_decode = q.dim(0) == sequences;
-  if (is_fp8 && step_.num_rows() > 0) return false;  // decoding reads BF16 alone
   const bool is_dense = q.dense() && positions.stride(0) == 1 && out.values.dense() &&
                         (!out.quantized() || out.scales.dense());
   if (!is_decode && !is_dense) return false;
@@ -264,18 +263,20 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
       cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope);
   absorption.tokens = tokens;
   cuda::Absorb(absorption, TakePrefetches(rows), stream_);
-  step_.decode().Run(Decode::MapCache(cache.raw(), cache.dim(0), batch.block_size),
-                     {.index = layer,
-                      .num_rows = static_cast<int>(rows),
-                      .q_latent = static_cast<const __nv_bfloat16*>(latents.q_latent.raw()),
-                      .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
-                      .block_tables = batch.block_tables.data<int32_t>(),
-                      .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-                      .scale = scale,
-                      .out = static_cast<__nv_bfloat16*>(latents.latent.raw()),
-                      // Absorb lets it begin only after it waited itself.
-                      .start = Decode::Start::kEarly},
-                     stream_);
+  step_.decode().Run(
+      Decode::MapCache(cache.raw(), is_fp8 ? Decode::CacheType::kFp8 : Decode::CacheType::kBf16,
+                       cache.dim(0), batch.block_size),
+      {.index = layer,
+       .num_rows = static_cast<int>(rows),
+       .q_latent = static_cast<const __nv_bfloat16*>(latents.q_latent.raw()),
+       .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
+       .block_tables = batch.block_tables.data<int32_t>(),
+       .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
+       .scale = scale,
+       .out = static_cast<__nv_bfloat16*>(latents.latent.raw()),
+       // Absorb lets it begin only after it waited itself.
+       .start = Decode::Start::kEarly},
+      stream_);
   cuda::ValueProjection projection = cuda::ProjectionOf(latents.latent, weights, out);
   projection.tokens = tokens;
   cuda::Project(projection, stream_);

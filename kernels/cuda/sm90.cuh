@@ -74,6 +74,17 @@ __device__ inline void FenceForAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// How many registers each thread of this warpgroup has from here on: more, once others have given
+// some back, or less.
+template <int kRegisters, bool kMore>
+__device__ inline void SetRegisters() {
+  if constexpr (kMore) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+  }
+}
+
 // --- clusters: blocks that write into each other's shared memory
 
 __device__ inline int ClusterRank() {
@@ -188,6 +199,15 @@ __device__ inline void CopyBoxToCluster(void* target, const CUtensorMap* map, in
       ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(
           SharedAddress(target)),
       "l"(map), "r"(SharedAddress(barrier)), "r"(column), "r"(row), "h"(blocks), "l"(policy)
+      : "memory");
+}
+// Consecutive bytes, a multiple of 16, both ends 16-byte aligned.
+__device__ inline void CopyBytes(void* target, const void* source, int num_bytes, uint64_t* barrier,
+                                 uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(target)),
+      "l"(source), "r"(num_bytes), "r"(SharedAddress(barrier)), "l"(policy)
       : "memory");
 }
 // 16 bytes, by the thread itself; see BarrierArriveAfterCopies. FenceForAsyncProxy before wgmma.

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/mla_decode_sm90.h"
 
+#include <cuda_fp8.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -24,8 +25,11 @@ constexpr int kHeads = MlaDecodeSm90::kHeads;
 constexpr int kRank = MlaDecodeSm90::kKvLoraRank;
 constexpr int kRope = MlaDecodeSm90::kRopeHeadDim;
 constexpr int kWidth = kRank + kRope;
+constexpr int kGroup = 128;  // codes under one factor of an FP8 cache
+constexpr int kKeyAt = kRank + kRank / kGroup * 4, kFp8TokenBytes = kKeyAt + kRope * 2;
 
 using Bf16 = __nv_bfloat16;
+using CacheType = MlaDecodeSm90::CacheType;
 
 class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
  protected:
@@ -39,6 +43,7 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
   // What is decoded beside the lengths of the sequences.
   struct Options {
     int block_size = 64;
+    CacheType cache = CacheType::kBf16;
     // The last tokens of a sequence that are rows of this step: each sees those before it.
     std::vector<int> new_tokens = {1};  // of sequence s: entry s % size
     MlaDecodeSm90::Start start = MlaDecodeSm90::Start::kAfterPredecessors;
@@ -46,6 +51,7 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
 
   // Decodes sequences of these lengths; where the cache holds nothing there is NaN.
   void Decode(const std::vector<int>& context_lens, const Options& options) {
+    cache_type_ = options.cache;
     MakeCache(context_lens, options.block_size);
     MakeRows(context_lens, options.new_tokens);
     const int n = static_cast<int>(lens_.size());
@@ -54,11 +60,12 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
 
     const int sms = device_.multiProcessorCount;
     const DeviceArray<char> workspace(MlaDecodeSm90::WorkspaceBytes(2, sms));
-    const DeviceArray<Bf16> cache(cache_), q_latent(q_latent_), q_rope(q_rope_);
+    const DeviceArray<uint8_t> cache(cache_);
+    const DeviceArray<Bf16> q_latent(q_latent_), q_rope(q_rope_);
     const DeviceArray<int> tables(tables_), lens(lens_), sequences(sequences_), tokens(tokens_);
     const MlaDecodeSm90 decode(workspace.data(), 2, sms);
-    const auto map =
-        MlaDecodeSm90::MapCache(cache.data(), cache_.size() / kWidth / block_size_, block_size_);
+    const auto map = MlaDecodeSm90::MapCache(
+        cache.data(), cache_type_, cache_.size() / TokenBytes() / block_size_, block_size_);
     const bool identity = n == static_cast<int>(context_lens.size());
     decode.Schedule({.count = n,
                      .context_lens = lens.data(),
@@ -91,6 +98,65 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
   }
   void Decode(const std::vector<int>& context_lens) { Decode(context_lens, Options()); }
 
+  // Random tokens as the cache stores them, all different.
+  class TokenPool {
+   public:
+    explicit TokenPool(MlaDecodeSm90Test& test) : values_(test.Normals(1 << 20)) {
+      if (test.cache_type_ == CacheType::kBf16) return;
+      codes_.resize(values_.size() / kGroup * kGroup);
+      for (size_t i = 0; i < codes_.size(); ++i) {
+        codes_[i] = __nv_fp8_e4m3(__bfloat162float(values_[i]) * 100.0f).__x;  // most below 448
+      }
+    }
+    void Draw(MlaDecodeSm90Test& test, uint8_t* token) const {
+      const auto copy_values = [&](int count, uint8_t* to) {
+        const size_t from = test.random_() % (values_.size() - count);
+        std::memcpy(to, &values_[from], count * sizeof(Bf16));
+      };
+      if (codes_.empty()) {
+        copy_values(kWidth, token);
+        return;
+      }
+      std::memcpy(token, &codes_[test.random_() % (codes_.size() - kRank)], kRank);
+      for (int i = 0; i < kRank / kGroup; ++i) {
+        const float factor = 0.005f + 0.01f * static_cast<float>(test.random_() % 1000) / 1000;
+        std::memcpy(token + kRank + i * 4, &factor, sizeof factor);
+      }
+      copy_values(kRope, token + kKeyAt);
+    }
+
+   private:
+    std::vector<Bf16> values_;
+    std::vector<uint8_t> codes_;  // FP8
+  };
+
+  int TokenBytes() const {
+    return cache_type_ == CacheType::kFp8 ? kFp8TokenBytes
+                                          : kWidth * static_cast<int>(sizeof(Bf16));
+  }
+
+  // The latent and key that stand there.
+  std::vector<float> TokenAt(size_t place) const {
+    const uint8_t* token = &cache_[place];
+    std::vector<float> values(kWidth);
+    const bool is_fp8 = cache_type_ == CacheType::kFp8;
+    for (int i = 0; i < kWidth; ++i) {
+      if (is_fp8 && i < kRank) {
+        __nv_fp8_e4m3 code;
+        code.__x = token[i];
+        float factor;
+        std::memcpy(&factor, token + kRank + i / kGroup * 4, sizeof factor);
+        values[i] = static_cast<float>(code) * factor;
+      } else {
+        Bf16 value;
+        std::memcpy(&value, is_fp8 ? token + kKeyAt + (i - kRank) * 2 : token + i * 2,
+                    sizeof value);
+        values[i] = __bfloat162float(value);
+      }
+    }
+    return values;
+  }
+
   void MakeCache(const std::vector<int>& context_lens, int block_size) {
     block_size_ = block_size;
     const auto blocks_of = [&](int len) { return (len + block_size - 1) / block_size; };
@@ -101,16 +167,15 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     std::iota(ids.begin(), ids.end(), 0);
     std::shuffle(ids.begin(), ids.end(), random_);
     tables_.assign(context_lens.size() * max_blocks_, 1 << 30);  // no block: must not be read
-    cache_.assign((used + 3) * static_cast<size_t>(block_size) * kWidth, __float2bfloat16(NAN));
-    const std::vector<Bf16> pool = Normals(1 << 20);
+    cache_.assign((used + 3) * static_cast<size_t>(block_size) * TokenBytes(), 0xFF);  // NaN
+    const TokenPool pool(*this);
     size_t next = 0;
     for (size_t s = 0; s < context_lens.size(); ++s) {
       for (int b = 0; b < blocks_of(context_lens[s]); ++b) {
         tables_[s * max_blocks_ + b] = ids[next++];
       }
-      for (int t = 0; t < context_lens[s]; ++t) {  // longer than the pool is wide: all different
-        std::copy_n(&pool[random_() % (pool.size() - kWidth)], kWidth,
-                    &cache_[Place(static_cast<int>(s), t)]);
+      for (int t = 0; t < context_lens[s]; ++t) {
+        pool.Draw(*this, &cache_[Place(static_cast<int>(s), t)]);
       }
     }
   }
@@ -133,7 +198,7 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
 
   size_t Place(int sequence, int position) const {
     const int block = tables_[sequence * max_blocks_ + position / block_size_];
-    return (static_cast<size_t>(block) * block_size_ + position % block_size_) * kWidth;
+    return (static_cast<size_t>(block) * block_size_ + position % block_size_) * TokenBytes();
   }
 
   // ‖out − reference‖ / ‖reference‖ of one head of one row.
@@ -142,14 +207,13 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     const Bf16* latent = &q_latent_[(static_cast<size_t>(tokens_[row]) * kHeads + head) * kRank];
     const Bf16* rope = &q_rope_[(static_cast<size_t>(tokens_[row]) * kHeads + head) * kRope];
     std::vector<double> weights(len);
+    std::vector<std::vector<float>> tokens(len);
     for (int t = 0; t < len; ++t) {
-      const Bf16* kv = &cache_[Place(sequences_[row], t)];
+      tokens[t] = TokenAt(Place(sequences_[row], t));
       double score = 0;
-      for (int i = 0; i < kRank; ++i) {
-        score += double{__bfloat162float(latent[i])} * __bfloat162float(kv[i]);
-      }
+      for (int i = 0; i < kRank; ++i) score += double{__bfloat162float(latent[i])} * tokens[t][i];
       for (int i = 0; i < kRope; ++i) {
-        score += double{__bfloat162float(rope[i])} * __bfloat162float(kv[kRank + i]);
+        score += double{__bfloat162float(rope[i])} * tokens[t][kRank + i];
       }
       weights[t] = score * kScale;
     }
@@ -158,8 +222,7 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     for (double& weight : weights) sum += weight = std::exp(weight - largest);
     std::vector<double> expected(kRank);
     for (int t = 0; t < len; ++t) {
-      const Bf16* kv = &cache_[Place(sequences_[row], t)];
-      for (int i = 0; i < kRank; ++i) expected[i] += weights[t] / sum * __bfloat162float(kv[i]);
+      for (int i = 0; i < kRank; ++i) expected[i] += weights[t] / sum * tokens[t][i];
     }
     double difference = 0, norm = 0;
     for (int i = 0; i < kRank; ++i) {
@@ -171,10 +234,11 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     return std::sqrt(difference / norm);
   }
 
-  // The output is rounded to BF16 once (relative 2⁻⁹ at most, 2⁻⁹/√3 = 1.1e-3 in the mean) and so
-  // is each probability (the same size, averaging out): √2 · 1.1e-3 = 1.6e-3; twice that is the
-  // bound.
-  static constexpr double kTolerance = 3.2e-3;
+  // Rounding random numbers to BF16 costs 1.7e-3 in the mean, relative (2⁻⁸/√3 for mantissas near
+  // one, less for others). The output is rounded once, and so is each probability, averaging out
+  // but for the largest, which is exact: 1.9e-3, seldom 2.9e-3. From an FP8 cache each latent is
+  // rounded too: √3 · 1.7e-3 = 2.9e-3, of which twice is the bound.
+  double Tolerance() const { return cache_type_ == CacheType::kFp8 ? 5.8e-3 : 3.2e-3; }
   static constexpr float kScale = 0.1352337788608801f / 8;  // random scores spread like real ones
 
   void ExpectAllClose(int most_rows = 1 << 30) {
@@ -184,7 +248,7 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     which.resize(std::min<size_t>(which.size(), most_rows));
     for (int row : which) {
       for (int head : {0, 5, 10, 15}) {
-        EXPECT_LT(Error(row, head), kTolerance)  // false for NaN
+        EXPECT_LT(Error(row, head), Tolerance())  // false for NaN
             << "row " << row << ", head " << head << ", " << lens_[row] << " tokens";
       }
     }
@@ -199,7 +263,9 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
   int block_size_ = 0, max_blocks_ = 0;
   std::vector<int> tables_;
   std::vector<int> lens_, sequences_, tokens_;  // of each row
-  std::vector<Bf16> cache_, q_latent_, q_rope_, out_;
+  CacheType cache_type_ = CacheType::kBf16;
+  std::vector<uint8_t> cache_;
+  std::vector<Bf16> q_latent_, q_rope_, out_;
 };
 
 TEST_F(MlaDecodeSm90Test, OneTokenIsItsOwnLatent) {
@@ -245,8 +311,8 @@ TEST_F(MlaDecodeSm90Test, AFewLongSequencesAmongManyShortOnes) {
     lens.back() = 9'000;
     Decode(lens);
     ExpectAllClose(12);
-    EXPECT_LT(Error(count / 2, 3), kTolerance);
-    EXPECT_LT(Error(count - 1, 3), kTolerance);
+    EXPECT_LT(Error(count / 2, 3), Tolerance());
+    EXPECT_LT(Error(count - 1, 3), Tolerance());
   }
 }
 
@@ -260,6 +326,27 @@ TEST_F(MlaDecodeSm90Test, SeveralTokensOfASequenceSeeThoseBeforeThem) {
   ExpectAllClose();
   Decode(RandomLens(70, 900), {.block_size = 16, .new_tokens = {1, 1, 9, 16}});
   ExpectAllClose(60);
+}
+
+// All that differs between the kinds of cache: tiles of other sizes, tokens that end within a pair,
+// a group, a tile; rows in clusters of every size, cut and whole, that share the rings.
+TEST_F(MlaDecodeSm90Test, FromAnFp8Cache) {
+  std::vector<int> lens(200);
+  std::iota(lens.begin(), lens.end(), 1);
+  for (int block_size : {16, 64}) {
+    Decode(lens, {.block_size = block_size, .cache = CacheType::kFp8});
+    ExpectAllClose(200);
+  }
+  for (int count : {1, 2, 7, 8, 15, 16, 30, 33, 64, 65, 66, 132, 133, 256}) {
+    Decode(RandomLens(count, 3000), {.block_size = count % 2 == 0 ? 64 : 32,
+                                     .cache = CacheType::kFp8,
+                                     .start = MlaDecodeSm90::Start::kEarly});
+    ExpectAllClose(8);
+  }
+  Decode({131'072}, {.block_size = 128, .cache = CacheType::kFp8});
+  ExpectAllClose();
+  Decode({40, 1, 700, 16, 2000}, {.cache = CacheType::kFp8, .new_tokens = {16, 1, 5, 16, 2}});
+  ExpectAllClose();
 }
 
 TEST_F(MlaDecodeSm90Test, AnEarlyStartGivesTheSame) {
