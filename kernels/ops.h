@@ -177,11 +177,6 @@ class Ops {
   // by what the host reads in `batch`, unless it holds for every step of these shapes. Of a
   // recorded step all sequences have one token. BeginStep itself is never recorded.
   virtual void BeginStep(const AttentionBatch& batch) = 0;
-  // After the last operation of a step: what Prefetch queued beside them ends before what follows.
-  virtual void EndStep() {}
-
-  // This weight will be read soon; a hint that costs nothing to ignore.
-  virtual void Prefetch(const Tensor& weight) = 0;
 
   // out[t] = table[token_ids[t] - first_row]; zero where this rank does not hold the row.
   //   token_ids [T] i32   table [rows, H] f32 or bf16   out [T, H] act

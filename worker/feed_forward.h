@@ -84,8 +84,6 @@ class RoutedExperts {
   bool has_shared_experts() const { return routing_.num_shared_experts > 0; }
 
   InputForms FormsOf(const LinearInputs& x) const;
-  // The router's weights will be read soon.
-  void Prefetch(Ops& ops) const { ops.Prefetch(gate_); }
 
   // out = this rank's part of Σ weight * expert(x) over the experts of each token, plus what is in
   // `out` if `accumulate`.
@@ -120,10 +118,6 @@ class FeedForward {
   void AddWeights(WeightLoader& loader);
   // What Forward reads of such an x. REQUIRES: the weights are loaded.
   InputForms FormsOf(const LinearInputs& x) const;
-  // The weights that Forward reads first will be read soon, if they are few.
-  void Prefetch(Ops& ops) const {
-    if (experts_.has_value()) experts_->Prefetch(ops);
-  }
 
   // x [T, H], normed   out [T, H] act: this rank's part; the sum over ranks is the whole
   void Forward(const LinearInputs& x, const FeedForwardScratch& scratch, Ops& ops,

@@ -84,8 +84,6 @@ void MlaAttention::Forward(const LinearInputs& x, const AttentionStep& step, con
     ops.Linear(x.For(q_proj_), q_proj_, q);
   }
 
-  // Attention over few tokens leaves memory idle, which can bring what follows.
-  ops.Prefetch(o_proj_.values);
   ops.MlaAttention(q.SplitLast(heads_.size(), config_.qk_head_dim()), {w_uk_, w_uv_},
                    step.positions, step.cos_sin, cache, step.batch, config_.SoftmaxScale(),
                    out_heads.For(o_proj_));

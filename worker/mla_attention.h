@@ -49,8 +49,6 @@ class MlaAttention {
 
   // What Forward reads of such an x. REQUIRES: the weights are loaded.
   InputForms FormsOf(const LinearInputs& x) const;
-  // The weights that Forward reads first will be read soon.
-  void Prefetch(Ops& ops) const { qkv_a_proj_.Prefetch(ops); }
 
   // Stores the latents of x's tokens in `cache` and attends.
   //   x [T, H], normed   cache: of KvCache

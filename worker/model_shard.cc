@@ -380,18 +380,13 @@ absl::Status LoadedModelShard::QueueStep(const KvCache& kv_cache, Communicator& 
       branch = Wanted(branch, activations_.last_branch);
       normed = normed.Rows(wanted);
     }
-    // What ranks say to each other leaves memory idle, which can bring the router's weights.
-    layer.mlp.Prefetch(ops_);
     RETURN_IF_ERROR(add_branch_and_norm(layer.post_attention_layernorm, layer.mlp.FormsOf(normed)));
-    // Experts end one after another; meanwhile the next layer's first weights can come.
-    if (i + 1 < config_.num_hidden_layers) weights_.layers[i + 1]->self_attn.Prefetch(ops_);
     layer.mlp.Forward(normed, activations_.feed_forward, ops_, branch);
   }
   if (wanted > 0) {
     RETURN_IF_ERROR(add_branch_and_norm(weights_.norm, {.plain = true}));
     RETURN_IF_ERROR(QueueHead(normed.plain.values, communicator));
   }
-  ops_.EndStep();
   return absl::OkStatus();
 }
 

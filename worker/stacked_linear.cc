@@ -70,8 +70,4 @@ void StackedLinear::Multiply(const LinearInputs& x, const ExpertGroups& groups, 
   CHECK_EQ(column, out.dim(1));
 }
 
-void StackedLinear::Prefetch(Ops& ops) const {
-  for (const Weight& weight : weights_) ops.Prefetch(weight.values);
-}
-
 }  // namespace fathom

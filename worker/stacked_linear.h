@@ -59,7 +59,6 @@ class StackedLinear {
   // The same for experts, as Ops::GroupedLinear.
   void Multiply(const LinearInputs& x, const ExpertGroups& groups, int num_choices, Ops& ops,
                 const Tensor& out) const;
-  void Prefetch(Ops& ops) const;
 
  private:
   std::vector<Weight> weights_;

@@ -21,7 +21,6 @@ class CpuOps final : public Ops {
       : threads_(num_threads), scratch_(static_cast<size_t>(num_threads)) {}
 
   void BeginStep(const AttentionBatch&) override {}
-  void Prefetch(const Tensor&) override {}
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override;
   void AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight, float eps,

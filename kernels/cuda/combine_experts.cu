@@ -4,7 +4,6 @@
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/expert_chunks.h"
-#include "kernels/cuda/prefetch.cuh"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -18,16 +17,10 @@ template <typename Act, bool kAligned>
 __global__ __launch_bounds__(kThreads, 8) void CombineKernel(Rows<const Act> y, const int* places,
                                                              const float* weights, int choices,
                                                              bool accumulate, Rows<Act> out,
-                                                             int num_rows, int size,
-                                                             const PrefetchList prefetch) {
+                                                             int size) {
   LetDependentsLaunch();
   const int parts = (size + kThreads * kEight - 1) / (kThreads * kEight);
   const int64_t token = blockIdx.x / parts;
-  if (token >= num_rows) {
-    Prefetch(prefetch, blockIdx.x - num_rows * parts);
-    WaitForPredecessors();
-    return;
-  }
   const int column = (blockIdx.x % parts * kThreads + threadIdx.x) * kEight;
   const int count = size - column;
   WaitForPredecessors();
@@ -75,17 +68,15 @@ void CudaOps::CombineExperts(const Tensor& y, const Routes& routes, bool accumul
   const int64_t experts = routes.groups.offsets.dim(0) - 1;
   const int* places = routes.groups.notes.data<int32_t>() + PlacesNote(experts, num_rows);
   const int64_t parts = cuda::DivideUp(out.dim(1), cuda::kThreads * cuda::kEight);
-  const cuda::PrefetchList prefetch = TakePrefetches(out.dim(0));
-  const cuda::LaunchShape shape = {
-      dim3(static_cast<unsigned>(out.dim(0) * parts + prefetch.blocks())), dim3(cuda::kThreads)};
+  const cuda::LaunchShape shape = {dim3(static_cast<unsigned>(out.dim(0) * parts)),
+                                   dim3(cuda::kThreads)};
   cuda::VisitAct(out.dtype(), [&](auto act) {
     cuda::VisitBool(cuda::AreAlignedForEight(y, out), [&](auto is_aligned) {
       using Act = decltype(act);
       cuda::LaunchDependent(cuda::CombineKernel<Act, decltype(is_aligned)::value>, shape, stream_,
                             cuda::Rows<const Act>(y), places, routes.weights.data<float>(),
                             static_cast<int>(routes.weights.dim(1)), accumulate,
-                            cuda::Rows<Act>(out), static_cast<int>(out.dim(0)),
-                            static_cast<int>(out.dim(1)), prefetch);
+                            cuda::Rows<Act>(out), static_cast<int>(out.dim(1)));
     });
   });
 }

@@ -70,28 +70,6 @@ void CudaOps::UseScratch(const StepLimits& limits, void* memory) {
   step_.UseScratch(limits, static_cast<char*>(memory) + bytes);
 }
 
-void CudaOps::BeginStep(const AttentionBatch& batch) {
-  prefetches_ = {};
-  step_.Begin(batch, stream_);
-}
-
-void CudaOps::Prefetch(const Tensor& weight) {
-  cuda::PrefetchList& list = prefetches_;
-  int64_t room = cuda::kMostPrefetchBytes;
-  for (int i = 0; i < list.count; ++i) room -= list.num_bytes[i];
-  const int64_t bytes = std::min(weight.num_bytes() / 16 * 16, room);
-  const bool is_aligned = reinterpret_cast<uintptr_t>(weight.raw()) % 16 == 0;
-  if (list.count == cuda::kMostPrefetches || bytes <= 0 || !is_aligned || !weight.dense()) return;
-  list.data[list.count] = static_cast<const char*>(weight.raw());
-  list.num_bytes[list.count] = bytes;
-  ++list.count;
-}
-
-cuda::PrefetchList CudaOps::TakePrefetches(int64_t num_tokens) {
-  constexpr int64_t kIdleTokens = 32;  // with more, small kernels leave no multiprocessor idle
-  cuda::PrefetchList taken = prefetches_;
-  prefetches_ = {};
-  return num_tokens <= kIdleTokens ? taken : cuda::PrefetchList();
-}
+void CudaOps::BeginStep(const AttentionBatch& batch) { step_.Begin(batch, stream_); }
 
 }  // namespace fathom

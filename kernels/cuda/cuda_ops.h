@@ -15,7 +15,6 @@
 #include "kernels/cuda/fp8_stream_sm90.h"
 #include "kernels/cuda/fp8_tile_sm90.h"
 #include "kernels/cuda/mla_step.h"
-#include "kernels/cuda/prefetch.cuh"
 #include "kernels/cuda/scratch.h"
 #include "kernels/ops.h"
 #include "kernels/shape_checks.h"
@@ -39,7 +38,6 @@ class CudaOps final : public Ops {
   void UseScratch(const StepLimits& limits, void* memory) override;
 
   void BeginStep(const AttentionBatch& batch) override;
-  void Prefetch(const Tensor& weight) override;
 
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override;
@@ -97,8 +95,6 @@ class CudaOps final : public Ops {
                   const Tensor& cos_sin, const Tensor& cache, const AttentionBatch& batch,
                   float scale, const LinearInput& out);
 
-  // What was to be prefetched, for a kernel of a step of this many tokens to carry.
-  cuda::PrefetchList TakePrefetches(int64_t num_tokens);
   // Of Route, between kernels: two counters are zero, and behind them stand slots with all bits
   // set.
   static constexpr int64_t kCounterBytes = 256;
@@ -117,7 +113,6 @@ class CudaOps final : public Ops {
   const int* complete_notes_ = nullptr;
   std::optional<Fp8StreamSm90> fp8_stream_;  // on Hopper, as is this:
   std::optional<Fp8TileSm90> fp8_tile_;
-  cuda::PrefetchList prefetches_;
 };
 
 }  // namespace fathom

@@ -274,7 +274,7 @@ void CudaOps::IntoLatentSpace(const Tensor& q, const MlaWeights& weights, const 
   if (cuda::HasProjections(q, weights, cos_sin, rope_dim)) {
     cuda::Absorb(
         cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope),
-        TakePrefetches(q.dim(0)), stream_);
+        stream_);
     return;
   }
   cuda::MultiplyHeads(q.Slice(2, 0, nope_dim), weights.w_uk, latents.q_latent, stream_);

@@ -69,15 +69,7 @@ class Rotation {
   float turns_[kEight], q_[kEight];
 };
 
-__global__ __launch_bounds__(kAbsorbThreads, 4) void AbsorbKernel(const Absorption a,
-                                                                  const PrefetchList prefetch) {
-  const int prefetcher = static_cast<int>(blockIdx.x) - a.num_heads * kAbsorbBlocks;
-  if (prefetcher >= 0) {
-    if (blockIdx.y == 0) Prefetch(prefetch, prefetcher);
-    WaitForPredecessors();
-    LetDependentsLaunch();
-    return;
-  }
+__global__ __launch_bounds__(kAbsorbThreads, 4) void AbsorbKernel(const Absorption a) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int group = lane / 4, in_group = lane % 4;
   const int head = blockIdx.x / kAbsorbBlocks, part = blockIdx.x % kAbsorbBlocks;
@@ -387,12 +379,12 @@ bool HasAlignedOutput(const ValueProjection& projection) {
 
 }  // namespace
 
-void Absorb(const Absorption& absorption, const PrefetchList& prefetch, cudaStream_t stream) {
+void Absorb(const Absorption& absorption, cudaStream_t stream) {
   if (absorption.num_tokens == 0) return;
   CHECK(absorption.rope_dim % kEight == 0 && absorption.rope_dim <= kAbsorbThreads * kEight);
-  const dim3 blocks(static_cast<unsigned>(absorption.num_heads * kAbsorbBlocks + prefetch.blocks()),
+  const dim3 blocks(static_cast<unsigned>(absorption.num_heads * kAbsorbBlocks),
                     static_cast<unsigned>(DivideUp(absorption.num_tokens, kAbsorbTokens)));
-  LaunchDependent(AbsorbKernel, {blocks, dim3(kAbsorbThreads)}, stream, absorption, prefetch);
+  LaunchDependent(AbsorbKernel, {blocks, dim3(kAbsorbThreads)}, stream, absorption);
 }
 
 void Project(const ValueProjection& projection, cudaStream_t stream) {

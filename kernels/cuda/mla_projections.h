@@ -14,8 +14,6 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/prefetch.cuh"
-
 namespace fathom::cuda {
 
 inline constexpr int kLatentSize = 512;
@@ -37,8 +35,7 @@ struct Absorption {
   __nv_bfloat16* q_latent = nullptr;  // [T, A, 512] out: w_uk · q
   __nv_bfloat16* q_rope = nullptr;    // [T, A, rope_dim] out: rotated
 };
-// Carries a prefetch: during attention memory has little else to do.
-void Absorb(const Absorption& absorption, const PrefetchList& prefetch, cudaStream_t stream);
+void Absorb(const Absorption& absorption, cudaStream_t stream);
 
 struct ValueProjection {
   const __nv_bfloat16* latent = nullptr;  // [T, A, 512]

@@ -262,7 +262,7 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
   cuda::Absorption absorption =
       cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope);
   absorption.tokens = tokens;
-  cuda::Absorb(absorption, TakePrefetches(rows), stream_);
+  cuda::Absorb(absorption, stream_);
   step_.decode().Run(
       Decode::MapCache(cache.raw(), is_fp8 ? Decode::CacheType::kFp8 : Decode::CacheType::kBf16,
                        cache.dim(0), batch.block_size),

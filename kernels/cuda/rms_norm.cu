@@ -11,7 +11,6 @@
 
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/elements.cuh"
-#include "kernels/cuda/prefetch.cuh"
 #include "kernels/shape_checks.h"
 
 namespace fathom {
@@ -46,16 +45,10 @@ __device__ float BlockSum(float value) {
 template <typename Act, typename Gain, bool kAligned, int kPieces, int kBlocks>
 __global__ __launch_bounds__(
     kPieces == 1 ? kMostThreads : kMostThreads / 2,
-    kBlocks) void AddRmsNormKernel(const NormArguments<Act, Gain> arguments,
-                                   const PrefetchList prefetch) {
+    kBlocks) void AddRmsNormKernel(const NormArguments<Act, Gain> arguments) {
   constexpr bool kEarlyGain = kPieces <= 2 && kBlocks <= 2;
   LetDependentsLaunch();
   const int row = blockIdx.x;
-  if (row >= arguments.num_rows) {
-    Prefetch(prefetch, row - arguments.num_rows);
-    WaitForPredecessors();
-    return;
-  }
   const int stride = blockDim.x * kEight, first = threadIdx.x * kEight, size = arguments.size;
   float gain[kEarlyGain ? kPieces : 1][kEight];
   if constexpr (kEarlyGain) {
@@ -268,13 +261,12 @@ bool LaunchStream(const NormArguments<Act, Gain>& arguments, const Multiprocesso
 }
 
 template <typename Act, typename Gain, bool kAligned>
-void Launch(const NormArguments<Act, Gain>& arguments, const PrefetchList& prefetch,
-            const Multiprocessors& multiprocessors, cudaStream_t stream) {
+void Launch(const NormArguments<Act, Gain>& arguments, const Multiprocessors& multiprocessors,
+            cudaStream_t stream) {
   const auto launch = [&](auto kernel, int pieces) {
     const auto threads =
         static_cast<unsigned>(DivideUp(arguments.size, int64_t{kEight} * kWarp * pieces) * kWarp);
-    LaunchDependent(kernel, {dim3(arguments.num_rows + prefetch.blocks()), dim3(threads)}, stream,
-                    arguments, prefetch);
+    LaunchDependent(kernel, {dim3(arguments.num_rows), dim3(threads)}, stream, arguments);
   };
   constexpr int kFew = kMostThreads * kEight, kMany = kMostThreads / 2 * kEight;
   if (arguments.size <= kFew && arguments.num_rows <= multiprocessors.count) {
@@ -297,7 +289,6 @@ void CudaOps::AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight,
   CheckAddRmsNorm(x, y, weight, normed, quantized);
   if (x.dim(0) == 0) return;
   const bool aligned = cuda::AreAlignedForEight(x, y, weight, normed, quantized.values);
-  const cuda::PrefetchList prefetch = TakePrefetches(x.dim(0));
   cuda::VisitAct(x.dtype(), [&](auto act) {
     cuda::VisitAct(weight.dtype(), [&](auto gain) {
       cuda::VisitBool(aligned, [&](auto is_aligned) {
@@ -315,7 +306,7 @@ void CudaOps::AddRmsNorm(const Tensor& x, const Tensor& y, const Tensor& weight,
         const cuda::Multiprocessors multiprocessors = {device_.multiProcessorCount,
                                                        device_.major >= 9};
         if (cuda::LaunchStream<Act, Gain, kAligned>(arguments, multiprocessors, stream_)) return;
-        cuda::Launch<Act, Gain, kAligned>(arguments, prefetch, multiprocessors, stream_);
+        cuda::Launch<Act, Gain, kAligned>(arguments, multiprocessors, stream_);
       });
     });
   });

@@ -38,12 +38,6 @@ class RecordingOps final : public Ops {
     CHECK(batch.host_query_start != nullptr && batch.host_context_lens != nullptr);
     ops_.BeginStep(batch);
   }
-  void EndStep() override {
-    Do([this] { ops_.EndStep(); });
-  }
-  void Prefetch(const Tensor& weight) override {
-    Do([=, this] { ops_.Prefetch(weight); });
-  }
   void Embed(const Tensor& token_ids, const Tensor& table, int first_row,
              const Tensor& out) override {
     Do([=, this] { ops_.Embed(token_ids, table, first_row, out); });

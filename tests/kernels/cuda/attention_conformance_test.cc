@@ -178,7 +178,6 @@ class AttentionConformanceTest : public TwinTest {
     ops.BeginStep(step.Batch(on_gpu));
     ops.MlaAttention(side(step.q), {side(step.w_uk), side(step.w_uv)}, side(step.positions),
                      side(step.cos_sin), side(step.cache), step.Batch(on_gpu), step.scale, out);
-    ops.EndStep();
   }
 
   void Check(const Shape& shape, const std::vector<Length>& lengths) {
