@@ -411,8 +411,9 @@ __global__ __launch_bounds__(Form::kThreads,
     sm90::BarrierInitFence();
   }
   // What to copy of one matrix is known before the predecessors end.
-  if (arguments.notes != nullptr && !arguments.complete_early) sm90::WaitForPredecessors();
-  sm90::LetDependentsLaunch();
+  const bool is_dense = arguments.notes == nullptr;
+  if (!is_dense && !arguments.complete_early) sm90::WaitForPredecessors();
+  if (!is_dense) sm90::LetDependentsLaunch();
   const Work<Form> work(arguments, LoadChunks<Form>(arguments, shared));
   __syncthreads();
   if (Form::kJoins && work.pieces == 0) {
@@ -431,6 +432,8 @@ __global__ __launch_bounds__(Form::kThreads,
     sm90::WaitForCopies();
   } else {
     CopyFirstActivations<Form>(arguments, work, shared);
+    // Not before: weights that the next kernels read early would hold up this one's.
+    if (is_dense) sm90::LetDependentsLaunch();
     if (warp == Form::kTokenWarp) {
       CopyActivations<Form>(arguments, work, shared);
     } else {
