@@ -247,6 +247,7 @@ TEST_F(AttentionConformanceTest, EachKernelOfAttentionAgrees) {
   Check(V3(kBF16, kFp8), {{7, 7}, {80, 3}});
   for (const int sequences : {1, 8, 15, 30, 60, 70}) {  // clusters of each size
     Check(V3(kBF16, kBF16), std::vector<Length>(sequences, {50, 1}));
+    Check(V3(kBF16, kFp8), std::vector<Length>(sequences, {50, 1}));
   }
   Check(V3(kBF16, kBF16), {{12000, 1}});  // shared by several clusters
 }
