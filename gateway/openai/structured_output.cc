@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
@@ -70,6 +71,33 @@ absl::Status AddText(const JsonFields& fields, std::string_view key, v1::Grammar
   return text ? wish.Add(fields.NameOf(key), kind, *std::move(text)) : absl::OkStatus();
 }
 
+// Two hex digits after \x, as in every dialect: xgrammar reads whatever hex digits follow, but four
+// after \u.
+std::string WithTwoHexDigits(std::string_view regex) {
+  std::string result;
+  for (size_t i = 0; i < regex.size(); ++i) {
+    const std::string_view escape = regex.substr(i, 4);
+    const bool is_hex = escape.size() == 4 && escape.starts_with("\\x") &&
+                        absl::ascii_isxdigit(escape[2]) && absl::ascii_isxdigit(escape[3]);
+    if (is_hex) {
+      result += "\\u00";
+      result += escape.substr(2);
+      i += 3;
+    } else {
+      result += regex[i];
+      if (regex[i] == '\\' && i + 1 < regex.size()) result += regex[++i];
+    }
+  }
+  return result;
+}
+
+absl::Status AddRegex(const JsonFields& fields, std::string_view key, Wish& wish) {
+  std::optional<std::string> regex;
+  RETURN_IF_ERROR(fields.Read(key, regex));
+  if (!regex) return absl::OkStatus();
+  return wish.Add(fields.NameOf(key), v1::Grammar::KIND_REGEX, WithTwoHexDigits(*regex));
+}
+
 absl::Status AddChoices(const JsonFields& fields, std::string_view key, Wish& wish) {
   if (!fields.Find(key)) return absl::OkStatus();
   std::vector<std::string> choices;
@@ -128,7 +156,7 @@ absl::Status AddJsonObject(const JsonFields& fields, std::string_view key, Wish&
 // `prefix` stands before each key.
 absl::Status AddKinds(const JsonFields& fields, const std::string& prefix, Wish& wish) {
   RETURN_IF_ERROR(AddSchema(fields, prefix + "json", wish));
-  RETURN_IF_ERROR(AddText(fields, prefix + "regex", v1::Grammar::KIND_REGEX, wish));
+  RETURN_IF_ERROR(AddRegex(fields, prefix + "regex", wish));
   RETURN_IF_ERROR(AddChoices(fields, prefix + "choice", wish));
   RETURN_IF_ERROR(AddText(fields, prefix + "grammar", v1::Grammar::KIND_EBNF, wish));
   RETURN_IF_ERROR(AddJsonObject(fields, prefix + "json_object", wish));
@@ -220,7 +248,8 @@ std::string GrammarOfChoices(absl::Span<const std::string> choices) {
         rules += '\\';
         rules += c;
       } else if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) {
-        absl::StrAppendFormat(&rules, "\\x%02x", static_cast<unsigned char>(c));
+        // Not \x: that reads whatever hex digits follow, the text's own too.
+        absl::StrAppendFormat(&rules, "\\u%04x", static_cast<unsigned char>(c));
       } else {
         rules += c;
       }

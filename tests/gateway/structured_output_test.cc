@@ -49,7 +49,9 @@ TEST_F(StructuredOutputTest, EverySpellingBecomesAGrammar) {
                 R"({"type":"object"})"},
            Case{R"("guided_json":{})", v1::Grammar::KIND_JSON_SCHEMA, "{}"},
            Case{R"("guided_regex":"[0-9]")", v1::Grammar::KIND_REGEX, "[0-9]"},
-           Case{R"("guided_choice":["\n"])", v1::Grammar::KIND_EBNF, R"(root ::= "\x0a")"},
+           Case{R"("guided_regex":"\\x41b\\\\x41\\xz\\x4")", v1::Grammar::KIND_REGEX,
+                R"(\u0041b\\x41\xz\x4)"},
+           Case{R"("guided_choice":["\n"])", v1::Grammar::KIND_EBNF, R"(root ::= "\u000a")"},
            Case{R"("guided_grammar":"root ::= [a]")", v1::Grammar::KIND_EBNF, "root ::= [a]"},
        }) {
     const v1::Grammar grammar = GrammarOf(c.field);

@@ -408,5 +408,16 @@ TEST_F(TokenGrammarTest, DrawsValidJsonWhateverTheTokens) {
   EXPECT_GT(num_ended, 100);
 }
 
+// What the gateway writes where a hex digit may follow an escape.
+TEST_F(TokenGrammarTest, AnEscapeOfFourDigitsEndsWithThem) {
+  EXPECT_TRUE(Allows(Grammar::Kind::kEbnf, R"(root ::= "a\u000ab")", "a\nb"));
+  EXPECT_TRUE(Allows(Grammar::Kind::kRegex, R"(\u0041b)", "Ab"));
+  EXPECT_TRUE(Allows(Grammar::Kind::kRegex, R"([\u0041-\u0043]1)", "B1"));
+  EXPECT_TRUE(Allows(Grammar::Kind::kStructuralTag,
+                     R"({"type": "structural_tag", "format": {"type": "regex", "pattern":
+                         "\\u000ab"}})",
+                     "\nb"));
+}
+
 }  // namespace
 }  // namespace fathom
