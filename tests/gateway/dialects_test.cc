@@ -156,6 +156,8 @@ TEST_F(DialectsTest, WhatAResponseCannotBeIsRefused) {
       {R"({"input":"x","text":{"format":{"type":"grammar"}}})", "is not supported yet"},
       {R"({"input":"x","text":{"format":{"type":"json_schema"}}})",
        "text.format.schema must be a JSON schema"},
+      {R"({"input":"x","guided_choice":["a"],"text":{"format":{"type":"json_object"}}})",
+       "got guided_choice and text.format"},
       {R"({"input":"x","top_logprobs":21})", "top_logprobs must be in [0, 20]"},
       {R"({"input":"x","tools":[{"type":"web_search"}]})",
        "only tools of type 'function' are supported"},
