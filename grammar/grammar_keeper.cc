@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/time/clock.h"
 #include "base/check.h"
 #include "base/human_bytes.h"
@@ -168,7 +169,11 @@ absl::Status GrammarKeeper::AwaitProgram() {
   if (is_ready_) return absl::OkStatus();
   control_.reset();
   if (!is_reply) return Gone("ended while it started");
-  return absl::InvalidArgumentError(std::string(text.data(), received - sizeof(reply)));
+  // Clients read it: it says which file, not where.
+  const std::string why = absl::StrReplaceAll({text.data(), received - sizeof(reply)},
+                                              {{absl::StrCat(options_.model_directory, "/"), ""}});
+  return absl::InvalidArgumentError(
+      absl::StrCat("structured output is not available for this model: ", why));
 }
 
 void GrammarKeeper::EndProgram() {
