@@ -375,7 +375,54 @@ class Checker {
     return CheckObject(fields, place);
   }
 
+  // xgrammar keeps the names of `properties` out of what other names may have only if they are
+  // written as they stand, does not look for what a pattern and a name have in common, and counts a
+  // property that is there twice as two.
+  static absl::Status CheckNames(const Fields& fields, const std::string& place) {
+    const auto names_of = [&](std::string_view keyword) {
+      std::vector<std::string_view> names;
+      dom::object object;
+      const dom::element* const found = Find(fields, keyword);
+      if (found == nullptr || found->get(object)) return names;
+      for (const dom::key_value_pair field : object) names.push_back(field.key);
+      return names;
+    };
+    const auto lets_in_others = [&](std::string_view keyword) {
+      bool any = true;
+      const dom::element* const found = Find(fields, keyword);
+      return found != nullptr && (found->get(any) || any);
+    };
+    const std::vector<std::string_view> names = names_of("properties");
+    const size_t num_patterns = names_of("patternProperties").size();
+    const bool names_have_schema = Find(fields, "propertyNames") != nullptr;
+    const bool has_others =
+        lets_in_others("additionalProperties") || lets_in_others("unevaluatedProperties");
+    if (num_patterns > 1) return NotSupported(place, "more than one pattern in patternProperties");
+    if (!names.empty() && num_patterns > 0) {
+      return NotSupported(place, "'patternProperties' beside 'properties'");
+    }
+    if (!names.empty() && names_have_schema) {
+      return NotSupported(place, "'propertyNames' beside 'properties'");
+    }
+    const auto is_plain = [](char c) { return c >= 0x20 && c <= 0x7e && c != '"' && c != '\\'; };
+    for (const std::string_view name : names) {
+      if (has_others && !std::all_of(name.begin(), name.end(), is_plain)) {
+        return NotSupported(
+            place, absl::StrCat("a property whose name is not plain ASCII ('", std::string(name),
+                                "') beside 'additionalProperties'"));
+      }
+    }
+    uint64_t least = 0;
+    const dom::element* const found = Find(fields, "minProperties");
+    const bool are_free = has_others || num_patterns > 0 || names_have_schema;
+    if (are_free && found != nullptr && !found->get(least) && least > 1) {
+      return NotSupported(place, "minProperties above 1 where names are free");
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status CheckObject(const Fields& fields, const std::string& place) {
+    RETURN_IF_ERROR(CheckNames(fields, place));
     const dom::element* const required = Find(fields, "required");
     if (required == nullptr) return absl::OkStatus();
     dom::array names;

@@ -33,6 +33,9 @@ TEST(SchemaCheckTest, AcceptsWhatToolsAreDescribedWith) {
            R"({"enum": [1, "a", null], "type": ["integer", "string", "null"]})",
            R"({"type": "string", "minimum": 3})",  // it is not about strings
            R"({"type": "number", "minimum": 1e300})",
+           R"({"type": "object", "properties": {"é": {}}, "additionalProperties": false})",
+           R"({"type": "object", "minProperties": 2, "properties": {"a": {}, "b": {}}})",
+           R"({"type": "object", "minProperties": 1, "additionalProperties": {}})",
        }) {
     EXPECT_EQ(MessageOf(schema), "") << schema;
   }
@@ -56,6 +59,19 @@ TEST(SchemaCheckTest, RefusesWhatWouldBeLeftOutByNameAndPlace) {
            Case{R"({"minimum": 1})", "'minimum' is supported only beside a 'type'"},
            Case{R"({"required": ["a"]})", "'required' is supported only beside a 'type'"},
            Case{R"({"type": "object", "required": ["a"]})", "not one of the properties"},
+           Case{R"({"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}})",
+                "'patternProperties' beside 'properties' is not supported"},
+           Case{R"({"type": "object", "patternProperties": {"a": {}, "b": {}}})",
+                "more than one pattern in patternProperties is not supported"},
+           Case{R"({"type": "object", "properties": {"a": {}}, "propertyNames": {"maxLength": 2,
+                    "type": "string"}})",
+                "'propertyNames' beside 'properties' is not supported"},
+           Case{R"({"type": "object", "properties": {"a\"b": {}}, "additionalProperties": {}})",
+                "a property whose name is not plain ASCII ('a\"b') beside 'additionalProperties'"},
+           Case{R"({"type": "object", "properties": {"é": {}}, "unevaluatedProperties": true})",
+                "('é') beside 'additionalProperties' is not supported"},
+           Case{R"({"type": "object", "minProperties": 2, "additionalProperties": {}})",
+                "minProperties above 1 where names are free is not supported"},
            Case{R"({"$ref": "https://example.com/schema"})", "names no schema in here"},
            Case{R"({"$ref": "#/properties/b"})", "names no schema in here"},
            Case{R"({"type": "string", "type": "null"})", "'type' is there twice"},
