@@ -47,7 +47,8 @@ struct FormOf {
   static constexpr int kTurns = kTurnsOfBlocks;
   static constexpr int kTeams = kTeamsOfItems;
   static constexpr int kStages = kRingStages;
-  static_assert(kStages % kTurns == 0 && (kTurns == 1 || (kRows == 1 && kTeams == 1)));
+  static_assert(kStages % kTurns == 0);
+  static_assert(kTurns == 1 ? kTeams * kRows <= 6 : kTeams * kRows == 1);  // named barriers
 
   static constexpr int kConsumers = kTeams * kRows * kTurns * 128;
   static constexpr int kTokenWarp = kConsumers / 32;  // copies activations and their factors
