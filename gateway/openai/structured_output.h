@@ -34,7 +34,7 @@ inline constexpr size_t kMaxGrammarBytes = size_t{64} << 10;
 
 struct StructuredOutput {
   v1::Grammar grammar;
-  std::string param;  // the field that it comes from, as OpenAI names it in errors
+  std::string param;  // the field that it comes from; answer.cc names it when it is refused
 };
 
 // nullopt when nothing is asked. Refuses more than one wish, and fields of vLLM's that would change
