@@ -30,11 +30,11 @@ constexpr int kBlockSize = 64;
 
 struct Cache {
   const char* name;
-  MlaDecodeSm90::CacheType type;
+  MlaCacheType type;
   int64_t token_bytes;
 };
-constexpr Cache kKinds[] = {{"BF16", MlaDecodeSm90::CacheType::kBf16, 576 * 2},
-                            {"FP8", MlaDecodeSm90::CacheType::kFp8, 656}};
+constexpr Cache kKinds[] = {{"BF16", MlaCacheType::kBf16, 576 * 2},
+                            {"FP8", MlaCacheType::kFp8, 656}};
 
 struct Row {
   int batch;
@@ -101,7 +101,7 @@ int Main(bool json) {
     std::vector<MlaDecodeSm90::CacheMap> maps;
     for (int i = 0; i < kCaches; ++i) {
       maps.push_back(
-          MlaDecodeSm90::MapCache(caches + i * cache_bytes, cache.type, num_blocks, kBlockSize));
+          MlaDecodeSm90::MapCache({caches + i * cache_bytes, cache.type, num_blocks, kBlockSize}));
     }
     for (const Row& row : kRows) {
       const int blocks = (row.context_len + kBlockSize - 1) / kBlockSize;

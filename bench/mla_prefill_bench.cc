@@ -30,9 +30,9 @@ struct Row {
   int sequences;
   int chunk;
   int earlier;
-  MlaPrefillSm90::CacheType cache = MlaPrefillSm90::CacheType::kBf16;
+  MlaCacheType cache = MlaCacheType::kBf16;
 };
-constexpr Row kRows[] = {{1, 2048, 0},     {1, 2048, 0, MlaPrefillSm90::CacheType::kFp8},
+constexpr Row kRows[] = {{1, 2048, 0},     {1, 2048, 0, MlaCacheType::kFp8},
                          {1, 2048, 2048},  {1, 2048, 14336},
                          {1, 2048, 63488}, {1, 8192, 0},
                          {4, 2048, 0},     {8, 256, 0},
@@ -111,7 +111,7 @@ int Main(bool json) {
                                                         .host_query_start = starts.data(),
                                                         .host_context_lens = contexts.data()},
                                                        stream);
-    const bool fp8 = row.cache == MlaPrefillSm90::CacheType::kFp8;
+    const bool fp8 = row.cache == MlaCacheType::kFp8;
     const auto measure = [&](MlaPrefillSm90::Parts parts) {
       return 1e3 *
              MedianMs(stream, 2, 7,

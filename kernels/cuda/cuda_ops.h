@@ -70,9 +70,11 @@ class CudaOps final : public Ops {
   // Each kind of kernel for linear layers takes the shapes that it is good for, and says so.
   bool LinearSm90(const LinearInput& x, const Weight& weight, const Tensor& out);
   bool LinearBf16(const LinearInput& x, const Weight& weight, const Tensor& out);
-  // most_rows: that an expert can have.
   bool GroupedLinearSm90(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
                          int num_choices, int64_t most_rows, const Tensor& out);
+  // GroupedLinear, where an expert has at most `most_rows`.
+  void MultiplyGrouped(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                       int num_choices, int64_t most_rows, const Tensor& out);
   // DownAndCombine of one token.
   bool JoinedLinearSm90(const Tensor& gate_up, const Routes& routes, const Weight& weight,
                         const LinearInput& activated, const Tensor& out);

@@ -6,16 +6,14 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/dependent_launch.cuh"
 #include "kernels/cuda/fp8_tile_sm90.cuh"
+#include "kernels/cuda/sm90_bf16.cuh"
 #include "kernels/cuda/sm90_launch.h"
 
 namespace fathom {
 namespace fp8_tile {
 namespace {
 
-__device__ uint32_t PackBf16(float a, float b) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
+using sm90::PackBf16;
 
 // 64 weight rows of a tile, as BF16, to out[tile.token …][row …].
 template <typename S, int kN>

@@ -182,14 +182,20 @@ void CudaOps::Linear(const LinearInput& x, const Weight& weight, const Tensor& o
   cuda::MultiplyGeneric(x, weight, sizes, out, stream_);
 }
 
-void CudaOps::GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
-                            int num_choices, const Tensor& out) {
+void CudaOps::MultiplyGrouped(const LinearInput& x, const ExpertGroups& groups,
+                              const Weight& weight, int num_choices, int64_t most_rows,
+                              const Tensor& out) {
   const LinearSizes sizes = CheckGroupedLinear(x, groups, weight, num_choices, out);
   if (sizes.rows == 0 || sizes.outputs == 0) return;
-  // No token chooses an expert twice.
-  const int64_t most_rows = num_choices > 0 ? x.values.dim(0) : sizes.rows;
   if (GroupedLinearSm90(x, groups, weight, num_choices, most_rows, out)) return;
   cuda::MultiplyGroupedGeneric(x, groups, weight, num_choices, sizes, out, stream_);
+}
+
+void CudaOps::GroupedLinear(const LinearInput& x, const ExpertGroups& groups, const Weight& weight,
+                            int num_choices, const Tensor& out) {
+  // No token chooses an expert twice.
+  const int64_t most_rows = num_choices > 0 ? x.values.dim(0) : groups.rows.dim(0);
+  MultiplyGrouped(x, groups, weight, num_choices, most_rows, out);
 }
 
 void CudaOps::DownAndCombine(const Tensor& gate_up, const Routes& routes, const Weight& weight,
@@ -200,10 +206,8 @@ void CudaOps::DownAndCombine(const Tensor& gate_up, const Routes& routes, const 
   if (out.num_elements() == 0) return;
   if (!accumulate && JoinedLinearSm90(gate_up, routes, weight, room.activated, out)) return;
   SwiGlu(gate_up, &routes.groups, room.activated);
-  if (!GroupedLinearSm90(room.activated, routes.groups, weight, /*num_choices=*/0,
-                         /*most_rows=*/out.dim(0), room.y)) {
-    GroupedLinear(room.activated, routes.groups, weight, /*num_choices=*/0, room.y);
-  }
+  MultiplyGrouped(room.activated, routes.groups, weight, /*num_choices=*/0,
+                  /*most_rows=*/out.dim(0), room.y);
   CombineExperts(room.y, routes, accumulate, out);
 }
 

@@ -18,6 +18,7 @@ namespace mla_decode {
 namespace {
 
 using sm90::OperandA;
+using sm90::PackBf16;
 using sm90::SharedAddress;
 using sm90::SyncThreads;
 using sm90::TileDescriptor;
@@ -236,11 +237,6 @@ __device__ void FinishSums(const Place& place, float (*warp_values)[kHeads], Sta
 constexpr int kStagedRowBytes = kRank * 2 + 16;  // eight heads meet no bank twice
 static_assert(kHeads * kStagedRowBytes <= kPanels * kQueryPanelBytes);
 
-__device__ uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 __device__ void WriteWhole(const State& state, const Place& place, unsigned char* staging,
                            __nv_bfloat16* out) {
   float inverse[4];
@@ -453,7 +449,7 @@ __global__ __launch_bounds__(Form::kThreads,
   __syncthreads();
   if constexpr (kCluster > 1) sm90::ClusterArrive();
   if (place.thread >= kConsumers) {
-    if constexpr (Form::kConverts) sm90::SetRegisters<80, false>();
+    if constexpr (Form::kConverts) sm90::GiveRegisters<80>();
     if (place.warp == Form::kCopyWarp) {
       CopyTiles<Form>(map, arguments, share, rank, place.lane, shared);
     } else if constexpr (Form::kConverts) {
@@ -463,7 +459,7 @@ __global__ __launch_bounds__(Form::kThreads,
     }
     return;
   }
-  if constexpr (Form::kConverts) sm90::SetRegisters<232, true>();
+  if constexpr (Form::kConverts) sm90::TakeRegisters<232>();
   if (early) sm90::WaitForPredecessors();
   sm90::LetDependentsLaunch();
   AttendAll<Form>(arguments, share, rank, place, shared);
@@ -510,7 +506,7 @@ auto* KernelOf() {
 // The kernel's blocks wait for each other.
 template <int kCluster>
 int ResidentClusters(int num_multiprocessors) {
-  using Form = FormOf<kCluster, CacheType::kBf16>;
+  using Form = FormOf<kCluster, MlaCacheType::kBf16>;
   if constexpr (kCluster == 1) {
     return num_multiprocessors;
   } else {
@@ -595,18 +591,17 @@ MlaDecodeSm90::MlaDecodeSm90(void* workspace, int num_layers, int num_multiproce
   CHECK_LE(num_multiprocessors, mla_decode::kMaxShares);
 }
 
-MlaDecodeSm90::CacheMap MlaDecodeSm90::MapCache(void* cache, CacheType type, int64_t num_blocks,
-                                                int block_size) {
-  CHECK_EQ(block_size % kBlockSizeUnit, 0);
-  CHECK_EQ(reinterpret_cast<uintptr_t>(cache) % 16, 0);
-  CacheMap map = {.type = type, .block_size = block_size};
-  if (type == CacheType::kFp8) {
-    map.stored = static_cast<const unsigned char*>(cache);
+MlaDecodeSm90::CacheMap MlaDecodeSm90::MapCache(const MlaCache& cache) {
+  CHECK_EQ(cache.block_size % kBlockSizeUnit, 0);
+  CHECK_EQ(reinterpret_cast<uintptr_t>(cache.data) % 16, 0);
+  CacheMap map = {.type = cache.type, .block_size = cache.block_size};
+  if (cache.type == MlaCacheType::kFp8) {
+    map.stored = static_cast<const unsigned char*>(cache.data);
   } else {
-    map.tokens = sm90::MapPanels({.data = cache,
+    map.tokens = sm90::MapPanels({.data = const_cast<void*>(cache.data),
                                   .type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                                   .element_bytes = 2,
-                                  .rows = num_blocks * block_size,
+                                  .rows = cache.num_blocks * cache.block_size,
                                   .columns = mla_decode::kWidth,
                                   .box_rows = mla_decode::kGroupTokens,
                                   .box_columns = 64});
@@ -649,8 +644,9 @@ void MlaDecodeSm90::Run(const CacheMap& cache, const Layer& layer, cudaStream_t 
     return 0;
   };
   mla_decode::WithCluster(cluster, [&](auto size) {
-    return cache.type == CacheType::kFp8 ? launch(mla_decode::FormOf<size, CacheType::kFp8>{})
-                                         : launch(mla_decode::FormOf<size, CacheType::kBf16>{});
+    return cache.type == MlaCacheType::kFp8
+               ? launch(mla_decode::FormOf<size, MlaCacheType::kFp8>{})
+               : launch(mla_decode::FormOf<size, MlaCacheType::kBf16>{});
   });
 }
 

@@ -21,6 +21,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/mla_cache.h"
+
 namespace fathom {
 
 class MlaDecodeSm90 {
@@ -31,17 +33,14 @@ class MlaDecodeSm90 {
   static constexpr int kBlockSizeUnit = 16;  // tokens per KV block: a multiple of this
   static constexpr int kMaxRows = 1024;
 
-  // BF16: [num_blocks, block_size, 576]. FP8: [num_blocks, block_size, 656] bytes, see
-  // Ops::MlaAttention.
-  enum class CacheType { kBf16, kFp8 };
-  // How the kernel sees one layer of the cache. Made once per layer; `cache` 16-byte aligned.
+  // How the kernel sees one layer of the cache. Made once per layer.
   struct CacheMap {
     CUtensorMap tokens = {};                // BF16
     const unsigned char* stored = nullptr;  // FP8
-    CacheType type = CacheType::kBf16;
+    MlaCacheType type = MlaCacheType::kBf16;
     int block_size = 0;
   };
-  static CacheMap MapCache(void* cache, CacheType type, int64_t num_blocks, int block_size);
+  static CacheMap MapCache(const MlaCache& cache);
 
   // Device memory that the calls below share; contents need not survive between steps.
   static int64_t WorkspaceBytes(int num_layers, int num_multiprocessors);

@@ -20,10 +20,10 @@ constexpr int kAllConsumers = 1;  // named barrier; 2 and 3: halves while combin
 
 // One instance of the kernel. What shared memory is left for beside the rest: 176 tokens, or 144
 // where peers send their sums; from an FP8 cache 128 or 96, and 96 as they are stored.
-template <int kBlocks, CacheType kStored>
+template <int kBlocks, MlaCacheType kStored>
 struct FormOf {
   static constexpr int kCluster = kBlocks;
-  static constexpr bool kConverts = kStored == CacheType::kFp8;
+  static constexpr bool kConverts = kStored == MlaCacheType::kFp8;
   static constexpr int kStages = kConverts ? 2 : 3;
   static constexpr int kStageTokens = kCluster == 1 ? 64 : 48;
   static constexpr int kLastStageTokens = kConverts ? kStageTokens : 48;
@@ -93,7 +93,7 @@ struct alignas(1024) SharedMemory {
   std::conditional_t<Form::kConverts, StoredTokens, NothingStored> stored;
 };
 static_assert(2 * kGroupBytes <= kPanels * kQueryPanelBytes);
-static_assert(2 * sizeof(CombineScratch) <= Ring<FormOf<2, CacheType::kFp8>>::kBytes);
+static_assert(2 * sizeof(CombineScratch) <= Ring<FormOf<2, MlaCacheType::kFp8>>::kBytes);
 
 struct Range {
   int begin, end;
@@ -111,7 +111,7 @@ __device__ inline Item ItemOf(const Plan& plan, const Share& share, int row) {
   return row == share.first_row ? share.first : plan.later[row];
 }
 
-// --- the warp that copies
+// --- the warps that copy and convert
 
 // Where groups of eight tokens stand in the cache: each lane knows one of 32 and one of the next.
 struct Places {
@@ -181,8 +181,8 @@ __device__ void CopyTiles(const CUtensorMap& map, const Arguments& arguments, co
           BarrierWait(&shared.stored.empty[to.slot], to.parity ^ 1);
           sm90::BarrierExpectBytes(full, kStoredGroupBytes);
           sm90::CopyBytes(shared.stored.bytes[to.slot],
-                          arguments.stored + int64_t{place} * kStoredTokenBytes, kStoredGroupBytes,
-                          full, policy);
+                          arguments.stored + int64_t{place} * mla_stored_token::kBytes,
+                          kStoredGroupBytes, full, policy);
         }
         __syncwarp();
         copied += groups;

@@ -8,11 +8,10 @@
 // latents stream. The two blocks of a head work on the same tokens at the same time, and each
 // copies half of them into the shared memory of both.
 
-#include <cuda_fp8.h>
-
 #include "base/check.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/mla_prefill_plan.h"
+#include "kernels/cuda/mla_stored_token.cuh"
 #include "kernels/cuda/sm90_bf16.cuh"
 #include "kernels/cuda/sm90_launch.h"
 
@@ -31,7 +30,6 @@ constexpr int kStages = 10;
 constexpr int kSteps = kRank / 64;
 constexpr int kHalfBoxBytes = 64 * 128;  // 64 rows
 constexpr int kGroup = 1;                // named barriers, one per warpgroup
-constexpr int kFp8TokenBytes = kRank + kRank / 128 * 4 + kRope * 2;
 constexpr int kBf16TokenElements = kRank + kRope;
 
 struct SharedMemory {
@@ -82,21 +80,11 @@ __global__ __launch_bounds__(256) void DequantizeKernel(const PieceCounts* count
       const int position = tile.first + offset;
       const int block = block_tables[tile.sequence * max_blocks + position / block_size];
       const unsigned char* token =
-          cache + (int64_t{block} * block_size + position % block_size) * kFp8TokenBytes;
-      const uint4 packed = reinterpret_cast<const uint4*>(token)[lane];
-      const float factor = reinterpret_cast<const float*>(token + kRank)[lane / 8];
-      if (lane < 8) rope = reinterpret_cast<const uint4*>(token + kRank + 16)[lane];
-      const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-      uint32_t wide[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const __half2 pair(__nv_cvt_fp8x2_to_halfraw2(
-            static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16)), __NV_E4M3));
-        const float2 values = __half22float2(pair);
-        wide[i] = sm90::PackBf16(values.x * factor, values.y * factor);
-      }
-      out[0] = make_uint4(wide[0], wide[1], wide[2], wide[3]);
-      out[1] = make_uint4(wide[4], wide[5], wide[6], wide[7]);
+          cache + (int64_t{block} * block_size + position % block_size) * mla_stored_token::kBytes;
+      const uint4 codes = reinterpret_cast<const uint4*>(token)[lane];
+      const float factor = mla_stored_token::FactorOf(token, lane * 16);
+      if (lane < 8) rope = reinterpret_cast<const uint4*>(token + mla_stored_token::kKeyAt)[lane];
+      mla_stored_token::Convert(codes, factor, out);
     }
     uint4* target = reinterpret_cast<uint4*>(latents + int64_t{row} * kRank) + lane * 2;
     target[0] = out[0];
@@ -405,8 +393,8 @@ void PrepareExpand() {
 
 void Expand(const Workspace& workspace, int piece, const Expansion& expansion,
             int num_multiprocessors, cudaStream_t stream) {
-  const MlaPrefillSm90::Cache& cache = expansion.cache;
-  const bool paged = cache.type == MlaPrefillSm90::CacheType::kBf16;
+  const MlaCache& cache = expansion.cache;
+  const bool paged = cache.type == MlaCacheType::kBf16;
   const int tiles = workspace.piece_tokens / kTile;
   Arguments arguments = {.counts = workspace.counts + piece,
                          .tiles = workspace.key_tiles + int64_t{piece} * tiles,

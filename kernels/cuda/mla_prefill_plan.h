@@ -68,7 +68,7 @@ struct Workspace {
 
 // What expansion reads.
 struct Expansion {
-  MlaPrefillSm90::Cache cache;
+  MlaCache cache;
   const __nv_bfloat16* w_uk;
   const __nv_bfloat16* w_uv;
   const int* block_tables;

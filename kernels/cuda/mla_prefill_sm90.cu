@@ -642,7 +642,7 @@ MlaPrefillSm90::Step MlaPrefillSm90::Schedule(const Batch& batch, cudaStream_t s
   return step;
 }
 
-void MlaPrefillSm90::Run(const Step& step, const Cache& cache, const Layer& layer,
+void MlaPrefillSm90::Run(const Step& step, const MlaCache& cache, const Layer& layer,
                          cudaStream_t stream) const {
   CHECK(cache.block_size > 0 && cache.block_size % 16 == 0);
   CHECK((layer.out_fp8 == nullptr) == (layer.out_scales == nullptr));

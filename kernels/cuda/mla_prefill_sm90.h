@@ -22,6 +22,8 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/mla_cache.h"
+
 namespace fathom {
 
 class MlaPrefillSm90 {
@@ -62,16 +64,6 @@ class MlaPrefillSm90 {
   // Once per step, before the first layer: divides the work.
   Step Schedule(const Batch& batch, cudaStream_t stream) const;
 
-  enum class CacheType { kBf16, kFp8 };
-  // One layer of the cache: [num_blocks, block_size, 576] bf16, or [num_blocks, block_size, 656]
-  // bytes (512 e4m3, 4 f32 factors, 64 bf16).
-  struct Cache {
-    const void* data = nullptr;  // 16-byte aligned
-    CacheType type = CacheType::kBf16;
-    int64_t num_blocks = 0;
-    int block_size = 0;  // tokens, a multiple of 16
-  };
-
   enum class Parts { kAll, kExpansion, kAttention };  // one alone: to measure it
 
   struct Layer {
@@ -89,7 +81,7 @@ class MlaPrefillSm90 {
     float* out_scales = nullptr;  // [T, 16]
     Parts parts = Parts::kAll;
   };
-  void Run(const Step& step, const Cache& cache, const Layer& layer, cudaStream_t stream) const;
+  void Run(const Step& step, const MlaCache& cache, const Layer& layer, cudaStream_t stream) const;
 
  private:
   void* workspace_;

@@ -238,13 +238,13 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
                         (!out.quantized() || out.scales.dense());
   if (!is_decode && !is_dense) return false;
 
+  const MlaCache layer_cache = {.data = cache.raw(),
+                                .type = is_fp8 ? MlaCacheType::kFp8 : MlaCacheType::kBf16,
+                                .num_blocks = cache.dim(0),
+                                .block_size = batch.block_size};
   const int layer = step_.TakeLayer(batch, stream_);
   if (!is_decode) {
-    step_.prefill().Run(step_.prefill_step(),
-                        {.data = cache.raw(),
-                         .type = is_fp8 ? Prefill::CacheType::kFp8 : Prefill::CacheType::kBf16,
-                         .num_blocks = cache.dim(0),
-                         .block_size = batch.block_size},
+    step_.prefill().Run(step_.prefill_step(), layer_cache,
                         cuda::PrefillLayerOf(q, weights, positions, cos_sin, batch, scale, out),
                         stream_);
   }
@@ -263,20 +263,18 @@ bool CudaOps::AttendSm90(const Tensor& q, const MlaWeights& weights, const Tenso
       cuda::AbsorptionOf(q, weights, positions, cos_sin, latents.q_latent, latents.q_rope);
   absorption.tokens = tokens;
   cuda::Absorb(absorption, stream_);
-  step_.decode().Run(
-      Decode::MapCache(cache.raw(), is_fp8 ? Decode::CacheType::kFp8 : Decode::CacheType::kBf16,
-                       cache.dim(0), batch.block_size),
-      {.index = layer,
-       .num_rows = static_cast<int>(rows),
-       .q_latent = static_cast<const __nv_bfloat16*>(latents.q_latent.raw()),
-       .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
-       .block_tables = batch.block_tables.data<int32_t>(),
-       .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
-       .scale = scale,
-       .out = static_cast<__nv_bfloat16*>(latents.latent.raw()),
-       // Absorb lets it begin only after it waited itself.
-       .start = Decode::Start::kEarly},
-      stream_);
+  step_.decode().Run(Decode::MapCache(layer_cache),
+                     {.index = layer,
+                      .num_rows = static_cast<int>(rows),
+                      .q_latent = static_cast<const __nv_bfloat16*>(latents.q_latent.raw()),
+                      .q_rope = static_cast<const __nv_bfloat16*>(latents.q_rope.raw()),
+                      .block_tables = batch.block_tables.data<int32_t>(),
+                      .max_blocks = static_cast<int>(batch.block_tables.stride(0)),
+                      .scale = scale,
+                      .out = static_cast<__nv_bfloat16*>(latents.latent.raw()),
+                      // Absorb lets it begin only after it waited itself.
+                      .start = Decode::Start::kEarly},
+                     stream_);
   cuda::ValueProjection projection = cuda::ProjectionOf(latents.latent, weights, out);
   projection.tokens = tokens;
   cuda::Project(projection, stream_);

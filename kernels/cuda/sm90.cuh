@@ -74,17 +74,6 @@ __device__ inline void FenceForAsyncProxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// How many registers each thread of this warpgroup has from here on: more, once others have given
-// some back, or less.
-template <int kRegisters, bool kMore>
-__device__ inline void SetRegisters() {
-  if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  }
-}
-
 // --- clusters: blocks that write into each other's shared memory
 
 __device__ inline int ClusterRank() {

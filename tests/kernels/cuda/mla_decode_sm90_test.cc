@@ -29,7 +29,7 @@ constexpr int kGroup = 128;  // codes under one factor of an FP8 cache
 constexpr int kKeyAt = kRank + kRank / kGroup * 4, kFp8TokenBytes = kKeyAt + kRope * 2;
 
 using Bf16 = __nv_bfloat16;
-using CacheType = MlaDecodeSm90::CacheType;
+using CacheType = MlaCacheType;
 
 class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
  protected:
@@ -65,7 +65,10 @@ class MlaDecodeSm90Test : public Sm90Test<MlaDecodeSm90> {
     const DeviceArray<int> tables(tables_), lens(lens_), sequences(sequences_), tokens(tokens_);
     const MlaDecodeSm90 decode(workspace.data(), 2, sms);
     const auto map = MlaDecodeSm90::MapCache(
-        cache.data(), cache_type_, cache_.size() / TokenBytes() / block_size_, block_size_);
+        {.data = cache.data(),
+         .type = cache_type_,
+         .num_blocks = static_cast<int64_t>(cache_.size()) / TokenBytes() / block_size_,
+         .block_size = block_size_});
     const bool identity = n == static_cast<int>(context_lens.size());
     decode.Schedule({.count = n,
                      .context_lens = lens.data(),

@@ -30,7 +30,7 @@ constexpr int kWidth = kRank + kRope;
 constexpr int kFp8TokenBytes = kRank + 4 * kRank / 128 + 2 * kRope;
 
 using Bf16 = __nv_bfloat16;
-using CacheType = MlaPrefillSm90::CacheType;
+using CacheType = MlaCacheType;
 
 struct Sequence {
   int chunk;        // queries of this step
@@ -168,8 +168,7 @@ class MlaPrefillSm90Test : public Sm90Test<MlaPrefillSm90> {
                                    .max_blocks = max_blocks_,
                                    .scale = kScale,
                                    .out = out.data()};
-    const MlaPrefillSm90::Cache where = {cache.data(), setting.cache, num_blocks_,
-                                         setting.block_size};
+    const MlaCache where = {cache.data(), setting.cache, num_blocks_, setting.block_size};
     prefill.Run(step, where, layer, nullptr);
     layer.out = nullptr;
     layer.out_fp8 = out_fp8.data();
