@@ -185,17 +185,8 @@ absl::Status ReadTextFormat(const JsonFields& fields, ResponsesRequest& request)
   const std::optional<dom::element> format = options.Find("format");
   if (!format) return absl::OkStatus();
   ASSIGN_OR_RETURN(const JsonFields named, JsonFields::Of(*format, "text.format"));
-  ASSIGN_OR_RETURN(std::optional<StructuredOutput> output, StructuredOutputOf(named));
   request.text_format = simdjson::minify(*format);
-  if (!output) return absl::OkStatus();
-  std::optional<StructuredOutput>& wished = request.chat.parameters.structured_output;
-  if (wished) {
-    return InvalidParameter("text.format", absl::StrCat("You can only use one kind of constraints "
-                                                        "for structured outputs, got ",
-                                                        wished->param, " and text.format."));
-  }
-  wished = std::move(output);
-  return absl::OkStatus();
+  return AddTextFormat(named, request.chat.parameters.structured_output);
 }
 
 absl::Status ReadIncludedLogprobs(const JsonFields& fields, const ApiLimits& limits,

@@ -22,6 +22,8 @@ constexpr char kAnyObject[] = R"({"type":"object"})";
 // Collects the wish of a request, of which there is at most one.
 class Wish {
  public:
+  explicit Wish(std::optional<StructuredOutput> made = std::nullopt) : output_(std::move(made)) {}
+
   absl::Status Add(const std::string& param, v1::Grammar::Kind kind, std::string text) {
     if (output_) {
       return InvalidParameter(param, absl::StrCat("You can only use one kind of constraints for "
@@ -230,11 +232,12 @@ absl::StatusOr<std::optional<StructuredOutput>> ReadStructuredOutput(const JsonF
   return wish.Take();
 }
 
-absl::StatusOr<std::optional<StructuredOutput>> StructuredOutputOf(const JsonFields& text_format) {
-  Wish wish;
+absl::Status AddTextFormat(const JsonFields& text_format, std::optional<StructuredOutput>& output) {
+  Wish wish(std::move(output));
   const auto itself = [&]() -> absl::StatusOr<JsonFields> { return text_format; };
   RETURN_IF_ERROR(AddFormat(text_format, "text.format", itself, wish));
-  return wish.Take();
+  output = wish.Take();
+  return absl::OkStatus();
 }
 
 std::string GrammarOfChoices(absl::Span<const std::string> choices) {

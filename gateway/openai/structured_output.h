@@ -41,8 +41,9 @@ struct StructuredOutput {
 // the output and are not there (whitespace_pattern, structural_tag).
 absl::StatusOr<std::optional<StructuredOutput>> ReadStructuredOutput(const JsonFields& fields);
 
-// Of /v1/responses: response_format's words, with the schema beside its type.
-absl::StatusOr<std::optional<StructuredOutput>> StructuredOutputOf(const JsonFields& text_format);
+// Of /v1/responses: response_format's words, with the schema beside its type. `output` may hold
+// what ReadStructuredOutput found, which is one wish already.
+absl::Status AddTextFormat(const JsonFields& text_format, std::optional<StructuredOutput>& output);
 
 // One of these strings, as rules in EBNF.
 std::string GrammarOfChoices(absl::Span<const std::string> choices);
